@@ -1,0 +1,55 @@
+# Everything from a fresh clone. Each job sets up what it needs first, once, in $(VENV).
+#
+#   make demo TORCH="torch==2.11.0"         another torch in the new environment
+#   make demo VENV="$VIRTUAL_ENV"           an environment of yours; a torch that it already has is kept
+#   make demo PYTHON=python3.12             another Python for the new environment (3.11 or later)
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+ARGS ?=
+
+BIN := $(VENV)/bin
+# The clone's path is in the name: an environment shared by two clones is installed again for the one that asks.
+INSTALLED := $(VENV)/.ttt-e2e-installed$(subst /,-,$(CURDIR))
+INSTALLED_DEV := $(INSTALLED)-dev
+
+.PHONY: help demo test test-all lint bench install install-dev
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED) ## train, compare, generate, save a learned context (8 to 12 minutes on 2 cores)
+	$(BIN)/ttt-e2e demo $(ARGS)
+
+test: lint ## linter and tests without the slow ones (at most 10 minutes on 2 cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-all: lint ## linter and all tests, the slow ones included
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "" $(ARGS)
+
+lint: $(INSTALLED_DEV) ## linter and formatter, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(INSTALLED) ## time a training step, reading and decoding against the plain model
+	$(BIN)/ttt-e2e bench $(ARGS)
+
+install: $(INSTALLED) ## only the set-up
+install-dev: $(INSTALLED_DEV) ## only the set-up, with what the tests need
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON=$(PYTHON) is older than 3.11; give another one, as in: make demo PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps are older than setup.py or pyproject.toml after a change there, and the installation runs again.
+$(INSTALLED): setup.py pyproject.toml | $(BIN)/python
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install "$(TORCH)"
+	$(BIN)/python -m pip install -e .
+	@rm -f $(VENV)/.ttt-e2e-installed* && touch $@
+
+$(INSTALLED_DEV): setup.py pyproject.toml | $(INSTALLED)
+	$(BIN)/python -m pip install -e ".[dev]"
+	@touch $@

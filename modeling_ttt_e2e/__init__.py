@@ -1,0 +1,11 @@
+"""End-to-End Test-Time Training for transformers: importing this package registers the Auto classes."""
+
+from .cache_ttt_e2e import TTTE2ECache
+from .configuration_ttt_e2e import TTTE2EConfig
+from .modeling_ttt_e2e import TTTE2EForCausalLM, TTTE2EModel, TTTE2EPreTrainedModel
+from .registration import register
+
+register("ttt_e2e", TTTE2EConfig, TTTE2EModel, TTTE2EForCausalLM)
+
+__version__ = "0.1.0"
+__all__ = ["TTTE2ECache", "TTTE2EConfig", "TTTE2EForCausalLM", "TTTE2EModel", "TTTE2EPreTrainedModel"]

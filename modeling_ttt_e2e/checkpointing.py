@@ -1,0 +1,116 @@
+"""Checkpointing through time: meta-train on long sequences without keeping the graph of every inner step.
+
+A group of inner steps is one `torch.autograd.Function`. Its forward pass runs without a graph and stores only the state
+at the group's beginning: fast weights, and the chunks of keys and values within the window, which neighbouring groups
+share. Its backward pass runs the group again, this time with the graph, and differentiates it.
+
+`torch.utils.checkpoint` is no substitute: every inner gradient inside its region triggers a recomputation of the
+region so far, which costs up to twelve executions per step and keeps more memory than no checkpointing at all.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from .inner_loop import InnerState, MiniBatch, StepOutput, UpdateRule, run_inner_loop
+
+
+def run_checkpointed(
+    suffix: Callable,
+    state: InnerState,
+    batches: Sequence[MiniBatch],
+    rule: UpdateRule,
+    parameters: Sequence[torch.Tensor],
+    every: int | None,
+) -> tuple[InnerState, list[StepOutput]]:
+    """`run_inner_loop` with the same values and gradients, and one stored state per group.
+
+    Args:
+        parameters: every slow weight that `suffix` uses and that takes a gradient.
+        every: inner steps per group; None for the square root of their number.
+    """
+    every = every or max(1, round(math.sqrt(len(batches))))
+    outputs = []
+    for first in range(0, len(batches), every):
+        group = _Group(suffix, state, batches[first : first + every], rule)
+        flat = _CheckpointedGroup.apply(group, *group.tensors(), *parameters)
+        state, new_outputs = group.unflatten(flat)
+        outputs.extend(new_outputs)
+    return state, outputs
+
+
+@dataclass
+class _Group:
+    """A group of inner steps as a function from tensors to tensors."""
+
+    suffix: Callable
+    state: InnerState
+    batches: Sequence[MiniBatch]
+    rule: UpdateRule
+    final: InnerState | None = None
+    outputs: list[StepOutput] | None = None
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [*(batch.inputs for batch in self.batches), *self.state.tensors()]
+
+    def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        inputs, state = tensors[: len(self.batches)], self.state.with_tensors(tensors[len(self.batches) :])
+        batches = [replace(batch, inputs=own) for batch, own in zip(self.batches, inputs, strict=True)]
+        self.final, self.outputs = run_inner_loop(self.suffix, state, batches, self.rule)
+        flat = [*self.final.tensors(), *(tensor for output in self.outputs for tensor in output.differentiable())]
+        # An output that is itself an input must be a new tensor, or autograd takes it for an in-place result.
+        return tuple(tensor.view_as(tensor) for tensor in flat)
+
+    def unflatten(self, flat: Sequence[torch.Tensor]) -> tuple[InnerState, list[StepOutput]]:
+        count = len(self.final.tensors())
+        state, rest, outputs = self.final.with_tensors(flat[:count]), list(flat[count:]), []
+        for output in self.outputs:
+            count = len(output.differentiable())
+            outputs.append(output.with_differentiable(rest[:count]))
+            rest = rest[count:]
+        self.final = self.outputs = None  # the tensors live in the graph now; do not hold them twice
+        return state, outputs
+
+
+class _CheckpointedGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, group, *tensors):
+        count = len(group.tensors())
+        ctx.group, ctx.count = group, count
+        ctx.save_for_backward(*tensors)
+        device = tensors[0].device.type
+        ctx.autocast = {
+            "device_type": device,
+            "enabled": torch.is_autocast_enabled(device),
+            "dtype": torch.get_autocast_dtype(device),
+        }
+        ctx.random_state = torch.get_rng_state()
+        ctx.devices, ctx.device_states = get_device_states(*tensors)
+        # Casts made without a graph must not be reused by later operations that need one.
+        with torch.autocast(**ctx.autocast, cache_enabled=False):
+            return group.run([tensor.detach() for tensor in tensors[:count]])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_outputs):
+        group, count = ctx.group, ctx.count
+        tensors, parameters = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        needs_grad = ctx.needs_input_grad[1 : 1 + count]
+        with torch.random.fork_rng(ctx.devices), torch.enable_grad(), torch.autocast(**ctx.autocast):
+            torch.set_rng_state(ctx.random_state)
+            set_device_states(ctx.devices, ctx.device_states)
+            copies = [t.detach().requires_grad_(needed) for t, needed in zip(tensors, needs_grad, strict=True)]
+            outputs = group.run(copies)
+        wanted = [copy for copy in copies if copy.requires_grad] + [p for p in parameters if p.requires_grad]
+        pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if o.requires_grad and g is not None]
+        found = iter(
+            torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+            if pairs
+            else [None] * len(wanted)
+        )
+        group.final = group.outputs = None
+        return None, *(next(found) if tensor.requires_grad else None for tensor in [*copies, *parameters])

@@ -1,0 +1,64 @@
+"""Packaging of ttt-e2e: one distribution, one import name.
+
+The folders of the repository are mapped below the name `ttt_e2e`, so that `import ttt_e2e` is the model package
+`modeling_ttt_e2e/` (which is also what a Hub folder contains) and `ttt_e2e.training` is `training/`.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+
+PACKAGE_FOLDERS = {
+    "ttt_e2e": "modeling_ttt_e2e",
+    "ttt_e2e.configuration": "configuration",
+    "ttt_e2e.training": "training",
+    "ttt_e2e.evaluation": "evaluation",
+    "ttt_e2e.model_cards": "model_cards",
+    "ttt_e2e.cli": "cli",
+    "ttt_e2e.benchmarks": "benchmarks",
+}
+
+setup(
+    name="ttt-e2e",
+    version="0.1.0",
+    description="End-to-End Test-Time Training (TTT-E2E) for Hugging Face Transformers",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The ttt-e2e authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=list(PACKAGE_FOLDERS),
+    package_dir=PACKAGE_FOLDERS,
+    package_data={
+        "ttt_e2e.configuration": ["models/*.yaml", "recipes/*.yaml"],
+        "ttt_e2e.model_cards": ["*.md"],
+    },
+    entry_points={"console_scripts": ["ttt-e2e = ttt_e2e.cli.main:app"]},
+    install_requires=[
+        "torch",
+        "transformers>=5.23",
+        "accelerate",
+        "datasets",
+        "evaluate",
+        "safetensors",
+        "tokenizers",
+        "rich",
+        "tqdm",
+        "typer",
+        "pyyaml",
+        "matplotlib",
+    ],
+    extras_require={
+        "dev": ["pytest", "pytest-xdist", "ruff", "tensorstore", "peft", "trl"],
+        "flash": ["flash-attn"],
+        "jax": ["jax", "orbax-checkpoint"],
+        "peft": ["peft"],
+        "serve": ["transformers[serving]"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
