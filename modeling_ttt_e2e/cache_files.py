@@ -1,13 +1,12 @@
 """Learned contexts as files: `context.safetensors` and `context.json` in a folder of their own.
 
-The json holds the counters, a checksum of the tensors, and a fingerprint of the slow weights and the configuration that
+The json holds the counters, a checksum of everything, and a fingerprint of the slow weights and the configuration that
 read the text: under any other weights the keys, values and fast weights would be noise.
 """
 
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -67,23 +66,39 @@ def save_context(folder: Path, context: LearnedContext, counters: dict, model: t
     description = {
         "format": FORMAT,
         "fingerprint": fingerprint(model),
-        "checksum": hashlib.sha256(data).hexdigest(),
         "tokens": context.tokens,
         "next_positions": context.next_positions,
         "fast_rows": None if context.fast is None else context.fast.rows,
         "pending_counts": None if context.pending is None else context.pending.counts,
         **counters,
     }
+    description["checksum"] = checksum(data, description)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         new = Path(temporary) / "new"
         new.mkdir()
         (new / TENSORS).write_bytes(data)
         (new / COUNTERS).write_text(json.dumps(description, indent=1))
-        if folder.exists():
-            os.replace(folder, Path(temporary) / "old")
+        _exchange(folder, new, Path(temporary) / "old")
+
+
+def checksum(data: bytes, description: dict) -> str:
+    """SHA-256 of the tensor file and of all that the json says beside it."""
+    text = json.dumps({k: v for k, v in description.items() if k != "checksum"}, sort_keys=True)
+    return hashlib.sha256(data + text.encode()).hexdigest()
+
+
+def _exchange(folder: Path, new: Path, old: Path) -> None:
+    """Put `new` in the place of `folder`; when that fails, what was there comes back."""
+    existed = folder.exists()
+    if existed:
+        os.replace(folder, old)
+    try:
         os.replace(new, folder)
-        shutil.rmtree(Path(temporary) / "old", ignore_errors=True)
+    except BaseException:
+        if existed:
+            os.replace(old, folder)
+        raise
 
 
 def load_context(folder: Path, model: torch.nn.Module) -> tuple[LearnedContext, dict]:
@@ -99,7 +114,7 @@ def load_context(folder: Path, model: torch.nn.Module) -> tuple[LearnedContext, 
     damaged = f"The learned context in {folder} is damaged ({{}}): read the text again and save it anew."
     try:
         counters = json.loads((folder / COUNTERS).read_text())
-        found, expected = counters["fingerprint"], counters["checksum"]
+        expected = counters["checksum"]
         if counters["format"] != FORMAT:
             raise ValueError(
                 f"The learned context in {folder} has format {counters['format']}; this code reads {FORMAT}."
@@ -107,9 +122,9 @@ def load_context(folder: Path, model: torch.nn.Module) -> tuple[LearnedContext, 
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(damaged.format(f"{COUNTERS}: {error}")) from error
     data = (folder / TENSORS).read_bytes()
-    if hashlib.sha256(data).hexdigest() != expected:
-        raise ValueError(damaged.format(f"{TENSORS} does not match its checksum"))
-    own = fingerprint(model)
+    if checksum(data, counters) != expected:
+        raise ValueError(damaged.format(f"{TENSORS} and {COUNTERS} do not match their checksum"))
+    found, own = counters["fingerprint"], fingerprint(model)
     for part, remedy in (("config", "another configuration"), ("weights", "other weights")):
         if found[part] != own[part]:
             raise ValueError(f"The learned context in {folder} was read with {remedy} than `model` has.")

@@ -51,7 +51,7 @@ class TTTE2ECache(Cache):
         self.finished: tuple[bool, ...] | None = None
         self.padding_id: int | None = None
         self._reader: weakref.ref | None = None
-        self._versions: tuple[int, ...] = ()
+        self._marks: WeightMarks | None = None
         super().__init__(layers=[])
 
     @property
@@ -72,7 +72,7 @@ class TTTE2ECache(Cache):
         return self.fork()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_reader": None, "_versions": ()}
+        return {**self.__dict__, "_reader": None, "_marks": None}
 
     @property
     def batch_size(self) -> int:
@@ -112,7 +112,7 @@ class TTTE2ECache(Cache):
         """Take over a context after `columns` more columns were read by the model `reader`."""
         if self._reader is None or self._reader() is not reader:
             self._reader = weakref.ref(reader)
-            self._versions = weight_versions(reader)
+            self._marks = WeightMarks.of(reader)
         if self.finished is not None:
             rows = zip(self.finished, self.context.tokens, context.tokens, strict=True)
             self.finished = tuple(finished and old == new for finished, old, new in rows)
@@ -122,7 +122,7 @@ class TTTE2ECache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         self.context, self.columns, self.finished, self.padding_id = None, 0, None, None
-        self._reader, self._versions = None, ()
+        self._reader, self._marks = None, None
 
     def fork(self) -> "TTTE2ECache":
         """An independent cache with the same content; costs no memory until either reads on."""
@@ -171,7 +171,7 @@ class TTTE2ECache(Cache):
             raise ValueError("This cache is empty: read something with it before `save_pretrained`.")
         if reader is None:
             raise ValueError("The model that read this context is gone: save the context while the model is loaded.")
-        if weight_versions(reader) != self._versions:
+        if not self._marks.match(reader):
             raise ValueError(
                 "The model's weights changed after this context was read, so it does not belong to them: read the "
                 "text again, then save."
@@ -198,7 +198,7 @@ class TTTE2ECache(Cache):
         cache.columns = counters["columns"]
         cache.finished = None if counters["finished"] is None else tuple(counters["finished"])
         cache.padding_id = counters["padding_id"]
-        cache._reader, cache._versions = weakref.ref(reader), weight_versions(reader)
+        cache._reader, cache._marks = weakref.ref(reader), WeightMarks.of(reader)
         return cache
 
     def _counters(self) -> dict:
@@ -206,12 +206,33 @@ class TTTE2ECache(Cache):
         return {"columns": self.columns, "finished": finished, "padding_id": self.padding_id}
 
 
-def weight_versions(model: torch.nn.Module) -> tuple[int, ...]:
-    """A cheap mark of the weights: it changes when any parameter is replaced or written in place."""
-    marks = []
-    for parameter in model.parameters():
-        marks += [id(parameter), 0 if parameter.is_inference() else parameter._version]
-    return tuple(marks)
+@dataclass(frozen=True)
+class WeightMarks:
+    """Cheap marks of a model's weights, to notice that they changed.
+
+    Attributes:
+        versions: change when a parameter is replaced, cast, or written in place.
+        samples: a few values of each parameter, because writing through `.data` leaves no other trace.
+    """
+
+    versions: tuple
+    samples: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> "WeightMarks":
+        versions, samples = [], []
+        for parameter in model.parameters():
+            versions += [id(parameter), parameter.dtype, 0 if parameter.is_inference() else parameter._version]
+            values = parameter.data
+            if type(values) is torch.Tensor and not values.is_meta:
+                samples.append(values.flatten()[:: max(1, values.numel() // 16)].clone())
+        return cls(tuple(versions), tuple(samples))
+
+    def match(self, model: torch.nn.Module) -> bool:
+        now = WeightMarks.of(model)
+        return self.versions == now.versions and all(
+            torch.equal(old, new.to(old.device)) for old, new in zip(self.samples, now.samples, strict=True)
+        )
 
 
 def _tensors(context: LearnedContext | None) -> Sequence[torch.Tensor]:

@@ -3,8 +3,9 @@
 import torch
 
 PACKED = (
-    "`position_ids` start again inside a row (row {row}, column {column}): the row holds several documents, and what "
-    "is learned from one would leak into the next. Give each document a row of its own (turn packing off)."
+    "`position_ids` start again inside a row (row {row}, column {column}: {position} after {highest}): the row holds "
+    "several documents, and what is learned from one would leak into the next. Give each document a row of its own "
+    "(turn packing off)."
 )
 
 
@@ -66,7 +67,8 @@ def check_positions(
         wrong = wrong & real
     if bool(wrong.any()):
         row, column = wrong.nonzero()[0].tolist()
-        raise ValueError(PACKED.format(row=row, column=column))
+        position, above = int(position_ids[row, column]), int(highest[row, column])
+        raise ValueError(PACKED.format(row=row, column=column, position=position, highest=above))
     return position_ids
 
 

@@ -139,6 +139,11 @@ class TTTE2EConfig(PreTrainedConfig):
             raise ValueError(f"`head_dim` must be even, because RoPE rotates pairs of channels, got {self.head_dim}.")
 
     def _check_layers(self):
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"`layer_types` has {len(self.layer_types)} entries, but `num_hidden_layers` is "
+                f"{self.num_hidden_layers}: give one per block."
+            )
         unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
         if unknown:
             raise ValueError(f"`layer_types` has {unknown}; the known types are {list(LAYER_TYPES)}.")

@@ -26,10 +26,12 @@ class Delta:
     Attributes:
         weights: [S, out, in], at least float32.
         rows: for each batch row, which of the S copies is its own; None when row i owns copy i.
+        whole: `weights` hold W + dW; then `rows` is None.
     """
 
     weights: torch.Tensor
     rows: tuple[int, ...] | None = None
+    whole: bool = False
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, T, in] -> x dW^T [B, T, out]; no copy is made of any weight."""
@@ -51,15 +53,26 @@ class FastWeights:
 
     Attributes:
         tensors: three per suffix block (gate, up, down), each [S, out, in].
-        rows: as in [`Delta`], shared by all tensors.
+        rows, whole: as in [`Delta`], shared by all tensors.
     """
 
     tensors: tuple[torch.Tensor, ...]
     rows: tuple[int, ...] | None = None
+    whole: bool = False
 
     def of_layer(self, index: int) -> tuple[Delta, Delta, Delta]:
         """The three differences of suffix block `index`."""
-        return tuple(Delta(weights, self.rows) for weights in self.tensors[3 * index : 3 * index + 3])
+        return tuple(Delta(weights, self.rows, self.whole) for weights in self.tensors[3 * index : 3 * index + 3])
+
+    def added_to(self, layers: Sequence[nn.Module]) -> "FastWeights":
+        """W + dW in one tensor per row, for plain `layers`; `less` is its inverse."""
+        own = self.own_copies().tensors
+        return FastWeights(tuple(layer.weight + d for layer, d in zip(layers, own, strict=True)), whole=True)
+
+    def less(self, layers: Sequence[nn.Module]) -> "FastWeights":
+        """The differences dW of what `added_to` the same layers gave and inner steps moved."""
+        pairs = zip(layers, self.tensors, strict=True)
+        return FastWeights(tuple(tensor - layer.weight for layer, tensor in pairs))
 
     def select(self, indices: Sequence[int]) -> "FastWeights":
         """The fast weights of the rows `indices`, without copying."""
@@ -93,11 +106,22 @@ def linear(layer: nn.Module, x: torch.Tensor, delta: Delta | None) -> torch.Tens
     """
     if delta is None:
         return layer(x)
+    if delta.whole:
+        return row_products(x, delta.weights)
     if x.shape[1] >= FOLD_FROM_TOKENS and delta.rows is None and is_plain(layer, delta.weights.dtype):
         # One product with W + dW instead of two; under autocast it is cast as W alone would be.
-        return torch.bmm(x, (layer.weight + delta.weights).mT)
+        return row_products(x, layer.weight + delta.weights)
     output = layer(x)
     return output + delta.linear(x.to(output.dtype))
+
+
+def row_products(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """x [B, T, in] times weights [B, out, in], row by row: [B, T, out].
+
+    Written as (W x^T)^T, because then the gradient of the weights is laid out as they are, and a step of descent is
+    one pass over contiguous memory.
+    """
+    return torch.bmm(weights, x.mT).mT
 
 
 def is_plain(layer: nn.Module, dtype: torch.dtype) -> bool:

@@ -12,6 +12,7 @@ from transformers import GenerationMixin
 from .cache_ttt_e2e import TTTE2ECache
 
 LEARN_FROM = ("context", "prompt", "none")
+ASSISTED_BY = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
 @dataclass(frozen=True)
@@ -21,25 +22,29 @@ class WrittenColumns:
     Attributes:
         first_id: index of the first generated id in the running sequences.
         columns_before: columns that were read before the running sequences' first id.
-        end_ids: end-of-sequence and padding ids.
+        end_ids: end-of-sequence ids, and the padding that stands for them.
+        quiet_ids: those of them that do not end the generation of a single row.
     """
 
     first_id: int
     columns_before: int
     end_ids: tuple[int, ...]
+    quiet_ids: tuple[int, ...]
 
-    def after_end(self, sequences: torch.Tensor) -> torch.Tensor:
-        """[rows, generated] bool: ids that were written behind a row's generated end."""
+    def after_end(self, sequences: torch.Tensor) -> torch.Tensor | None:
+        """[rows, generated] bool: ids that were written behind a row's generated end; None when there is none."""
+        ends = self.end_ids if sequences.shape[0] > 1 else self.quiet_ids
+        if not ends:
+            return None
         written = sequences[:, self.first_id :]
-        ended = torch.isin(written, torch.tensor(self.end_ids, device=written.device, dtype=written.dtype))
-        return (ended.long().cumsum(dim=1) - ended.long()) > 0
+        ended = torch.isin(written, torch.tensor(ends, device=written.device, dtype=written.dtype)).long()
+        after_end = (ended.cumsum(dim=1) - ended) > 0
+        return after_end if bool(after_end.any()) else None
 
     def mask(self, sequences: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
         """`attention_mask` without what stands behind a generated end."""
-        if not self.end_ids or sequences.shape[0] == 1:  # a single row ends with the generation
-            return attention_mask
         after_end = self.after_end(sequences)
-        if not bool(after_end.any()):
+        if after_end is None:
             return attention_mask
         if attention_mask is None:
             attention_mask = sequences.new_ones(sequences.shape[0], self.columns_before + sequences.shape[1])
@@ -73,11 +78,12 @@ class TTTE2EGenerationMixin(GenerationMixin):
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         embeddings = kwargs.get("inputs_embeds")
         mask = kwargs.get("attention_mask")
-        check_supported(config, cache)
+        check_supported(config, cache, kwargs.get("assistant_model"))
+        check_embeddings(ids, embeddings, config.prefill_chunk_size)
         check_left_padding(ids, mask, config.pad_token_id, _end_ids(config))
         read = 0 if cache is None else cache.get_seq_length()
         if read:
-            check_continuation(cache, ids, mask)
+            check_continuation(cache, ids, embeddings, mask)
         given = embeddings if embeddings is not None else ids
         length = 1 if given is None else given.shape[1]
         new_only = read > 0 and mask is not None and mask.shape[1] == read + length
@@ -85,7 +91,9 @@ class TTTE2EGenerationMixin(GenerationMixin):
         if learn_from != "context":
             kwargs["learning_span"] = (read, columns) if learn_from == "prompt" else (0, 0)
         number_of_ids = ids.shape[1] if ids is not None else (1 if embeddings is None else 0)
-        written = WrittenColumns(number_of_ids, columns - number_of_ids, _all_end_ids(config))
+        ends = _all_end_ids(config)
+        quiet = tuple(set(ends) - set(_end_ids(config)))
+        written = WrittenColumns(number_of_ids, columns - number_of_ids, ends, quiet)
         output = super().generate(inputs, generation_config, *args, written=written, **kwargs)
         if config.num_beams == 1 and isinstance(getattr(output, "past_key_values", None), TTTE2ECache):
             _note_finished(output, written, config)
@@ -105,6 +113,7 @@ class TTTE2EGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, *args, attention_mask=None, inputs_embeds=None, written: WrittenColumns | None = None, **kwargs
     ):
+        kwargs.pop("tokenizer", None)  # transformers passes on what stop strings need; the model has no use for it
         if written is not None:
             attention_mask = written.mask(input_ids, attention_mask)
         model_inputs = super().prepare_inputs_for_generation(
@@ -127,8 +136,17 @@ class TTTE2EGenerationMixin(GenerationMixin):
         return None
 
 
-def check_supported(config, cache) -> None:
+def check_supported(config, cache, assistant_model) -> None:
     """Refuse decoding modes that a learned context cannot serve."""
+    assistants = {name: getattr(config, name, None) for name in ASSISTED_BY}
+    if assistant_model is not None:
+        assistants["assistant_model"] = type(assistant_model).__name__
+    for name, value in assistants.items():
+        if value:
+            raise ValueError(
+                f"`{name}={value}` asks for assisted decoding, which takes back tokens that were read; what is learned "
+                "from them cannot be taken back. Leave the argument out."
+            )
     if cache is not None and not isinstance(cache, TTTE2ECache):
         raise TypeError(
             f"`past_key_values` is a {type(cache).__name__}; this model needs a TTTE2ECache, because it also has to "
@@ -141,6 +159,20 @@ def check_supported(config, cache) -> None:
         )
     if cache is not None and config.use_cache is False:
         raise ValueError("`use_cache=False` contradicts `past_key_values`: leave one of them out.")
+
+
+def check_embeddings(ids, embeddings, prefill_chunk_size: int | None) -> None:
+    """Ids beside embeddings describe the same tokens, and embeddings are read at once."""
+    if embeddings is not None and prefill_chunk_size is not None:
+        raise ValueError(
+            f"`prefill_chunk_size={prefill_chunk_size}` cuts ids, not `inputs_embeds`: leave one of them out. (Memory "
+            "does not grow with the prompt in either case.)"
+        )
+    if ids is not None and embeddings is not None and ids.shape[:2] != embeddings.shape[:2]:
+        raise ValueError(
+            f"`inputs_embeds` {tuple(embeddings.shape)} and `input_ids` {tuple(ids.shape)} must describe the same "
+            "tokens."
+        )
 
 
 def check_left_padding(ids, mask, pad_token_id: int | None, end_ids: tuple[int, ...]) -> None:
@@ -157,29 +189,31 @@ def check_left_padding(ids, mask, pad_token_id: int | None, end_ids: tuple[int, 
         )
 
 
-def check_continuation(cache: TTTE2ECache, ids, mask) -> None:
-    """A cache comes with the whole sequence, or with its new part and a mask over all columns."""
+def check_continuation(cache: TTTE2ECache, ids, embeddings, mask) -> None:
+    """A cache comes with the whole sequence, or with the ids of its new part and a mask over all columns."""
     read = cache.get_seq_length()
-    length = 0 if ids is None else ids.shape[1]
+    name, given = ("input_ids", ids) if embeddings is None else ("inputs_embeds", embeddings)
+    length = 0 if given is None else given.shape[1]
     columns = length if mask is None else mask.shape[1]
-    if mask is not None and columns == read + length:
+    if mask is not None and columns == read + length and embeddings is None:
         return
-    whole = length > read and columns == length and _matches_pending(cache, ids)
+    whole = length > read and columns == length and (ids is None or _matches_pending(cache, ids, mask))
     if not whole:
         raise ValueError(
-            f"`past_key_values` has read {read} columns, but `input_ids` ({length} columns"
+            f"`past_key_values` has read {read} columns, but `{name}` ({length} columns"
             + (f", with an `attention_mask` of {columns})" if mask is not None else ")")
             + " are not the whole sequence. Pass the whole sequence (what was read and the new tokens), or the new "
             f"tokens with an `attention_mask` of {read} + {length} columns."
         )
 
 
-def _matches_pending(cache: TTTE2ECache, ids: torch.Tensor) -> bool:
+def _matches_pending(cache: TTTE2ECache, ids: torch.Tensor, mask: torch.Tensor | None) -> bool:
     """Whether the ids agree with the last token that each row still keeps as pending."""
     pending, last = cache.context.pending, cache.get_seq_length() - 1
     if pending is None or cache.finished is not None or ids.shape[0] != cache.context.rows:
         return True
-    kept = ((row, count) for row, count in enumerate(pending.counts) if count)
+    real = [True] * len(ids) if mask is None else mask[:, last].tolist()
+    kept = ((row, count) for row, count in enumerate(pending.counts) if count and real[row])
     return all(int(pending.ids[row, count - 1]) == int(ids[row, last]) for row, count in kept)
 
 
@@ -198,9 +232,8 @@ def _all_end_ids(config) -> tuple[int, ...]:
 
 def _note_finished(output, written: WrittenColumns, config) -> None:
     """Tell the cache which rows ended, so that their padding is not read when somebody goes on from it."""
-    cache, ends = output.past_key_values, _all_end_ids(config)
-    finished = written.after_end(output.sequences).any(dim=1).tolist() if ends else []
-    cache.finished = tuple(finished) if any(finished) else None
+    cache, after_end = output.past_key_values, written.after_end(output.sequences)
+    cache.finished = None if after_end is None else tuple(after_end.any(dim=1).tolist())
     cache.padding_id = None
     if cache.finished is not None:
         cache.padding_id = int(config.pad_token_id) if config.pad_token_id is not None else _end_ids(config)[0]

@@ -12,11 +12,12 @@ Axis letters: B batch rows, T tokens of the mini-batch, D hidden size, V vocabul
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .attention import at_least_float32
+from .descent import ClippedDescent
 from .fast_weights import FastWeights
 
 NO_TARGET = -100  # transformers' label for "do not predict"
@@ -59,7 +60,9 @@ class InnerState:
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> "InnerState":
         """The same structure holding `tensors`, in the order of `tensors()`."""
         tensors = iter(tensors)
-        fast = None if self.fast is None else FastWeights(tuple(next(tensors) for _ in self.fast.tensors))
+        fast = self.fast
+        if fast is not None:
+            fast = replace(fast, tensors=tuple(next(tensors) for _ in fast.tensors))
         histories = tuple(tuple((next(tensors), next(tensors)) for _ in history) for history in self.histories)
         return InnerState(fast, histories)
 
@@ -146,21 +149,6 @@ def row_losses(nll: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return nll.sum(dim=1) / (targets != NO_TARGET).sum(dim=1).clamp_min(1)
 
 
-def global_norms(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Joint L2 norm per row over all gradients [B, ...]: [B]. Its derivative at zero is zero, not NaN."""
-    device = gradients[0].device
-    squares = sum(g.square().flatten(1).sum(dim=1).to(device) for g in gradients)
-    is_zero = squares == 0
-    return squares.masked_fill(is_zero, 1.0).sqrt().masked_fill(is_zero, 0.0)
-
-
-def clip_factors(norms: torch.Tensor, max_norm: float) -> torch.Tensor:
-    """min(1, max_norm / norm) per row, without an epsilon; 1 everywhere when `max_norm` is 0."""
-    if not max_norm:
-        return torch.ones_like(norms)
-    return max_norm / norms.clamp_min(max_norm)
-
-
 def descend(
     fast: FastWeights, gradients: Sequence[torch.Tensor], update: tuple[bool, ...], rule: UpdateRule
 ) -> tuple[FastWeights, torch.Tensor]:
@@ -171,17 +159,16 @@ def descend(
     Returns:
         The new fast weights and the gradient's norm per row before clipping, [B].
     """
-    norms = global_norms(gradients)
-    steps = rule.learning_rate * clip_factors(norms, rule.max_grad_norm)
+    *new, norms = ClippedDescent.apply(rule.learning_rate, rule.max_grad_norm, *fast.tensors, *gradients)
     moves = norms.isfinite()
     if not all(update):
         moves = moves & torch.tensor(update, device=moves.device)
-    new = []
-    for weights, gradient in zip(fast.tensors, gradients, strict=True):
-        own_steps = steps.to(gradient.device)[:, None, None]
-        own_moves = moves.to(gradient.device)[:, None, None]
-        new.append(torch.where(own_moves, weights - own_steps * gradient, weights))
-    return FastWeights(tuple(new)), norms
+    if not bool(moves.all()):
+        new = [
+            torch.where(moves.to(own.device)[:, None, None], own, old)
+            for own, old in zip(new, fast.tensors, strict=True)
+        ]
+    return replace(fast, tensors=tuple(new)), norms
 
 
 def inner_step(
@@ -203,7 +190,7 @@ def inner_step(
     with torch.enable_grad() if learns else torch.set_grad_enabled(differentiable):
         if learns:
             leaves = (t if differentiable and t.requires_grad else t.detach().requires_grad_() for t in fast.tensors)
-            fast = FastWeights(tuple(leaves))
+            fast = replace(fast, tensors=tuple(leaves))
         output, histories, logits = suffix(batch, fast, state.histories, needs_logits)
         label_nll, losses = None, None
         if needs_logits:

@@ -81,6 +81,11 @@ class TTTE2EMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
+    @property
+    def projections(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """The three layers, in the order of their fast weights."""
+        return self.gate_proj, self.up_proj, self.down_proj
+
     def forward(self, x: torch.Tensor, deltas: tuple[Delta, Delta, Delta] | None = None) -> torch.Tensor:
         gate, up, down = (None, None, None) if deltas is None else deltas
         activated = self.act_fn(linear(self.gate_proj, x, gate)) * linear(self.up_proj, x, up)
@@ -221,8 +226,7 @@ def zero_fast_weights(layers: list[TTTE2ESuffixLayer], rows: int, device: torch.
     """Fast weights before any inner step: one zero difference per inner matrix, shared by all rows."""
     tensors = []
     for layer in layers:
-        mlp = layer.inner_mlp
-        for projection in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+        for projection in layer.inner_mlp.projections:
             # A quantised weight has an integer dtype; its differences are float32.
             dtype = at_least_float32(projection.weight.dtype)
             tensors.append(torch.zeros(1, projection.out_features, projection.in_features, dtype=dtype, device=device))

@@ -76,7 +76,8 @@ def segments(
         keep_context: the learned context after the piece will be used.
     """
     where, known, counts = _tokens_of_piece(columns, piece)
-    longest = max(counts)
+    # A piece of nothing but padding is read as well, one column of it, for the shapes of its outputs.
+    longest = max(1, *counts)
     device = where.device
 
     def pick(tensor: torch.Tensor | None, start: int, end: int) -> torch.Tensor | None:

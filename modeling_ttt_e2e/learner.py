@@ -13,6 +13,7 @@ import torch
 
 from .checkpointing import run_checkpointed
 from .context import LearnedContext, take_last
+from .fast_weights import FastWeights, is_plain
 from .inner_loop import InnerState, MiniBatch, StepOutput, run_inner_loop
 from .layers import TTTE2ESuffixLayer, zero_fast_weights
 from .reader import Reader, Segment, SegmentOutput
@@ -130,7 +131,9 @@ def run_mini_batches(
         want_layers=reader.wanted.layers,
         want_attentions=reader.wanted.attentions,
     )
-    state = InnerState(None if fast is None else fast.own_copies(), _keys_before(reader, context))
+    if fast is not None:
+        fast = _own_fast_weights(fast, layers, differences=reader.rule.horizon is not None)
+    state = InnerState(fast, _keys_before(reader, context))
     if reader.checkpointing and torch.is_grad_enabled():
         every = reader.config.inner_checkpoint_every
         state, outputs = run_checkpointed(suffix, state, batches, reader.rule, suffix.parameters(), every)
@@ -148,13 +151,18 @@ def run_mini_batches(
         ends = [joined[0].shape[2] - slots.length + total for total in slots.totals]
         keep = max(ends) if keep is None else keep + (max(pending.counts) if pending is not None else 0)
         histories[index] = tuple(take_last(states, ends, keep) for states in joined)
-    return replace(context, fast=state.fast, pending=pending, histories=tuple(histories))
+    fast = state.fast
+    if fast is not None and fast.whole:
+        fast = fast.less(_projections(layers))
+    return replace(context, fast=fast, pending=pending, histories=tuple(histories))
 
 
 def mini_batches(config, slots: Slots) -> list[MiniBatch]:
     """Cut the slots into mini-batches; the last one may be shorter."""
     size, segment = config.mini_batch_size, slots.segment
     targets = slots.targets(config.bos_token_id)
+    # One split instead of many slices: its backward pass is one concatenation.
+    inputs = slots.inputs.split(size, dim=1)
     batches = []
     for index, start in enumerate(range(0, slots.length, size)):
         end = start + size
@@ -165,7 +173,7 @@ def mini_batches(config, slots: Slots) -> list[MiniBatch]:
         batches.append(
             MiniBatch(
                 index=index,
-                inputs=slots.inputs[:, part],
+                inputs=inputs[index],
                 targets=targets[:, part],
                 labels=None if slots.labels is None else slots.labels[:, part],
                 position_ids=slots.position_ids[:, part],
@@ -179,6 +187,22 @@ def mini_batches(config, slots: Slots) -> list[MiniBatch]:
 
 def _suffix_layers(reader: Reader) -> list[TTTE2ESuffixLayer]:
     return list(reader.model.layers[reader.config.num_prefix_layers :])
+
+
+def _projections(layers: list[TTTE2ESuffixLayer]) -> list[torch.nn.Module]:
+    return [projection for layer in layers for projection in layer.inner_mlp.projections]
+
+
+def _own_fast_weights(fast: FastWeights, layers: list[TTTE2ESuffixLayer], differences: bool) -> FastWeights:
+    """One copy per row; where the layers are plain, W + dW formed once for all mini-batches.
+
+    Args:
+        differences: keep dW apart, so that a cut of the outer gradient does not cut off the slow weights.
+    """
+    pairs = zip(_projections(layers), fast.tensors, strict=True)
+    if not differences and all(is_plain(projection, tensor.dtype) for projection, tensor in pairs):
+        return fast.added_to(_projections(layers))
+    return fast.own_copies()
 
 
 def _keys_before(reader: Reader, context: LearnedContext) -> Histories:

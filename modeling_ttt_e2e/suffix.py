@@ -114,8 +114,14 @@ def join(chunks: Sequence[tuple[torch.Tensor, torch.Tensor]], length: int | None
     """Chunks of keys and values as one pair, cut to the last `length` columns (None: all); None for no chunk."""
     if not chunks:
         return None
-    keys, values = (torch.cat(states, dim=2) if len(states) > 1 else states[0] for states in zip(*chunks, strict=True))
-    if length is None or keys.shape[2] <= length:
-        return keys, values
-    start = keys.shape[2] - length
-    return keys[:, :, start:], values[:, :, start:]
+    if length is not None:
+        # Only the first chunk can reach beyond the window.
+        surplus = sum(keys.shape[2] for keys, _ in chunks) - length
+        while surplus > 0 and chunks[0][0].shape[2] <= surplus:
+            surplus -= chunks[0][0].shape[2]
+            chunks = chunks[1:]
+        if not chunks:
+            return None
+        if surplus > 0:
+            chunks = (tuple(states[:, :, surplus:] for states in chunks[0]), *chunks[1:])
+    return tuple(torch.cat(states, dim=2) if len(states) > 1 else states[0] for states in zip(*chunks, strict=True))

@@ -1,0 +1,5 @@
+"""Speed and memory, side by side with the same model without test-time training."""
+
+from .speed import SpeedSizes, measure_decoding, measure_passes
+
+__all__ = ["SpeedSizes", "measure_decoding", "measure_passes"]

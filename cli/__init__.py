@@ -1,0 +1,1 @@
+"""The `ttt-e2e` command: thin, one file per sub-command."""

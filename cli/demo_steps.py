@@ -1,0 +1,261 @@
+"""The five steps behind `ttt-e2e demo`."""
+
+import json
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import Dataset
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, pipeline, set_seed
+
+from .. import TTTE2ECache, TTTE2EConfig, TTTE2EForCausalLM
+from ..configuration import DemoRecipe, load_preset
+from ..evaluation import (
+    Table,
+    bucket_bounds,
+    bucket_means,
+    loss_by_position,
+    loss_table,
+    plot_loss_by_position,
+    read_tokens,
+)
+from ..model_cards import write_model_card
+from ..training import (
+    TrainingRun,
+    document_prefixes,
+    longest_reading,
+    pack_rows,
+    split_documents,
+    standard_library_documents,
+    tokenize_documents,
+    train_model,
+    train_tokenizer,
+)
+
+LEARNING_ON, LEARNING_OFF = "TTT-E2E, learning on", "TTT-E2E, learning off"
+# Generation as in the paper, section 4: sampling at temperature 1, nucleus 0.95, repetition penalty 1.1.
+SAMPLING = {"do_sample": True, "top_p": 0.95, "repetition_penalty": 1.1}
+
+
+@dataclass
+class DemoData:
+    """Tokenizer, training rows (`input_ids`, `labels`) and validation documents (`path`, `input_ids`)."""
+
+    tokenizer: PreTrainedTokenizerBase
+    rows: Dataset
+    validation: Dataset
+    facts: dict
+
+
+def run_demo(recipe: DemoRecipe, folder: Path, console: Console) -> dict:
+    """Run all steps and return what is also written to `results.json`.
+
+    Args:
+        recipe: sizes and steps.
+        folder: where everything is written.
+        console: where tables and texts are shown.
+    """
+    started = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+
+    console.rule("1/5  Tokenizer and data")
+    data = prepare_data(recipe)
+    console.print(data.facts)
+
+    console.rule("2/5  Training: TTT-E2E and two baselines")
+    models, runs = train_all(recipe, data.rows, folder, console)
+
+    console.rule("3/5  Loss by token position")
+    evaluated, systems, table = evaluate_all(recipe, models, data, folder)
+    console.print(table.rich())
+    gain = gain_over(evaluated[LEARNING_ON], evaluated[next(iter(recipe.baselines))])
+    console.print(
+        f"Gain of learning over {next(iter(recipe.baselines))}: {gain['mean']:.3f} nats per token "
+        f"(standard error over documents {gain['standard_error']:.3f})."
+    )
+
+    console.rule("4/5  Save, load, generate")
+    save_model(models["TTT-E2E"], data, runs["TTT-E2E"], table, folder / "model")
+    continue_document(recipe, data, folder / "model", console)
+
+    console.rule("5/5  Read once, keep what was learned")
+    context_facts = read_and_continue(recipe, data, folder, console)
+
+    results = {
+        "environment": environment(),
+        "recipe": asdict(recipe),
+        "data": data.facts,
+        "training": {name: asdict(run) for name, run in runs.items()},
+        "buckets": bucket_bounds(recipe.evaluation.bucket_edges, recipe.evaluation.length),
+        "systems": systems,
+        "gain": gain,
+        "learned_context": context_facts,
+        "seconds": time.perf_counter() - started,
+    }
+    write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text(folder / "results.md", f"{table.title}\n\n{table.markdown()}")
+    console.rule()
+    console.print(
+        f"{results['seconds'] / 60:.1f} minutes. Look at {folder / 'loss_by_position.png'}; the numbers are in "
+        f"{folder / 'results.json'}, the model in {folder / 'model'}."
+    )
+    return results
+
+
+def prepare_data(recipe: DemoRecipe) -> DemoData:
+    """Step 1: split the standard library by file, train the tokenizer on the training part, make rows of tokens."""
+    config = TTTE2EConfig(**load_preset(recipe.test_time_training))
+    documents = standard_library_documents()
+    training, validation = split_documents(documents, recipe.data.validation_every, recipe.data.training_only)
+    tokenizer = train_tokenizer(training["text"], config.vocab_size)
+    training, validation = tokenize_documents(training, tokenizer), tokenize_documents(validation, tokenizer)
+    rows = pack_rows(training, recipe.data.training_length, recipe.seed)
+    facts = {
+        "training_files": len(training),
+        "training_tokens": sum(map(len, training["input_ids"])),
+        "validation_files": len(validation),
+        "validation_tokens": sum(map(len, validation["input_ids"])),
+        "vocabulary": len(tokenizer),
+    }
+    return DemoData(tokenizer, rows, validation, facts)
+
+
+def train_all(
+    recipe: DemoRecipe, rows: Dataset, folder: Path, console: Console
+) -> tuple[dict[str, TTTE2EForCausalLM], dict[str, TrainingRun]]:
+    """Step 2: train TTT-E2E and the baselines on the same rows in the same order."""
+    models, runs = {}, {}
+    for name, preset in {"TTT-E2E": recipe.test_time_training, **recipe.baselines}.items():
+        set_seed(recipe.seed)
+        model = TTTE2EForCausalLM(TTTE2EConfig(**load_preset(preset)))
+        console.print(f"{name}: {model.num_parameters():,} parameters")
+        runs[name] = train_model(model, rows, recipe.training, folder / "trainer", recipe.seed)
+        console.print(f"{name}: {runs[name].tokens:,} tokens in {runs[name].seconds:.0f} s")
+        models[name] = model
+    return models, runs
+
+
+def evaluate_all(
+    recipe: DemoRecipe, models: dict[str, TTTE2EForCausalLM], data: DemoData, folder: Path
+) -> tuple[dict[str, torch.Tensor], list[dict], Table]:
+    """Step 3: loss by position of TTT-E2E with learning on and off and of the baselines; draws the picture."""
+    settings = recipe.evaluation
+    chosen = document_prefixes(data.validation, settings.length, settings.documents)
+    documents = torch.tensor(chosen["input_ids"][:])
+    runs = {LEARNING_ON: (models["TTT-E2E"], {}), LEARNING_OFF: (models["TTT-E2E"], {"test_time_training": False})}
+    runs |= {name: (models[name], {}) for name in recipe.baselines}
+    evaluated = {
+        name: loss_by_position(model, documents, settings.batch_size, description=name, **arguments)
+        for name, (model, arguments) in runs.items()
+    }
+    bounds = bucket_bounds(settings.bucket_edges, settings.length)
+    systems = [
+        {
+            "name": name,
+            "parameters": runs[name][0].num_parameters(),
+            "loss": losses.mean().item(),
+            "loss_by_bucket": bucket_means(losses, bounds),
+        }
+        for name, losses in evaluated.items()
+    ]
+    title = (
+        f"Loss in nats per token by position, first {settings.length} tokens of {len(documents)} validation files, "
+        f"trained at {recipe.data.training_length}"
+    )
+    table = loss_table(systems, bounds, title)
+    plot_loss_by_position(evaluated, recipe.data.training_length, folder / "loss_by_position.png")
+    return evaluated, systems, table
+
+
+def gain_over(losses: torch.Tensor, baseline_losses: torch.Tensor) -> dict[str, float]:
+    """How much lower the loss is than the baseline's on the same documents, with the standard error of the mean."""
+    differences = (baseline_losses - losses).mean(dim=1)
+    standard_error = differences.std() / len(differences) ** 0.5
+    return {"mean": differences.mean().item(), "standard_error": standard_error.item()}
+
+
+def save_model(model: TTTE2EForCausalLM, data: DemoData, run: TrainingRun, table: Table, folder: Path) -> None:
+    """Save model, tokenizer and model card into one folder."""
+    model.save_pretrained(folder)
+    data.tokenizer.save_pretrained(folder)
+    facts = {
+        "parameters": f"{model.num_parameters():,}",
+        "tokens": f"{run.tokens:,}",
+        "time": f"{run.seconds:.0f} s on {environment()['processor']}",
+    }
+    source = (
+        f"{data.facts['training_files']} source files of the standard library of Python {platform.python_version()}."
+    )
+    write_model_card(folder, model.config, "TTT-E2E demo", source, facts, table)
+
+
+def continue_document(recipe: DemoRecipe, data: DemoData, model_folder: Path, console: Console) -> None:
+    """Step 4: load the folder with the Auto classes and let the text-generation pipeline continue a validation file."""
+    settings = recipe.generation
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    document = document_prefixes(data.validation, settings.prompt_tokens + settings.new_tokens, 1)[0]
+    prompt = tokenizer.decode(document["input_ids"][: settings.prompt_tokens], skip_special_tokens=True)
+    set_seed(recipe.seed)
+    written = generator(prompt, max_new_tokens=settings.new_tokens, return_full_text=False, **SAMPLING)
+    show_continuation(console, document["path"], prompt, written[0]["generated_text"])
+
+
+def read_and_continue(recipe: DemoRecipe, data: DemoData, folder: Path, console: Console) -> dict:
+    """Step 5: read a long file once, save what was learned, load it into a freshly loaded model and continue.
+
+    Returns:
+        The size of the learned context in bytes after the shorter and after the longer reading.
+    """
+    settings = recipe.generation
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    paths, tokens = longest_reading(data.validation, settings.long_read_tokens + 1)
+    sequence = torch.tensor([tokens], device=model.device)
+    cache, sizes = TTTE2ECache(model.config), {}
+    for start, end in [(0, settings.short_read_tokens), (settings.short_read_tokens, settings.long_read_tokens)]:
+        read_tokens(model, sequence[:, start:end], cache, settings.read_step, description=f"Reading to {end:,}")
+        sizes[end] = cache.nbytes
+        console.print(f"Learned context after {end:,} tokens: {cache.nbytes:,} bytes")
+    cache.save_pretrained(folder / "learned_context")
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    loaded = TTTE2ECache.from_pretrained(folder / "learned_context", model=model)
+    set_seed(recipe.seed)
+    # generate takes the whole sequence and reads only what the cache has not seen: here one more token of the file.
+    output = model.generate(sequence, past_key_values=loaded, max_new_tokens=settings.new_tokens, **SAMPLING)
+    prompt = data.tokenizer.decode(sequence[0, -300:])
+    title = f"{' + '.join(paths)}, from the saved context"
+    show_continuation(console, title, prompt, data.tokenizer.decode(output[0, sequence.shape[1] :]))
+    return {"files": paths, "bytes_after_tokens": sizes}
+
+
+def show_continuation(console: Console, title: str, prompt: str, continuation: str) -> None:
+    """Show the last lines of a prompt and, in another colour, what the model wrote after it."""
+    text = Text("".join(prompt.splitlines(keepends=True)[-6:])).append(continuation, style="bold cyan")
+    console.print(Panel(text, title=title))
+
+
+def environment() -> dict[str, str | int]:
+    """What the numbers depend on besides the recipe."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

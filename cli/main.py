@@ -1,0 +1,41 @@
+"""Entry point of the `ttt-e2e` command."""
+
+from importlib.metadata import version
+
+import typer
+
+from .bench import bench
+from .demo import demo
+from .presets import presets
+
+app = typer.Typer(
+    name="ttt-e2e",
+    help="Language models that keep learning while they read (End-to-End Test-Time Training).",
+    epilog="Start with: ttt-e2e demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.command()(demo)
+app.command()(presets)
+app.command()(bench)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ttt-e2e {version('ttt-e2e')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    show_version: bool = typer.Option(
+        False, "--version", help="Print the version and stop.", callback=_print_version, is_eager=True
+    ),
+) -> None:
+    """Options that stand before the sub-command."""
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,40 @@
+"""Which files are read, and how they are split."""
+
+import pytest
+from datasets import Dataset
+
+from ttt_e2e.training import split_documents, standard_library_documents
+
+
+def test_tests_and_installed_packages_are_left_out(tmp_path):
+    for path in ["b.py", "a/c.py", "a/test/d.py", "tests/e.py", "site-packages/f.py", "a/readme.txt"]:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(f"# {path}\n")
+    documents = standard_library_documents(tmp_path)
+    assert documents["path"][:] == ["a/c.py", "b.py"]
+    assert documents["text"][:] == ["# a/c.py\n", "# b.py\n"]
+
+
+def test_folder_without_sources_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="root="):
+        standard_library_documents(tmp_path)
+
+
+def test_split_keeps_every_document_on_one_side():
+    paths = [f"tables/{n}.py" if n % 5 == 0 else f"{n}.py" for n in range(100)]
+    documents = Dataset.from_dict({"path": paths, "text": ["x" * (n * 37 % 101) for n in range(100)]})
+    training, validation = split_documents(documents, validation_every=8, training_only=["tables"])
+    assert sorted([*training["path"], *validation["path"]]) == sorted(paths)
+    assert len(validation) == 10
+    assert not any(path.startswith("tables/") for path in validation["path"])
+    assert max(map(len, validation["text"])) > 90 and min(map(len, validation["text"])) < 20
+    assert split_documents(documents, 8, ["tables"])[1]["path"][:] == validation["path"][:]
+
+
+@pytest.mark.parametrize(
+    ("count", "validation_every", "message"), [(3, 1, "validation_every=1"), (1, 8, "documents: 1")]
+)
+def test_impossible_split_is_an_error(count, validation_every, message):
+    documents = Dataset.from_dict({"path": ["a.py"] * count, "text": ["x"] * count})
+    with pytest.raises(ValueError, match=message):
+        split_documents(documents, validation_every)

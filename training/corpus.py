@@ -1,0 +1,61 @@
+"""Real long text that every machine has: the source files of the running Python's standard library."""
+
+import sysconfig
+from collections.abc import Collection
+from pathlib import Path
+
+from datasets import Dataset
+
+NOT_OF_THE_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
+
+
+def standard_library_documents(root: Path | None = None) -> Dataset:
+    """Source files of the standard library, in the order of their path; tests and installed packages left out.
+
+    Args:
+        root: folder to read instead of the running Python's own.
+
+    Returns:
+        Columns `path` (relative to the root, with forward slashes) and `text`.
+
+    Raises:
+        FileNotFoundError: the folder holds no source file. (Some Pythons keep their library in an archive.)
+    """
+    root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
+    relative_paths = (path.relative_to(root) for path in root.rglob("*.py"))
+    paths = sorted(path.as_posix() for path in relative_paths if NOT_OF_THE_LIBRARY.isdisjoint(path.parts))
+    if not paths:
+        raise FileNotFoundError(f"root={root}: no Python source file below it; run with a Python that has its sources")
+    # A few files of the library are written in another encoding; what is not UTF-8 in them does not matter here.
+    texts = [(root / path).read_text(encoding="utf-8", errors="replace") for path in paths]
+    return Dataset.from_dict({"path": paths, "text": texts})
+
+
+def split_documents(
+    documents: Dataset, validation_every: int, training_only: Collection[str] = ()
+) -> tuple[Dataset, Dataset]:
+    """Split by whole documents: each n-th one in order of size goes to validation, so that both parts have all sizes.
+
+    Args:
+        documents: columns `path` and `text`.
+        validation_every: n of "each n-th"; the share of validation is 1/n.
+        training_only: folders whose documents never go to validation.
+
+    Returns:
+        Training and validation documents, each in the order given.
+
+    Raises:
+        ValueError: validation_every is below 2, or there are too few documents for one of validation.
+    """
+    if validation_every < 2:
+        raise ValueError(f"validation_every={validation_every}: must be at least 2, or nothing is left to train on")
+    folders = tuple(f"{folder}/" for folder in training_only)
+    candidates = [row for row, path in enumerate(documents["path"]) if not path.startswith(folders)]
+    sizes = [len(text) for text in documents["text"]]
+    # The middle of each group of n: the very largest file stays in training, the validation has one of the next.
+    by_size = sorted(candidates, key=lambda row: -sizes[row])
+    validation = set(by_size[validation_every // 2 :: validation_every])
+    if not validation:
+        raise ValueError(f"documents: {len(candidates)} are too few to keep each {validation_every}th for validation")
+    training = [row for row in range(len(documents)) if row not in validation]
+    return documents.select(training), documents.select(sorted(validation))
