@@ -15,6 +15,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.ttt-e2e-installed$(subst /,-,$(CURDIR))
 INSTALLED_DEV := $(INSTALLED)-dev
 
+# Threads that wait for one another by spinning bring torch to a crawl on a machine that does other work besides.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: help demo test test-all lint bench install install-dev
 .DEFAULT_GOAL := help
 

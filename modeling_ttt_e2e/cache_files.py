@@ -19,13 +19,6 @@ from .fast_weights import FastWeights
 
 FORMAT = 1
 TENSORS, COUNTERS = "context.safetensors", "context.json"
-# Settings that may differ between the process that reads and the one that answers.
-LOOSE_SETTINGS = (
-    "transformers_version architectures auto_map dtype use_cache initializer_range max_position_embeddings "
-    "meta_gradient meta_gradient_horizon inner_checkpoint_every test_time_training pad_token_id eos_token_id "
-    "output_hidden_states return_dict output_attentions id2label label2id problem_type chunk_size_feed_forward "
-    "is_encoder_decoder name_or_path _name_or_path tokenizer_class"
-).split()
 
 
 def fingerprint(model: torch.nn.Module) -> dict[str, str]:
@@ -36,8 +29,7 @@ def fingerprint(model: torch.nn.Module) -> dict[str, str]:
             raise ValueError(f"The weight `{name}` is offloaded and cannot be fingerprinted: load the model whole.")
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    settings = {k: v for k, v in model.config.to_dict().items() if k not in LOOSE_SETTINGS}
-    text = json.dumps(settings, sort_keys=True, default=str)
+    text = json.dumps(model.config.context_settings(), sort_keys=True)
     return {"weights": digest.hexdigest(), "config": hashlib.sha256(text.encode()).hexdigest()}
 
 

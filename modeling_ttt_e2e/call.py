@@ -241,16 +241,8 @@ def _check_cache(cache: TTTE2ECache | None, rows: int, config) -> None:
             f"`past_key_values` holds {cache.context.rows} rows but the inputs have {rows}: use "
             "`batch_repeat_interleave` or `batch_select_indices` on the cache."
         )
-    if cache.config is not config and _shape_settings(cache.config) != _shape_settings(config):
+    if cache.config is not config and cache.config.context_settings() != config.context_settings():
         raise ValueError("`past_key_values` belongs to a model of another configuration: read the text with this one.")
-
-
-def _shape_settings(config) -> tuple:
-    names = (
-        "hidden_size num_hidden_layers num_key_value_heads head_dim layer_types sliding_window num_suffix_layers "
-        "mini_batch_size use_prime_mlp prime_intermediate_size intermediate_size"
-    )
-    return tuple(getattr(config, name) for name in names.split())
 
 
 def _check_learning(

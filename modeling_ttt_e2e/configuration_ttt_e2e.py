@@ -12,6 +12,12 @@ LAYER_TYPES = ("sliding_attention", "full_attention")
 # RoPE variants whose frequencies change with the length of the text cannot serve an endless stream of tokens.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
+CONTEXT_SETTINGS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "hidden_act rms_norm_eps rope_parameters sliding_window layer_types attention_bias qk_norm post_norm bos_token_id "
+    "num_suffix_layers use_prime_mlp prime_intermediate_size mini_batch_size inner_learning_rate inner_max_grad_norm"
+).split()
+
 
 @strict
 class TTTE2EConfig(PreTrainedConfig):
@@ -107,6 +113,10 @@ class TTTE2EConfig(PreTrainedConfig):
     def num_prefix_layers(self) -> int:
         """Blocks that the inner loop never touches."""
         return self.num_hidden_layers - self.num_suffix_layers
+
+    def context_settings(self) -> dict:
+        """The settings that a learned context depends on; models that differ in one cannot share it."""
+        return {name: getattr(self, name) for name in CONTEXT_SETTINGS}
 
     def check(self) -> None:
         """Check that the settings fit together.

@@ -2,7 +2,8 @@
 
     n = |g|  over all matrices of a row,   c = min(1, max_norm / n),   W' = W - lr c g
 
-`clipped_descent` states this in plain operations; `ClippedDescent` computes the same with fewer passes over each matrix. Given the gradients W'_bar, and with d = sum <W'_bar, g>:
+`clipped_descent` states this in plain operations; `ClippedDescent` computes the same with fewer passes over each
+matrix. Given the gradients W'_bar, and with d = sum <W'_bar, g>:
 
     W_bar = W'_bar,   g_bar = -lr c (W'_bar - [n > max_norm] d / n^2 g)
 """

@@ -79,7 +79,7 @@ class MiniBatch:
         inputs: [B, T, D], the hidden states that enter the inner loop.
         targets: [B, T] ids of the next tokens, `NO_TARGET` where there is none or it is masked.
         labels: [B, T] what the outer loss predicts, or None.
-        position_ids: [1 or B, T].
+        position_embeddings: cosines and sines of the RoPE angles, each [1 or B, T, channels of a head].
         complete: which rows' mini-batch is full and has all its targets; the others report no inner loss.
         update: which rows take a step; a subset of `complete`.
     """
@@ -88,7 +88,7 @@ class MiniBatch:
     inputs: torch.Tensor
     targets: torch.Tensor
     labels: torch.Tensor | None
-    position_ids: torch.Tensor
+    position_embeddings: tuple[torch.Tensor, torch.Tensor]
     complete: tuple[bool, ...]
     update: tuple[bool, ...]
 
@@ -201,9 +201,11 @@ def inner_step(
                 losses = row_losses(log_likelihood_loss(logits, batch.targets, normalizer), batch.targets)
         if learns:
             second_order = differentiable and rule.second_order
-            wanted = torch.tensor(batch.update, device=losses.device)
+            wanted = losses
+            if not all(batch.update):
+                wanted = losses.masked_fill(~torch.tensor(batch.update, device=losses.device), 0.0)
             gradients = torch.autograd.grad(
-                losses.masked_fill(~wanted, 0.0).sum(),
+                wanted.sum(),
                 fast.tensors,
                 create_graph=second_order,
                 retain_graph=differentiable,

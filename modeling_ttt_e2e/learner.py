@@ -113,7 +113,7 @@ def run_mini_batches(
 ) -> LearnedContext:
     """The inner loop over all mini-batches that the pending and the new tokens fill or begin."""
     slots = Slots(context, segment, inputs)
-    batches = mini_batches(reader.config, slots)
+    batches = mini_batches(reader, slots)
     layers = _suffix_layers(reader)
     fast = context.fast
     if fast is None and any(any(batch.update) for batch in batches):
@@ -122,7 +122,6 @@ def run_mini_batches(
         layers=layers,
         norm=reader.model.norm,
         head=reader.model.lm_head,
-        rotary=reader.model.rotary_emb,
         implementation=reader.inner_implementation,
         mini_batch_size=reader.config.mini_batch_size,
         tokens_before=tuple(n - p for n, p in zip(context.tokens, context.pending_counts, strict=True)),
@@ -157,10 +156,11 @@ def run_mini_batches(
     return replace(context, fast=fast, pending=pending, histories=tuple(histories))
 
 
-def mini_batches(config, slots: Slots) -> list[MiniBatch]:
+def mini_batches(reader: Reader, slots: Slots) -> list[MiniBatch]:
     """Cut the slots into mini-batches; the last one may be shorter."""
-    size, segment = config.mini_batch_size, slots.segment
-    targets = slots.targets(config.bos_token_id)
+    size, segment = reader.config.mini_batch_size, slots.segment
+    targets = slots.targets(reader.config.bos_token_id)
+    cosines, sines = reader.model.rotary_emb(slots.position_ids, reader.model.dtype)
     # One split instead of many slices: its backward pass is one concatenation.
     inputs = slots.inputs.split(size, dim=1)
     batches = []
@@ -176,7 +176,7 @@ def mini_batches(config, slots: Slots) -> list[MiniBatch]:
                 inputs=inputs[index],
                 targets=targets[:, part],
                 labels=None if slots.labels is None else slots.labels[:, part],
-                position_ids=slots.position_ids[:, part],
+                position_embeddings=(cosines[:, part], sines[:, part]),
                 complete=complete,
                 # A step is taken only where something will be read with its result.
                 update=tuple(full and (segment.needs_context or total > end) for full, total in follows),

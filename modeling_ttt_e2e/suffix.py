@@ -7,7 +7,7 @@ The inner loop begins after the attention of the first suffix block, the last pl
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from torch import nn
 from .attention import AttentionInputs, attention_mask, valid_columns
 from .fast_weights import FastWeights
 from .inner_loop import MiniBatch, StepOutput
-from .layers import TTTE2ERotaryEmbedding, TTTE2ESuffixLayer
+from .layers import TTTE2ESuffixLayer
 
 Histories = tuple[tuple[tuple[torch.Tensor, torch.Tensor], ...], ...]
 
@@ -32,12 +32,12 @@ class Suffix:
         tokens_before: tokens that precede the first mini-batch, per row.
         forget: drop chunks of keys that the next mini-batch cannot see.
         want_hidden, want_layers, want_attentions: what to return.
+        masks: those already made, by window, history columns and tokens.
     """
 
     layers: Sequence[TTTE2ESuffixLayer]
     norm: nn.Module
     head: nn.Module
-    rotary: TTTE2ERotaryEmbedding
     implementation: str
     mini_batch_size: int
     tokens_before: tuple[int, ...]
@@ -45,6 +45,7 @@ class Suffix:
     want_hidden: bool
     want_layers: bool
     want_attentions: bool
+    masks: dict[tuple, torch.Tensor | None] = field(default_factory=dict)
 
     def parameters(self) -> list[torch.Tensor]:
         """Every parameter that takes a gradient, once."""
@@ -61,7 +62,6 @@ class Suffix:
             The outputs without losses, the histories with this mini-batch's keys and values, and the logits [B, T, V].
         """
         x = batch.inputs
-        angles = self.rotary(batch.position_ids, x.dtype) if len(self.layers) > 1 else None
         outputs, attentions, new_histories = [], [], []
         for index, layer in enumerate(self.layers):
             deltas = None if fast is None else fast.of_layer(index)
@@ -72,7 +72,9 @@ class Suffix:
                 sliding_window = layer.self_attn.sliding_window
                 history = join(chunks, None if sliding_window is None else sliding_window - 1)
                 mask = self._mask(batch, sliding_window, history)
-                attention = AttentionInputs(angles, {layer.self_attn.layer_type: mask}, self.implementation)
+                attention = AttentionInputs(
+                    batch.position_embeddings, {layer.self_attn.layer_type: mask}, self.implementation
+                )
                 x, new, weights = layer(x, attention, history, deltas)
                 new_histories.append(self._remember(chunks, new, sliding_window))
                 attentions.append(weights)
@@ -97,7 +99,11 @@ class Suffix:
         valid = valid_columns(self.tokens_before, columns_before, device) if columns_before > 0 else None
         if valid is not None:
             valid = torch.cat([valid, valid.new_ones(rows, columns - columns_before)], dim=1)
-        return attention_mask(self.implementation, sliding_window, columns, tokens, rows, valid, device)
+            return attention_mask(self.implementation, sliding_window, columns, tokens, rows, valid, device)
+        key = (sliding_window, columns, tokens)
+        if key not in self.masks:
+            self.masks[key] = attention_mask(self.implementation, sliding_window, columns, tokens, rows, None, device)
+        return self.masks[key]
 
     def _remember(self, chunks, new, sliding_window: int | None):
         chunks = (*chunks, new)

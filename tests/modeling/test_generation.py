@@ -308,9 +308,11 @@ def ending_batch(model, padding_id, prompt_lengths=(7, 12), new=NEW, **arguments
     return output, mask, rows, special, place
 
 
-@pytest.mark.parametrize("padding_id", [0, None], ids=["padding", "padding-is-end"])
-@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no-cache"])
-@pytest.mark.parametrize("pass_mask", [True, False], ids=["mask", "no-mask"])
+@pytest.mark.parametrize(
+    "padding_id, use_cache, pass_mask",
+    [(0, True, True), (0, True, False), (None, True, True), (0, False, True), (None, False, True)],
+    ids=["padding", "padding-no-mask", "padding-is-end", "padding-no-cache", "padding-is-end-no-cache"],
+)
 def test_what_follows_a_generated_end_is_not_read(two_blocks, padding_id, use_cache, pass_mask):
     """A finished row goes on, after more text, as if it had been generated alone and then continued."""
     output, mask, rows, special, place = ending_batch(two_blocks, padding_id, use_cache=use_cache)
@@ -322,12 +324,10 @@ def test_what_follows_a_generated_end_is_not_read(two_blocks, padding_id, use_ca
     if not use_cache:
         # Without a context nobody remembers where the rows ended; the mask has to say it.
         full_mask[0, mask.shape[1] + place + 1 : mask.shape[1] + NEW] = 0
-    elif not pass_mask and padding_id is None:
-        pytest.skip("padding cannot be told from ends without a mask")
     rest = generate(
         two_blocks,
         conversation,
-        attention_mask=full_mask if pass_mask or not use_cache else None,
+        attention_mask=full_mask if pass_mask else None,
         past_key_values=output.past_key_values,
         **special | {"eos_token_id": None},
     )
@@ -343,6 +343,22 @@ def test_what_follows_a_generated_end_is_not_read(two_blocks, padding_id, use_ca
             own = rest.past_key_values.fork()
             own.batch_select_indices(torch.tensor([row]))
             assert_contexts_equal(own, expected.past_key_values)
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_rows_and_beams_that_end_at_different_steps(two_blocks, way):
+    """With and without cache, and, where nothing is drawn at random, as each prompt alone."""
+    ids, mask, rows = left_padded()
+    ends = {"eos_token_id": list(range(3, 12)), **way}
+    output, without = (generate(two_blocks, ids, attention_mask=mask, use_cache=use, **ends) for use in (True, False))
+    assert torch.equal(output.sequences, without.sequences)
+    written = output.sequences[:, ids.shape[1] :]
+    assert len({int((row < 12).long().argmax()) for row in written}) > 1
+    if not way["do_sample"] and "num_return_sequences" not in way:
+        for index, row in enumerate(rows):
+            alone = generate(two_blocks, row, **ends).sequences[0, row.shape[1] :]
+            assert torch.equal(written[index, : len(alone)], alone)
+            assert bool((written[index, len(alone) :] < 12).all())
 
 
 def test_new_ids_after_a_finished_row(two_blocks):
@@ -454,6 +470,14 @@ def test_embeddings_that_cannot_be_read_are_refused(two_blocks):
         generate(two_blocks, input_ids=ids[:, 1:], inputs_embeds=embeds)
     with pytest.raises(ValueError, match=r"`prefill_chunk_size=4`.*`inputs_embeds`"):
         generate(two_blocks, input_ids=ids, inputs_embeds=embeds, prefill_chunk_size=4)
+
+
+def test_an_empty_cache_may_be_passed(two_blocks):
+    ids, mask, _ = left_padded()
+    cache = TTTE2ECache(two_blocks.config)
+    output = generate(two_blocks, ids, attention_mask=mask, past_key_values=cache)
+    assert torch.equal(output.sequences, generate(two_blocks, ids, attention_mask=mask).sequences)
+    assert output.past_key_values is cache
 
 
 def test_without_a_prompt_generation_begins_with_bos(two_blocks):
@@ -599,7 +623,6 @@ def cache(two_blocks):
 
 REFUSED = {
     "unknown-learn-from": (ValueError, r"`learn_from`.*'answer'", {"learn_from": "answer"}),
-    "cache-and-no-cache": (ValueError, "`use_cache=False`", {"use_cache": False}),
     "assistant": (ValueError, "`assistant_model", {"assistant_model": "itself"}),
     "prompt-lookup": (ValueError, "`prompt_lookup_num_tokens=3`", {"prompt_lookup_num_tokens": 3}),
     "early-exit": (ValueError, "`assistant_early_exit=2`", {"assistant_early_exit": 2}),
@@ -607,7 +630,6 @@ REFUSED = {
     "quantised": (ValueError, "`cache_implementation='quantized'`", {"cache_implementation": "quantized"}),
     "offloaded": (ValueError, "`cache_implementation='offloaded'`", {"cache_implementation": "offloaded"}),
     "continuous-batching": (ValueError, "`cache_implementation='paged'`", {"cache_implementation": "paged"}),
-    "plain-model": (ValueError, "`test_time_training=False`", {"test_time_training": False}),
     "unknown-argument": (ValueError, "learn_form", {"learn_form": "prompt"}),
     "id-outside": (
         ValueError,
@@ -617,11 +639,17 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("with_cache", [True, False], ids=["cache", "no-cache"])
-@pytest.mark.parametrize("error, match, arguments", REFUSED.values(), ids=REFUSED)
-def test_what_is_impossible_is_refused_by_name(two_blocks, cache, error, match, arguments, with_cache):
-    if not with_cache and match in ("`use_cache=False`", "`test_time_training=False`"):
-        pytest.skip("fine without a cache")
+REFUSED_WITH_CACHE = {
+    "cache-and-no-cache": (ValueError, "`use_cache=False`", {"use_cache": False}),
+    "plain-model": (ValueError, "`test_time_training=False`", {"test_time_training": False}),
+}
+CASES = [pytest.param(case, False, id=name) for name, case in REFUSED.items()]
+CASES += [pytest.param(case, True, id=f"{name}-cache") for name, case in (REFUSED | REFUSED_WITH_CACHE).items()]
+
+
+@pytest.mark.parametrize("case, with_cache", CASES)
+def test_what_is_impossible_is_refused_by_name(two_blocks, cache, case, with_cache):
+    error, match, arguments = case
     arguments = {name: two_blocks if value == "itself" else value for name, value in arguments.items()}
     assert_refused(two_blocks, cache if with_cache else None, error, match, **arguments)
 

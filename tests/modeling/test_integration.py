@@ -119,7 +119,7 @@ def test_adapters_on_every_linear_layer_train_and_merge(changes, checkpointing):
 # ------------------------------------------------------------------------------------------------ torch.compile
 
 
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_compiled_model_has_exact_second_order_gradients(checkpointing):
     """The inner loop steps out of the compiled graph, which has no second derivative."""
     ids = random_ids(2, LENGTH)
