@@ -36,20 +36,20 @@ class Table:
 
 
 def loss_table(systems: Sequence[dict], bounds: Sequence[tuple[int, int]], title: str) -> Table:
-    """Table of loss by token position, one row per system.
+    """Table of loss by token position, one column per system.
 
     Args:
-        systems: each with `name`, `parameters`, `loss` (mean in nats) and `loss_by_bucket` (one mean per bucket).
+        systems: each with `name`, `parameters`, `training_seconds`, `loss` (mean in nats) and `loss_by_bucket` (one
+            mean per bucket).
         bounds: [start, end) of each bucket.
         title: of the table.
     """
-    header = ["system", "parameters", "mean", *(f"{start}-{end}" for start, end in bounds)]
+    header = ["", *(system["name"] for system in systems)]
     rows = [
-        [
-            system["name"],
-            f"{system['parameters']:,}",
-            *(f"{loss:.3f}" for loss in [system["loss"], *system["loss_by_bucket"]]),
-        ]
-        for system in systems
+        ["parameters", *(f"{system['parameters']:,}" for system in systems)],
+        ["seconds of training", *(f"{system['training_seconds']:.0f}" for system in systems)],
     ]
+    for bucket, (start, end) in enumerate(bounds):
+        rows.append([f"positions {start}-{end}", *(f"{system['loss_by_bucket'][bucket]:.3f}" for system in systems)])
+    rows.append(["all positions", *(f"{system['loss']:.3f}" for system in systems)])
     return Table(title, header, rows)

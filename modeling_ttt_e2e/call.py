@@ -173,8 +173,10 @@ def _read_call(model: torch.nn.Module, request: Request) -> Answer:
                     writer.add(weights, [n + f for n, f in zip(read, first, strict=True)], list(read))
             inner += output.inner
             read = [n + count for n, count in zip(read, segment.counts, strict=True)]
-    inner_loss, inner_grad_norm = inner_table(inner, rows)
-    _warn_about_gradients(inner_grad_norm)
+    inner_loss = inner_grad_norm = None
+    if request.learning:
+        inner_loss, inner_grad_norm = inner_table(inner, rows, columns.device)
+        _warn_about_gradients(inner_grad_norm)
     states = tuple(writer.result() for writer in layers) if wanted.layers else None
     if states is not None:
         states = (*states[:-1], model.norm(states[-1]))
@@ -311,8 +313,7 @@ def _last_labelled(labels: torch.Tensor) -> tuple[int, ...]:
 
 def _attention_writers(config, request: Request) -> list[AttentionWriter]:
     rows, length = request.columns.shape
-    device = request.columns.ids.device if request.columns.ids is not None else request.columns.embeddings.device
-    every = torch.arange(length, device=device)
+    every = torch.arange(length, device=request.columns.device)
     real = request.columns.real
     places = [every if real is None else every[real[row]] for row in range(rows)]
     most = max(request.context.tokens)
@@ -322,8 +323,8 @@ def _attention_writers(config, request: Request) -> list[AttentionWriter]:
     ]
 
 
-def _warn_about_gradients(norms: torch.Tensor | None) -> None:
-    if norms is not None and bool(norms.isinf().any()):
+def _warn_about_gradients(norms: torch.Tensor) -> None:
+    if bool(norms.isinf().any()):
         logger.warning_once(
             "An inner gradient was not finite; that sequence keeps its last finite fast weights. The model may run in "
             "too narrow a dtype, or `inner_learning_rate` may be too large."
@@ -333,8 +334,7 @@ def _warn_about_gradients(norms: torch.Tensor | None) -> None:
 @contextmanager
 def _without_cast_cache(columns: Columns):
     """Under autocast without gradients: do not keep a cast copy of the fast weights of every inner step."""
-    tensor = columns.ids if columns.ids is not None else columns.embeddings
-    device = tensor.device.type
+    device = columns.device.type
     if torch.is_grad_enabled() or not torch.is_autocast_enabled(device):
         yield
         return

@@ -44,7 +44,6 @@ class LearnedContext:
         histories: per block, keys and values [rows, key/value heads, columns, head_dim], or None.
         fast: fast weights, or None before the first inner step.
         pending: the unfinished mini-batch, or None when no token waits.
-        learned: whether any inner step has run.
     """
 
     tokens: tuple[int, ...]

@@ -37,6 +37,10 @@ class Columns:
         tensor = self.ids if self.ids is not None else self.embeddings
         return tensor.shape[0], tensor.shape[1]
 
+    @property
+    def device(self) -> torch.device:
+        return (self.ids if self.ids is not None else self.embeddings).device
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -118,7 +122,7 @@ def segments(
 def _tokens_of_piece(columns: Columns, piece: Piece) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]:
     """Columns of each row's tokens [B, n], how many there are per row, and how many have to be read."""
     rows, _ = columns.shape
-    device = (columns.ids if columns.ids is not None else columns.embeddings).device
+    device = columns.device
     if columns.real is None:
         where = torch.arange(piece.start, piece.end, device=device).expand(rows, -1)
         known = (piece.end - piece.start,) * rows

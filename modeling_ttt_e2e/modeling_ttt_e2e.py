@@ -29,7 +29,7 @@ class TTTE2EModelOutputWithPast(BaseModelOutputWithPast):
         token_nll: [batch, length - 1], at least float32: -log p(label of t+1) at position t, 0 where that label is
             -100 or position t is padding; None without labels. Differentiable.
         inner_loss: [batch, mini-batches], detached: the inner loss of each mini-batch that this call completed, under
-            the fast weights before its own step; NaN where a row has fewer.
+            the fast weights before its own step; NaN where a row has fewer, None with learning off.
         inner_grad_norm: [batch, mini-batches], detached: the joint L2 norm of the inner gradient before clipping;
             NaN where no step was taken.
     """

@@ -40,15 +40,15 @@ def advance(context: LearnedContext, segment: Segment) -> LearnedContext:
 
 
 def inner_table(
-    records: Sequence[tuple[tuple[int, ...], torch.Tensor, torch.Tensor]], rows: int
-) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    records: Sequence[tuple[tuple[int, ...], torch.Tensor, torch.Tensor]], rows: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Inner losses and gradient norms of a call, each [rows, mini-batches], NaN where a row has fewer.
 
     Args:
         records: in order of time (rows, losses, norms).
     """
     if not records:
-        return None, None
+        return torch.empty(rows, 0, device=device), torch.empty(rows, 0, device=device)
     everyone = tuple(range(rows))
     columns = []
     for members, losses, norms in records:

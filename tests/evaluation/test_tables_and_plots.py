@@ -7,15 +7,19 @@ from rich.console import Console
 from ttt_e2e.evaluation import loss_table, plot_loss_by_position
 from ttt_e2e.evaluation.plots import smoothed_curve
 
-SYSTEMS = [{"name": "ours", "parameters": 12345, "loss": 1.25, "loss_by_bucket": [1.5, 1.0]}]
+SYSTEMS = [{"name": "ours", "parameters": 12345, "training_seconds": 6.7, "loss": 1.25, "loss_by_bucket": [1.5, 1.0]}]
 
 
 def test_markdown_table():
     markdown = loss_table(SYSTEMS, [(0, 4), (4, 8)], "title").markdown()
     assert markdown.splitlines() == [
-        "| system | parameters | mean | 0-4 | 4-8 |",
-        "| --- | ---: | ---: | ---: | ---: |",
-        "| ours | 12,345 | 1.250 | 1.500 | 1.000 |",
+        "|  | ours |",
+        "| --- | ---: |",
+        "| parameters | 12,345 |",
+        "| seconds of training | 7 |",
+        "| positions 0-4 | 1.500 |",
+        "| positions 4-8 | 1.000 |",
+        "| all positions | 1.250 |",
     ]
 
 

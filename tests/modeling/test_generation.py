@@ -349,16 +349,16 @@ def test_what_follows_a_generated_end_is_not_read(two_blocks, padding_id, use_ca
 def test_rows_and_beams_that_end_at_different_steps(two_blocks, way):
     """With and without cache, and, where nothing is drawn at random, as each prompt alone."""
     ids, mask, rows = left_padded()
-    ends = {"eos_token_id": list(range(3, 12)), **way}
+    ends = {"eos_token_id": list(range(3, 24)), "min_new_tokens": 3, **way, "length_penalty": 1.0}
     output, without = (generate(two_blocks, ids, attention_mask=mask, use_cache=use, **ends) for use in (True, False))
     assert torch.equal(output.sequences, without.sequences)
     written = output.sequences[:, ids.shape[1] :]
-    assert len({int((row < 12).long().argmax()) for row in written}) > 1
+    assert len({int((row < 24).long().argmax()) for row in written}) > 1
     if not way["do_sample"] and "num_return_sequences" not in way:
         for index, row in enumerate(rows):
             alone = generate(two_blocks, row, **ends).sequences[0, row.shape[1] :]
             assert torch.equal(written[index, : len(alone)], alone)
-            assert bool((written[index, len(alone) :] < 12).all())
+            assert bool((written[index, len(alone) :] < 24).all())
 
 
 def test_new_ids_after_a_finished_row(two_blocks):
