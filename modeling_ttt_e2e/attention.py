@@ -38,12 +38,12 @@ class AttentionInputs:
 
     Attributes:
         position_embeddings: cosines and sines of the RoPE angles of the new tokens, each [1 or B, Q, C].
-        masks: by layer type, what `attention_mask` the implementation takes.
+        masks: by layer type, what `attention_mask` the implementation takes, or [`BlockMasks`] of a long text.
         implementation: name in transformers' attention interface, or `TWICE_DIFFERENTIABLE`.
     """
 
     position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    masks: dict[str, torch.Tensor | None]
+    masks: "dict[str, torch.Tensor | BlockMasks | None]"
     implementation: str
 
 
@@ -85,6 +85,78 @@ def attention_mask(
         allow_is_causal_skip=not own,
         device=device,
     )
+
+
+@dataclass(frozen=True)
+class BlockMasks:
+    """Masks of a sliding-window layer that reads a long text block by block, each block together with the one before.
+
+    Memory then grows with the length and not with its square.
+
+    Attributes:
+        size: tokens of a block, the window.
+        first: mask of the first block, which follows the history; middle, last: of the others.
+    """
+
+    size: int
+    first: torch.Tensor | None
+    middle: torch.Tensor | None
+    last: torch.Tensor | None
+
+    def of(self, index: int, count: int) -> torch.Tensor | None:
+        """Mask of block `index` of `count`."""
+        if index == 0:
+            return self.first
+        return self.last if index == count - 1 else self.middle
+
+
+def block_masks(
+    implementation: str,
+    sliding_window: int,
+    num_history: int,
+    num_new: int,
+    rows: int,
+    history_valid: torch.Tensor | None,
+    device: torch.device,
+) -> BlockMasks:
+    """Masks of blocks of one window; the arguments are those of `attention_mask`."""
+
+    def mask(history: int, new: int, valid: torch.Tensor | None = None) -> torch.Tensor | None:
+        return attention_mask(implementation, sliding_window, history, new, rows, valid, device)
+
+    first = mask(num_history, min(sliding_window, num_new), history_valid)
+    middle = mask(sliding_window, sliding_window)
+    rest = num_new % sliding_window
+    return BlockMasks(sliding_window, first, middle, mask(sliding_window, rest) if rest else middle)
+
+
+def attend_in_blocks(
+    attend: Callable,
+    query: torch.Tensor,
+    new: tuple[torch.Tensor, torch.Tensor],
+    history: tuple[torch.Tensor, torch.Tensor] | None,
+    masks: BlockMasks,
+) -> torch.Tensor:
+    """Sliding-window attention over a long text, block by block.
+
+    Args:
+        attend: `attend(query, keys, values, mask)` -> [B, Q, H, C].
+        query: [B, H, T, C]; new: keys and values of the same tokens; history: those before them.
+
+    Returns:
+        [B, T, H, C].
+    """
+    blocks = list(zip(*(states.split(masks.size, dim=2) for states in (query, *new)), strict=True))
+    outputs, before = [], history
+    for index, (queries, *keys_values) in enumerate(blocks):
+        seen = (
+            keys_values
+            if before is None
+            else [torch.cat(pair, dim=2) for pair in zip(before, keys_values, strict=True)]
+        )
+        outputs.append(attend(queries, *seen, masks.of(index, len(blocks))))
+        before = keys_values
+    return torch.cat(outputs, dim=1)
 
 
 def valid_columns(tokens: Sequence[int], columns: int, device: torch.device) -> torch.Tensor | None:

@@ -96,9 +96,6 @@ class LearnedContext:
         histories = tuple(kv if kv is None else (kv[0].detach(), kv[1].detach()) for kv in self.histories)
         return replace(self, fast=fast, pending=pending, histories=histories)
 
-    def without_pending(self) -> "LearnedContext":
-        return replace(self, pending=None)
-
 
 def take_last(states: torch.Tensor, ends: Sequence[int], length: int) -> torch.Tensor:
     """The `length` columns before column `ends[row]` of each row, aligned right.

@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .attention import AttentionInputs, at_least_float32, attention_function
+from .attention import AttentionInputs, BlockMasks, at_least_float32, attend_in_blocks, attention_function
 from .fast_weights import Delta, FastWeights, linear
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
@@ -125,21 +125,26 @@ class TTTE2EAttention(nn.Module):
         query = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), *attention.position_embeddings)
         key = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), *attention.position_embeddings)
         value = self.v_proj(x).view(heads).transpose(1, 2)
-        keys, values = key, value
         if history is not None:
-            keys = torch.cat([history[0].to(key.dtype), key], dim=2)
-            values = torch.cat([history[1].to(value.dtype), value], dim=2)
-        output, weights = attention_function(attention.implementation)(
-            self,
-            query,
-            keys,
-            values,
-            attention.masks[self.layer_type],
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-        )
+            history = (history[0].to(key.dtype), history[1].to(value.dtype))
+        mask = attention.masks[self.layer_type]
+        if isinstance(mask, BlockMasks):
+
+            def attend(*states: torch.Tensor) -> torch.Tensor:
+                return self._attend(attention.implementation, *states)[0]
+
+            output, weights = attend_in_blocks(attend, query, (key, value), history, mask), None
+        else:
+            seen = (key, value)
+            if history is not None:
+                seen = [torch.cat(pair, dim=2) for pair in zip(history, seen, strict=True)]
+            output, weights = self._attend(attention.implementation, query, *seen, mask)
         output = self.o_proj(output.reshape(*x.shape[:-1], -1))
         return output, (key, value), weights
+
+    def _attend(self, implementation: str, query, keys, values, mask) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attend = attention_function(implementation)
+        return attend(self, query, keys, values, mask, scaling=self.scaling, sliding_window=self.sliding_window)
 
 
 class Block(nn.Module):

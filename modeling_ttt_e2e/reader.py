@@ -15,10 +15,13 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .attention import AttentionInputs, attention_mask, valid_columns
+from .attention import AttentionInputs, attention_mask, block_masks, valid_columns
 from .context import LearnedContext, take_last
 from .inner_loop import UpdateRule, log_likelihood_loss, widened
 from .layers import KeysValues
+
+# A text of more windows than this is read block by block, so that no mask or score grows with its square.
+BLOCKS_FROM_WINDOWS = 4
 
 
 @dataclass(frozen=True)
@@ -145,9 +148,11 @@ class Reader:
             columns = 0 if history is None else history[0].shape[2]
             window = self.config.sliding_window if layer_type == "sliding_attention" else None
             valid = valid_columns(context.tokens, columns, device)
-            masks[layer_type] = attention_mask(
-                self.implementation, window, columns, length, context.rows, valid, device
-            )
+            in_blocks = window is not None and length > BLOCKS_FROM_WINDOWS * window and not self.wanted.attentions
+            if "flash" in self.implementation:
+                in_blocks = False  # needs no mask and no scores at any length
+            make_masks = block_masks if in_blocks else attention_mask
+            masks[layer_type] = make_masks(self.implementation, window, columns, length, context.rows, valid, device)
         return AttentionInputs(self.model.rotary_emb(position_ids, self.model.dtype), masks, self.implementation)
 
     def extend(

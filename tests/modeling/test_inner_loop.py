@@ -496,3 +496,26 @@ def test_attention_implementations_agree(changes):
     torch.testing.assert_close(logits, other_logits, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(loss, other_loss, rtol=1e-12, atol=0)
     assert distance(grads, other_grads) < 1e-11
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("read_before", [0, 5, 50])
+def test_attention_block_by_block_equals_attention_at_once(implementation, read_before, monkeypatch):
+    """A long text's blocks of one window give the loss and gradients of one mask, padding and history included."""
+    ids = random_ids(2, 131)
+    mask = torch.ones_like(ids)
+    mask[1, :40] = 0
+    results = []
+    for from_windows in (4, 1000):
+        monkeypatch.setattr("ttt_e2e.reader.BLOCKS_FROM_WINDOWS", from_windows)
+        model = small_model(torch.float64, num_key_value_heads=2, attn_implementation=implementation)
+        cache = TTTE2ECache(model.config)
+        if read_before:
+            with torch.no_grad():
+                model(ids[:, :read_before], mask[:, :read_before], past_key_values=cache)
+        new = ids[:, read_before:]
+        output = model(new, mask, past_key_values=cache, labels=new)
+        output.loss.backward()
+        results.append({"logits": output.logits, **gradients(model)})
+    for name, at_once in results[1].items():
+        torch.testing.assert_close(results[0][name], at_once, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")

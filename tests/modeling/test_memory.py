@@ -160,8 +160,7 @@ def test_checkpointing_grows_by_prefix_activations_and_boundary_states():
     every, short, long = 8, 16 * BATCH, 48 * BATCH
     growth = saved(long, every) - saved(short, every)
     groups = (long - short) // BATCH // every
-    mask = long**2 - short**2  # the prefix's attention mask, a byte per pair
     # The inputs of two prefix blocks, of the first suffix block's attention and of the inner loop; angles, ids,
     # targets and losses take less than two more hidden states. One inner step's activations would be about 300.
     per_token = (4 + 2) * HIDDEN * 4
-    assert growth <= groups * GROUP + mask + per_token * (long - short)
+    assert growth <= groups * GROUP + per_token * (long - short)
