@@ -56,7 +56,8 @@ class ClippedDescent(torch.autograd.Function):
         ctx.save_for_backward(norms, factors, *gradients)
         ctx.mark_non_differentiable(norms)
         ctx.set_materialize_grads(False)
-        return *(w - _per_row(factors, w) * g for w, g in zip(weights, gradients, strict=True)), norms
+        scales, pairs = factors.tolist(), zip(weights, gradients, strict=True)
+        return *(_subtract_scaled(w, g, scales) for w, g in pairs), norms
 
     @staticmethod
     @once_differentiable
@@ -69,15 +70,25 @@ class ClippedDescent(torch.autograd.Function):
             dots = sum(_row_dots(bar, g).to(norms.device) for bar, g in pairs)
             clipped = (norms > ctx.max_norm) if ctx.max_norm else torch.zeros_like(norms, dtype=torch.bool)
             along = (factors * dots / norms.square()).masked_fill(~clipped, 0.0)
+            scales = factors.tolist()
+            gradient_bars = [_per_row(along, g) * g for g in gradients]
             gradient_bars = [
-                _per_row(along, g) * g if bar is None else _per_row(along, g) * g - _per_row(factors, g) * bar
-                for bar, g in zip(new_bars, gradients, strict=True)
+                along_g if bar is None else _subtract_scaled(along_g, bar, scales)
+                for along_g, bar in zip(gradient_bars, new_bars, strict=True)
             ]
         return None, None, *new_bars, *gradient_bars
 
 
 def _per_row(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.to(like.device)[:, None, None]
+
+
+def _subtract_scaled(first: torch.Tensor, second: torch.Tensor, factors: Sequence[float]) -> torch.Tensor:
+    """first - factors * second, [B, out, in]: one pass per row, where a broadcast product would take two."""
+    result = torch.empty_like(first)
+    for row, factor in enumerate(factors):
+        torch.sub(first[row], second[row], alpha=factor, out=result[row])
+    return result
 
 
 def _row_dots(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .attention import AttentionInputs, BlockMasks, at_least_float32, attend_in_blocks, attention_function
 from .fast_weights import Delta, FastWeights, linear
+from .rms_norm import rms_normalize
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 
@@ -32,8 +33,7 @@ class TTTE2ERMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.to(at_least_float32(x.dtype))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        normed = rms_normalize(x.to(at_least_float32(x.dtype)), self.eps)
         return (normed * self.weight).to(x.dtype)
 
 

@@ -9,6 +9,7 @@ import torch
 from ttt_e2e import TTTE2ECache, call, checkpointing, fast_weights
 from ttt_e2e.attention import TWICE_DIFFERENTIABLE, attention_function, attention_mask
 from ttt_e2e.descent import ClippedDescent, clip_factors, clipped_descent, global_norms
+from ttt_e2e.rms_norm import rms_normalize, rms_normalize_plain
 
 from .helpers import BATCH, VOCAB, WINDOW, gradients, random_ids, small_model
 
@@ -519,3 +520,20 @@ def test_attention_block_by_block_equals_attention_at_once(implementation, read_
         results.append({"logits": output.logits, **gradients(model)})
     for name, at_once in results[1].items():
         torch.testing.assert_close(results[0][name], at_once, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_normalisation_equals_its_plain_statement_up_to_the_second_derivative():
+    """Value, gradient and second derivative in float64, near zero too, where the epsilon matters."""
+    x = torch.randn(3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[0] *= 1e-3
+    results = []
+    for normalize in (rms_normalize, rms_normalize_plain):
+        leaf = x.clone().requires_grad_()
+        value = normalize(leaf, 1e-6)
+        (gradient,) = torch.autograd.grad(value.sin().sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad((gradient * x.cos()).sum() + value.cos().sum(), leaf)
+        results.append((value, gradient, second))
+    for fast, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-9)
+    leaf = x[1:].clone().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda y: rms_normalize(y, 1e-6), leaf)
