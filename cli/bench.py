@@ -9,16 +9,17 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Repetitions; the median is shown.", min=1)] = 9,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Time a training step, reading and decoding against the same model without learning (about 2 minutes).
+    """Measure a training step, reading and decoding against the same model without learning (about 3 minutes).
 
-    On the CPU: CPU time of one thread, in float32, with the sizes that the README names.
+    On the CPU: CPU time of one thread, in float32, and the growth of resident memory. The sizes stand above the tables.
     """
     from rich.console import Console
 
-    from ..benchmarks import SpeedSizes, measure_decoding, measure_passes
+    from ..benchmarks import SpeedSizes, measure_decoding, measure_memory, measure_passes
     from ..evaluation import Table
 
     sizes = SpeedSizes()
+    memory = measure_memory(sizes, device)
     passes = measure_passes(sizes, rounds, device)
     few, many = 4, 64
     decoding = measure_decoding(sizes, rounds, (few, many), device)
@@ -27,14 +28,14 @@ def bench(
         "reading": passes["reading, plain"],
         "decoding": decoding[f"decoding after {few} mini-batches"],
     }
-    rows = [
-        [
-            name,
-            f"{seconds * 1000:.1f}",
-            f"{seconds / next(references[key] for key in references if name.startswith(key)):.2f}",
-        ]
-        for name, seconds in {**passes, **decoding}.items()
-    ]
-    title = ", ".join(f"{name} {value}" for name, value in vars(sizes).items())
-    table = Table(title, ["what (decoding: per token)", "milliseconds", "ratio to the first"], rows)
-    Console().print(table.rich())
+
+    def ratio(name: str, seconds: float) -> str:
+        return f"{seconds / next(references[what] for what in references if name.startswith(what)):.2f}"
+
+    timed = {**passes, **decoding}
+    speed_rows = [[name, f"{seconds * 1000:.1f}", ratio(name, seconds)] for name, seconds in timed.items()]
+    memory_rows = [[name, f"{size / 2**20:.0f}"] for name, size in memory.items()]
+    console = Console()
+    console.print(", ".join(f"{name} {value}" for name, value in vars(sizes).items()))
+    console.print(Table("Time (decoding: per token)", ["", "milliseconds", "ratio to the first"], speed_rows).rich())
+    console.print(Table("Memory at the peak, beyond model and input", ["", "MiB"], memory_rows).rich())

@@ -36,6 +36,7 @@ def train_model(model: PreTrainedModel, rows: Dataset, arguments: dict, folder: 
         seed: of the order of the rows. (The weights are the caller's.)
     """
     defaults = {"save_strategy": "no", "report_to": "none", "dataloader_pin_memory": torch.cuda.is_available()}
+    use_cache = model.config.use_cache
     trainer = Trainer(
         model=model,
         args=TrainingArguments(output_dir=str(folder), seed=seed, **(defaults | arguments)),
@@ -43,6 +44,7 @@ def train_model(model: PreTrainedModel, rows: Dataset, arguments: dict, folder: 
         data_collator=default_data_collator,
     )
     metrics = trainer.train().metrics
+    model.config.use_cache = use_cache  # the trainer turns it off, and it would be saved so
     steps = trainer.state.global_step
     rows_per_step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
     return TrainingRun(

@@ -1,8 +1,10 @@
 """The benchmark runs every variant; its numbers are not judged here."""
 
+import pytest
 import torch
 
 from ttt_e2e.benchmarks import SpeedSizes, measure_decoding, measure_passes
+from ttt_e2e.benchmarks.memory import peak_growth
 
 SMALL = SpeedSizes(
     vocab_size=32,
@@ -25,3 +27,12 @@ def test_all_variants_are_timed_and_threads_restored():
     assert len(passes) == 6 and list(decoding) == ["decoding after 1 mini-batches", "decoding after 3 mini-batches"]
     assert all(seconds > 0 for seconds in [*passes.values(), *decoding.values()])
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("work", ["train", "read"])
+def test_peak_never_shrinks(work):
+    threads = torch.get_num_threads()
+    try:
+        assert peak_growth(SMALL, work, learn=True, checkpoint=False, device="cpu") >= 0
+    finally:
+        torch.set_num_threads(threads)

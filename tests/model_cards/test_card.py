@@ -16,7 +16,13 @@ def test_card_shows_facts_and_table(tmp_path):
     path = write_model_card(tmp_path, config, "A model", "Ten files.", {"tokens": "1,000", "time": "3 s"}, RESULTS)
     card = ModelCard.load(path)
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
-    for text in ["# A model", "last 1 of 4 blocks", "128 tokens", "Ten files.", "- tokens: 1,000\n- time: 3 s\n"]:
+    for text in [
+        "# A model",
+        "blocks: 4, of them 1",
+        "window: 128 tokens",
+        "Ten files.",
+        "- tokens: 1,000\n- time: 3 s\n",
+    ]:
         assert text in card.text
     assert f"Loss on 3 files\n\n{RESULTS.markdown()}\n## Limits" in card.text
 

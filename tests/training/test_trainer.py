@@ -27,6 +27,7 @@ def train(folder, **fields):
     ids = [[row % 4, 4] * 8 + [row % 4] for row in range(16)]
     rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
     run = train_model(model, rows, ARGUMENTS, folder, seed=0)
+    assert model.config.use_cache, "a trained model generates with its cache"
     unchanged = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
     return run, unchanged
 
