@@ -24,7 +24,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(INSTALLED) ## train, compare, generate, save a learned context (8 to 12 minutes on 2 cores)
+demo: $(INSTALLED) ## train, compare, generate, save a learned context (6 to 12 minutes on 2 cores)
 	$(BIN)/ttt-e2e demo $(ARGS)
 
 test: lint ## linter and tests without the slow ones (at most 10 minutes on 2 cores)
@@ -37,7 +37,7 @@ lint: $(INSTALLED_DEV) ## linter and formatter, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(INSTALLED) ## time a training step, reading and decoding against the plain model
+bench: $(INSTALLED) ## time and memory of training, reading and decoding against the plain model
 	$(BIN)/ttt-e2e bench $(ARGS)
 
 install: $(INSTALLED) ## only the set-up
