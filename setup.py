@@ -4,6 +4,7 @@ The folders of the repository are mapped below the name `ttt_e2e`, so that `impo
 `modeling_ttt_e2e/` (which is also what a Hub folder contains) and `ttt_e2e.training` is `training/`.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import setup
@@ -18,9 +19,12 @@ PACKAGE_FOLDERS = {
     "ttt_e2e.benchmarks": "benchmarks",
 }
 
+FACE = Path(__file__).with_name("modeling_ttt_e2e") / "__init__.py"
+VERSION = re.search(r'^__version__ = "(.+)"', FACE.read_text(encoding="utf-8"), re.MULTILINE).group(1)
+
 setup(
     name="ttt-e2e",
-    version="0.1.0",
+    version=VERSION,
     description="End-to-End Test-Time Training (TTT-E2E) for Hugging Face Transformers",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

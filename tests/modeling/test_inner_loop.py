@@ -1,31 +1,23 @@
 """The inner loop: exact gradients, its update rule, and when a step is taken."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ttt_e2e import TTTE2ECache, call, checkpointing, fast_weights
-from ttt_e2e.attention import TWICE_DIFFERENTIABLE, attention_function, attention_mask
 from ttt_e2e.descent import ClippedDescent, clip_factors, clipped_descent, global_norms
-from ttt_e2e.rms_norm import rms_normalize, rms_normalize_plain
 
-from .helpers import BATCH, VOCAB, WINDOW, gradients, random_ids, small_model
-
-
-def loss_and_gradients(model, ids, **arguments):
-    model.zero_grad()
-    loss = model(ids, labels=ids, **arguments).loss
-    loss.backward()
-    return loss.detach(), gradients(model)
-
-
-def distance(one, other):
-    """Relative L2 distance over all gradients."""
-    assert one.keys() == other.keys()
-    apart = sum((one[name] - other[name]).square().sum().item() for name in one)
-    return math.sqrt(apart / sum(tensor.square().sum().item() for tensor in other.values()))
+from .helpers import (
+    BATCH,
+    VOCAB,
+    distance,
+    gradients,
+    loss_and_gradients,
+    ragged,
+    random_ids,
+    small_model,
+)
 
 
 def learned(model, ids, **arguments):
@@ -91,15 +83,6 @@ def test_outer_gradient_equals_finite_differences(changes):
         slope = sum((exact[name] * direction).sum().item() for name, direction in directions.items())
         quotient = (loss_beside(directions, step) - loss_beside(directions, -step)) / (2 * step)
         assert slope == pytest.approx(quotient, rel=1e-5, abs=1e-8), group
-
-
-def ragged(rows=3, length=4 * BATCH + 3):
-    """Ids and a mask with padding on the right, each row of another number of mini-batches."""
-    ids = random_ids(rows, length)
-    mask = torch.ones_like(ids)
-    mask[1, BATCH + 3 :] = 0
-    mask[2, 3 * BATCH :] = 0
-    return ids, mask
 
 
 def loss_of_everything(model, ids, mask):
@@ -429,111 +412,3 @@ def test_every_form_of_the_fast_weights_computes_the_same(changes, monkeypatch):
         torch.testing.assert_close(loss, other_loss, rtol=1e-12, atol=0)
         assert distance(grads, other_grads) < 1e-12
         torch.testing.assert_close(fast, other_fast, rtol=1e-10, atol=1e-12)
-
-
-def attention_case(groups=1, queries=5, history=4):
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(2, 4, queries, 6), (2, 4 // groups, history + queries, 6), (2, 4 // groups, history + queries, 6)]
-    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    valid = torch.tensor([[True] * history, [False] * (history - 1) + [True]])
-    mask = attention_mask(TWICE_DIFFERENTIABLE, 6, history, queries, 2, valid, torch.device("cpu"))
-    module = SimpleNamespace(num_key_value_groups=groups, training=False)
-
-    def attend(implementation):
-        return lambda q, k, v: attention_function(implementation)(module, q, k, v, mask, scaling=0.4)[0]
-
-    return attend, tensors
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-def test_twice_differentiable_attention_equals_eager_up_to_the_second_derivative(groups):
-    attend, tensors = attention_case(groups)
-    derivatives = []
-    for implementation in ("eager", TWICE_DIFFERENTIABLE):
-        output = attend(implementation)(*tensors)
-        first = torch.autograd.grad(output.sin().sum(), tensors, create_graph=True)
-        second = torch.autograd.grad(sum(g.cos().sum() for g in first), tensors)
-        derivatives.append([output, *first, *second])
-    torch.testing.assert_close(derivatives[1], derivatives[0], rtol=1e-10, atol=1e-12)
-
-
-def test_twice_differentiable_attention_passes_gradcheck():
-    attend, tensors = attention_case(queries=3, history=2)
-    assert torch.autograd.gradcheck(attend(TWICE_DIFFERENTIABLE), tensors)
-    assert torch.autograd.gradgradcheck(attend(TWICE_DIFFERENTIABLE), tensors)
-
-
-@pytest.mark.parametrize("window", [None, 1, 5, WINDOW])
-@pytest.mark.parametrize("history", [0, 3, WINDOW - 1])
-def test_a_query_sees_itself_and_its_window_and_nothing_a_row_has_not_read(window, history):
-    new, tokens = 7, [history, max(history - 2, 0)]
-    first = torch.tensor([[history - n] for n in tokens])
-    valid = torch.arange(history) >= first if history else None
-    mask = attention_mask("eager", window, history, new, 2, valid, torch.device("cpu")).expand(2, 1, new, -1)
-    for row in range(2):
-        for query in range(new):
-            seen = [
-                key
-                for key in range(history + new)
-                if key <= query + history
-                and (window is None or key > query + history - window)
-                and key >= history - tokens[row]
-            ]
-            assert mask[row, 0, query].nonzero().flatten().tolist() == seen
-
-
-@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2}, {"layer_types": ["full_attention"] * 4}])
-def test_attention_implementations_agree(changes):
-    """Eager, the kernels' interface and the twice differentiable form: same outputs, same outer gradient."""
-    ids, mask = ragged()
-    results = []
-    for implementation in ("eager", "sdpa"):
-        model = small_model(torch.float64, **changes)
-        model.set_attn_implementation(implementation)
-        with torch.no_grad():
-            logits = model(ids, attention_mask=mask).logits
-        results.append((logits, *loss_and_gradients(model, ids, attention_mask=mask)))
-    (logits, loss, grads), (other_logits, other_loss, other_grads) = results
-    torch.testing.assert_close(logits, other_logits, rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(loss, other_loss, rtol=1e-12, atol=0)
-    assert distance(grads, other_grads) < 1e-11
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("read_before", [0, 5, 50])
-def test_attention_block_by_block_equals_attention_at_once(implementation, read_before, monkeypatch):
-    """A long text's blocks of one window give the loss and gradients of one mask, padding and history included."""
-    ids = random_ids(2, 131)
-    mask = torch.ones_like(ids)
-    mask[1, :40] = 0
-    results = []
-    for from_windows in (4, 1000):
-        monkeypatch.setattr("ttt_e2e.reader.BLOCKS_FROM_WINDOWS", from_windows)
-        model = small_model(torch.float64, num_key_value_heads=2, attn_implementation=implementation)
-        cache = TTTE2ECache(model.config)
-        if read_before:
-            with torch.no_grad():
-                model(ids[:, :read_before], mask[:, :read_before], past_key_values=cache)
-        new = ids[:, read_before:]
-        output = model(new, mask, past_key_values=cache, labels=new)
-        output.loss.backward()
-        results.append({"logits": output.logits, **gradients(model)})
-    for name, at_once in results[1].items():
-        torch.testing.assert_close(results[0][name], at_once, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_normalisation_equals_its_plain_statement_up_to_the_second_derivative():
-    """Value, gradient and second derivative in float64, near zero too, where the epsilon matters."""
-    x = torch.randn(3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    x[0] *= 1e-3
-    results = []
-    for normalize in (rms_normalize, rms_normalize_plain):
-        leaf = x.clone().requires_grad_()
-        value = normalize(leaf, 1e-6)
-        (gradient,) = torch.autograd.grad(value.sin().sum(), leaf, create_graph=True)
-        (second,) = torch.autograd.grad((gradient * x.cos()).sum() + value.cos().sum(), leaf)
-        results.append((value, gradient, second))
-    for fast, plain in zip(*results, strict=True):
-        torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-9)
-    leaf = x[1:].clone().requires_grad_()
-    assert torch.autograd.gradgradcheck(lambda y: rms_normalize(y, 1e-6), leaf)

@@ -2,14 +2,19 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from ttt_e2e import TTTE2ECache
 
-from .helpers import BATCH, SMALL, VOCAB, WINDOW, gradients, random_ids, small_model
-
-LENGTH = 3 * BATCH + 2
-
+from .helpers import (
+    BATCH,
+    LENGTH,
+    VOCAB,
+    WINDOW,
+    gradients,
+    padded,
+    random_ids,
+    small_model,
+)
 
 # -------------------------------------------------------------------------------------------- causality, lengths
 
@@ -73,21 +78,6 @@ def test_nothing_to_predict_is_loss_zero_and_has_a_gradient(length, checkpointin
 
 
 # ------------------------------------------------------------------------------------------------------ padding
-
-
-def padded(side: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Ids, mask and lengths of four rows; columns of padding hold ids of real words."""
-    lengths = [LENGTH, BATCH + 1, 2 * BATCH + 5, 3]
-    ids, mask = random_ids(4, LENGTH), torch.zeros(4, LENGTH, dtype=torch.long)
-    generator = torch.Generator().manual_seed(0)
-    for row, length in enumerate(lengths):
-        if side == "left":
-            mask[row, LENGTH - length :] = 1
-        elif side == "right":
-            mask[row, :length] = 1
-        else:
-            mask[row, torch.randperm(LENGTH, generator=generator)[:length]] = 1
-    return ids, mask, lengths
 
 
 @pytest.mark.parametrize("side", ["left", "right", "anywhere"])
@@ -447,91 +437,3 @@ def test_positions_are_exact_at_ten_million(dtype, tolerance):
 
 
 # ------------------------------------------------------------------------------------------------ architectures
-
-ARCHITECTURES = {
-    "sliding": {},
-    "full attention": {"layer_types": ["full_attention"] * 4, "sliding_window": None},
-    "5:1 hybrid": {"num_hidden_layers": 6, "layer_types": ["sliding_attention"] * 5 + ["full_attention"]},
-    "no suffix": {"num_suffix_layers": 0, "test_time_training": False},
-    "no prime": {"use_prime_mlp": False},
-    "narrow prime": {"prime_intermediate_size": 24},
-    "grouped": {"num_key_value_heads": 2, "head_dim": 16},
-    "bias": {"attention_bias": True},
-    "no qk norm": {"qk_norm": False},
-    "no post norm": {"post_norm": False},
-    "whole model learns": {"num_suffix_layers": 4},
-    "gelu untied": {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": False},
-    "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
-    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
-}
-
-
-@pytest.mark.parametrize("learning", [True, False])
-@pytest.mark.parametrize("changes", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
-def test_reading_in_parts_is_reading_at_once(changes, learning):
-    if learning and changes.get("num_suffix_layers") == 0:
-        learning = False
-    model = small_model(torch.float64, **changes)
-    ids = random_ids(2, LENGTH)
-    arguments = {"test_time_training": learning}
-    whole = model(ids, use_cache=False, **arguments).logits
-    with torch.no_grad():
-        cache, parts, start = TTTE2ECache(model.config), [], 0
-        for end in (1, 2, BATCH, BATCH + 1, 2 * BATCH + 3, LENGTH):
-            parts.append(model(ids[:, start:end], past_key_values=cache, **arguments).logits)
-            start = end
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-9, atol=1e-10)
-    plain = model(ids, test_time_training=False).logits
-    assert ((whole - plain).abs().max() > 1e-3) == learning
-
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 1e4,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-
-
-@pytest.mark.parametrize(
-    ("config_class", "model_class", "theirs", "ours"),
-    [
-        (LlamaConfig, LlamaForCausalLM, {}, {}),
-        (LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3, "attention_bias": True}, {}),
-        (LlamaConfig, LlamaForCausalLM, {"rope_parameters": ARCHITECTURES["yarn"]["rope_parameters"]}, {}),
-        (LlamaConfig, LlamaForCausalLM, {"rope_parameters": ARCHITECTURES["linear"]["rope_parameters"]}, {}),
-        (MistralConfig, MistralForCausalLM, {"sliding_window": 7}, {"layer_types": ["sliding_attention"] * 4}),
-        (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}, {"qk_norm": True}),
-    ],
-    ids=["llama", "llama3-rope-and-bias", "yarn", "linear", "mistral", "qwen3"],
-)
-def test_the_plain_model_is_that_of_other_decoders(config_class, model_class, theirs, ours):
-    """The same weights under our names give the same logits as transformers' own models."""
-    sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads initializer_range"
-    shared = {name: SMALL[name] for name in sizes.split()} | {
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-        "max_position_embeddings": 64,
-    }
-    torch.manual_seed(0)
-    other = model_class(config_class(**(shared | theirs))).double().eval()
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    plain = {"layer_types": ["full_attention"] * 4, "qk_norm": False, "post_norm": False}
-    none = {"num_suffix_layers": 0, "test_time_training": False, "sliding_window": None}
-    model = small_model(torch.float64, **(shared | plain | none | theirs | ours))
-    renamed = {}
-    for name, tensor in other.state_dict().items():
-        name = name.replace("post_attention_layernorm", "pre_feedforward_layernorm")
-        renamed["model.lm_head.weight" if name == "lm_head.weight" else name] = tensor
-    model.load_state_dict(renamed)
-    ids, mask, _ = padded("left")
-    real = mask.bool()
-    expected = other(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).logits
-    # Their frequencies and angles are float32, ours float64 from float32 frequencies.
-    torch.testing.assert_close(model(ids, attention_mask=mask).logits[real], expected[real], rtol=0, atol=2e-5)
