@@ -6,7 +6,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
-    DynamicCache,
     MaxTimeCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -18,61 +17,14 @@ from transformers import (
 from ttt_e2e import TTTE2ECache
 
 from .by_hand import ReadingByHand
-from .helpers import BATCH, VOCAB, WINDOW, random_ids, small_model
+from .generating import CLOSE, CLOSE_LOGITS, NEW, WAYS, assert_contexts_equal, endless, generate, left_padded
+from .helpers import BATCH, VOCAB, WINDOW, random_ids
 from .tiny_tokenizer import byte_level_tokenizer
-
-CLOSE = {"rtol": 1e-9, "atol": 1e-9}  # float64 under other orders of summation, amplified by a few inner steps
-CLOSE_LOGITS = {"rtol": 1e-6, "atol": 1e-6}  # generate() returns float32
-NEW = 2 * BATCH + 3
-WAYS = {
-    "greedy": {"do_sample": False},
-    "sampling": {"do_sample": True, "top_k": 20, "temperature": 1.5},
-    "beams": {"do_sample": False, "num_beams": 3},
-    "beam-sample": {"do_sample": True, "num_beams": 3},
-    "several-samples": {"do_sample": True, "num_return_sequences": 2},
-    "several-beams": {"do_sample": False, "num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.5},
-}
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=lambda blocks: f"{blocks}-suffix-blocks")
 def model(request):
     return endless(request.param)
-
-
-@pytest.fixture(scope="module")
-def two_blocks():
-    return endless(2)
-
-
-def endless(blocks=2, **others):
-    """A model that ends no sequence by itself; a head of its own and large weights make it write many different ids."""
-    changes = {"eos_token_id": None, "tie_word_embeddings": False, "initializer_range": 0.3}
-    return small_model(torch.float64, num_suffix_layers=blocks, **changes | others)
-
-
-def generate(model, ids=None, **arguments):
-    """Ids and everything else of a seeded generation."""
-    set_seed(0)
-    settings = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    # The padding id is never written, or a row would end there.
-    return model.generate(ids, suppress_tokens=[0], **(settings | arguments))
-
-
-def left_padded(lengths=(5, 2 * BATCH, 3 * BATCH - 2)):
-    """Ids, their mask, and the rows without padding."""
-    rows = [random_ids(1, length, seed=length) for length in lengths]
-    ids, mask = torch.zeros(len(rows), max(lengths), dtype=torch.long), torch.zeros(len(rows), max(lengths)).long()
-    for index, row in enumerate(rows):
-        ids[index, -row.shape[1] :], mask[index, -row.shape[1] :] = row, 1
-    return ids, mask, rows
-
-
-def assert_contexts_equal(cache, other):
-    """Same counters and same fast weights, row by row."""
-    assert cache.context.tokens == other.context.tokens
-    assert cache.context.pending_counts == other.context.pending_counts
-    left, right = cache.context.fast.own_copies().tensors, other.context.fast.own_copies().tensors
-    torch.testing.assert_close(left, right, **CLOSE)
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -293,130 +245,6 @@ def test_generating_without_test_time_training_is_the_plain_model(two_blocks, wa
 # ---- finished rows ----
 
 
-def ending_batch(model, padding_id, prompt_lengths=(7, 12), new=NEW, **arguments):
-    """Two prompts, of which the first ends early and the second goes on to the end."""
-    ids, mask, rows = left_padded(prompt_lengths)
-    free = generate(model, ids, attention_mask=mask, max_new_tokens=new).sequences[:, ids.shape[1] :]
-    place = next(n for n in range(3, new - 4) if free[0, n] not in free[1] and free[0, n] not in free[0, :n])
-    end = int(free[0, place])
-    special = {"eos_token_id": end, "pad_token_id": end if padding_id is None else padding_id}
-    output = generate(model, ids, attention_mask=mask, max_new_tokens=new, **special, **arguments)
-    written = output.sequences[:, ids.shape[1] :]
-    assert written[0, : place + 1].tolist() == free[0, : place + 1].tolist()
-    assert set(written[0, place + 1 :].tolist()) == {special["pad_token_id"]}
-    assert torch.equal(written[1], free[1])
-    return output, mask, rows, special, place
-
-
-@pytest.mark.parametrize(
-    "padding_id, use_cache, pass_mask",
-    [(0, True, True), (0, True, False), (None, True, True), (0, False, True), (None, False, True)],
-    ids=["padding", "padding-no-mask", "padding-is-end", "padding-no-cache", "padding-is-end-no-cache"],
-)
-def test_what_follows_a_generated_end_is_not_read(two_blocks, padding_id, use_cache, pass_mask):
-    """A finished row goes on, after more text, as if it had been generated alone and then continued."""
-    output, mask, rows, special, place = ending_batch(two_blocks, padding_id, use_cache=use_cache)
-    question = random_ids(2, 10, seed=3)
-    if use_cache:
-        assert output.past_key_values.context.tokens == (rows[0].shape[1] + place + 1, rows[1].shape[1] + NEW - 1)
-    conversation = torch.cat([output.sequences, question], dim=1)
-    full_mask = torch.cat([mask, torch.ones(2, NEW + 10, dtype=torch.long)], dim=1)
-    if not use_cache:
-        # Without a context nobody remembers where the rows ended; the mask has to say it.
-        full_mask[0, mask.shape[1] + place + 1 : mask.shape[1] + NEW] = 0
-    rest = generate(
-        two_blocks,
-        conversation,
-        attention_mask=full_mask if pass_mask else None,
-        past_key_values=output.past_key_values,
-        **special | {"eos_token_id": None},
-    )
-    for row, length in enumerate((place + 1, NEW)):
-        alone = generate(two_blocks, rows[row], **special)
-        text = alone.sequences[:, : rows[row].shape[1] + length]
-        both = torch.cat([text, question[row : row + 1]], dim=1)
-        cache = alone.past_key_values if use_cache else None
-        arguments = special | {"eos_token_id": None, "attention_mask": torch.ones_like(both)}
-        expected = generate(two_blocks, both, past_key_values=cache, **arguments)
-        assert torch.equal(rest.sequences[row, -NEW:], expected.sequences[0, -NEW:])
-        if use_cache:
-            own = rest.past_key_values.fork()
-            own.batch_select_indices(torch.tensor([row]))
-            assert_contexts_equal(own, expected.past_key_values)
-
-
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_rows_and_beams_that_end_at_different_steps(two_blocks, way):
-    """With and without cache, and, where nothing is drawn at random, as each prompt alone."""
-    ids, mask, rows = left_padded()
-    ends = {"eos_token_id": list(range(3, 24)), "min_new_tokens": 3, **way, "length_penalty": 1.0}
-    output, without = (generate(two_blocks, ids, attention_mask=mask, use_cache=use, **ends) for use in (True, False))
-    assert torch.equal(output.sequences, without.sequences)
-    written = output.sequences[:, ids.shape[1] :]
-    assert len({int((row < 24).long().argmax()) for row in written}) > 1
-    if not way["do_sample"] and "num_return_sequences" not in way:
-        for index, row in enumerate(rows):
-            alone = generate(two_blocks, row, **ends).sequences[0, row.shape[1] :]
-            assert torch.equal(written[index, : len(alone)], alone)
-            assert bool((written[index, len(alone) :] < 24).all())
-
-
-def test_new_ids_after_a_finished_row(two_blocks):
-    """The same with only the new ids and a full-length mask, read in chunks."""
-    output, mask, rows, special, place = ending_batch(two_blocks, 0)
-    question = random_ids(2, 10, seed=3)
-    cache = output.past_key_values
-    new = torch.cat([output.sequences, question], dim=1)[:, cache.get_seq_length() :]
-    full_mask = torch.cat([mask, torch.ones(2, NEW + 10, dtype=torch.long)], dim=1)
-    arguments = {"attention_mask": full_mask, "past_key_values": cache, "prefill_chunk_size": 3}
-    rest = generate(two_blocks, new, **arguments, **special | {"eos_token_id": None})
-    text = torch.cat([rows[0], output.sequences[:1, mask.shape[1] :][:, : place + 1], question[:1]], dim=1)
-    expected = generate(two_blocks, text, **special | {"eos_token_id": None})
-    assert torch.equal(rest.sequences[0, -NEW:], expected.sequences[0, -NEW:])
-
-
-def test_a_finished_row_stays_finished_through_selection_and_files(two_blocks, tmp_path):
-    output, *_ = ending_batch(two_blocks, 0)
-    cache = output.past_key_values
-    assert (cache.finished, cache.padding_id) == ((True, False), 0)
-    cache.batch_repeat_interleave(2)
-    assert cache.finished == (True, True, False, False)
-    cache.batch_select_indices(torch.tensor([2, 0]))
-    cache.save_pretrained(tmp_path / "context")
-    loaded = TTTE2ECache.from_pretrained(tmp_path / "context", model=two_blocks)
-    assert (loaded.finished, loaded.padding_id) == ((False, True), 0)
-
-
-def test_ends_inside_a_prompt_finish_nothing(two_blocks):
-    """Chat templates put end tokens, which may be the padding too, between turns."""
-    prompt = random_ids(2, 20)
-    prompt[0, [4, 11, 19]], prompt[1, 9] = 2, 2
-    mask = torch.ones_like(prompt)
-    special = {"eos_token_id": 2, "pad_token_id": 2, "suppress_tokens": [0, 2], "attention_mask": mask}
-    set_seed(0)
-    output = two_blocks.generate(
-        prompt, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True, **special
-    )
-    assert output.past_key_values.context.tokens == (20 + NEW - 1,) * 2
-    assert output.past_key_values.finished is None
-    for row in range(2):
-        by_hand = ReadingByHand(two_blocks)
-        for token in output.sequences[row].tolist()[:-1]:
-            logits = by_hand.read(token)
-        torch.testing.assert_close(output.logits[-1][row].double(), logits, **CLOSE_LOGITS)
-
-
-@pytest.mark.parametrize("rows", [1, 2])
-def test_a_generated_padding_token_finishes_a_row(two_blocks, rows):
-    """Alone or in a batch: what is fed after it is neither learned nor counted."""
-    prompt = random_ids(rows, 9)
-    free = generate(two_blocks, prompt).sequences[:, 9:]
-    padding = int(free[0, 5])
-    output = generate(two_blocks, prompt, pad_token_id=padding)
-    first = (output.sequences[0, 9:] == padding).nonzero()[0].item()
-    assert output.past_key_values.context.tokens[0] == 9 + first + 1
-
-
 # ---- more ways in ----
 
 
@@ -602,97 +430,3 @@ def test_stop_strings_end_the_text(writer, tokenizer):
 
 
 # ---- what cannot be ----
-
-
-def assert_refused(model, cache, error, match, ids=None, **arguments):
-    """The call raises, and the cache is as it was."""
-    before = None if cache is None else (cache.context, cache.columns, cache.finished)
-    if cache is not None:
-        arguments["past_key_values"] = cache
-    with pytest.raises(error, match=match):
-        generate(model, random_ids(1, 20) if ids is None else ids, **arguments)
-    if cache is not None:
-        assert (cache.context, cache.columns, cache.finished) == before
-
-
-@pytest.fixture
-def cache(two_blocks):
-    with torch.no_grad():
-        return two_blocks(random_ids(1, 20)[:, :19], use_cache=True).past_key_values
-
-
-REFUSED = {
-    "unknown-learn-from": (ValueError, r"`learn_from`.*'answer'", {"learn_from": "answer"}),
-    "assistant": (ValueError, "`assistant_model", {"assistant_model": "itself"}),
-    "prompt-lookup": (ValueError, "`prompt_lookup_num_tokens=3`", {"prompt_lookup_num_tokens": 3}),
-    "early-exit": (ValueError, "`assistant_early_exit=2`", {"assistant_early_exit": 2}),
-    "static": (ValueError, "`cache_implementation='static'`", {"cache_implementation": "static"}),
-    "quantised": (ValueError, "`cache_implementation='quantized'`", {"cache_implementation": "quantized"}),
-    "offloaded": (ValueError, "`cache_implementation='offloaded'`", {"cache_implementation": "offloaded"}),
-    "continuous-batching": (ValueError, "`cache_implementation='paged'`", {"cache_implementation": "paged"}),
-    "unknown-argument": (ValueError, "learn_form", {"learn_form": "prompt"}),
-    "id-outside": (
-        ValueError,
-        f"`input_ids` holds the id {VOCAB}",
-        {"ids": torch.tensor([[*random_ids(1, 20)[0], VOCAB]])},
-    ),
-}
-
-
-REFUSED_WITH_CACHE = {
-    "cache-and-no-cache": (ValueError, "`use_cache=False`", {"use_cache": False}),
-    "plain-model": (ValueError, "`test_time_training=False`", {"test_time_training": False}),
-}
-CASES = [pytest.param(case, False, id=name) for name, case in REFUSED.items()]
-CASES += [pytest.param(case, True, id=f"{name}-cache") for name, case in (REFUSED | REFUSED_WITH_CACHE).items()]
-
-
-@pytest.mark.parametrize("case, with_cache", CASES)
-def test_what_is_impossible_is_refused_by_name(two_blocks, cache, case, with_cache):
-    error, match, arguments = case
-    arguments = {name: two_blocks if value == "itself" else value for name, value in arguments.items()}
-    assert_refused(two_blocks, cache if with_cache else None, error, match, **arguments)
-
-
-@pytest.mark.parametrize(
-    "ids, mask",
-    [
-        (random_ids(1, 5, seed=1), None),
-        (random_ids(1, 5, seed=1), torch.ones(1, 5)),
-        (random_ids(1, 5, seed=1), torch.ones(1, 23)),
-        (random_ids(1, 20)[:, :19], None),
-        (random_ids(1, 25, seed=1), None),
-    ],
-    ids=["new-ids", "short-mask", "mask-of-another-length", "nothing-new", "another-text"],
-)
-def test_a_cache_needs_the_whole_sequence_or_a_full_mask(two_blocks, cache, ids, mask):
-    match = r"`past_key_values` has read 19 columns.*`input_ids` \(\d+ columns.*`attention_mask`"
-    assert_refused(two_blocks, cache, ValueError, match, ids=ids, attention_mask=mask)
-
-
-def test_a_foreign_cache_is_refused(two_blocks):
-    foreign = DynamicCache(config=two_blocks.config)
-    with pytest.raises(TypeError, match=r"`past_key_values` is a DynamicCache.*TTTE2ECache"):
-        generate(two_blocks, random_ids(1, 5), past_key_values=foreign)
-    assert foreign.get_seq_length() == 0
-    with pytest.raises(TypeError, match="`past_key_values` is a DynamicCache"):
-        two_blocks(random_ids(1, 5), past_key_values=foreign)
-
-
-def test_a_cache_of_too_few_rows_is_refused(two_blocks, cache):
-    match = "`past_key_values` holds 1 rows but the inputs have 3.*batch_repeat_interleave"
-    assert_refused(two_blocks, cache, ValueError, match, num_beams=3)
-
-
-@pytest.mark.parametrize("with_mask", [True, False], ids=["mask", "padding-id"])
-def test_right_padding_is_refused(two_blocks, with_mask):
-    ids = random_ids(2, 20)
-    ids[0, 15:] = 0
-    with pytest.raises(ValueError, match="padding_side='left'"):
-        generate(two_blocks, ids, attention_mask=(ids > 0).long() if with_mask else None)
-
-
-def test_continuous_batching_is_refused(two_blocks):
-    assert not hasattr(two_blocks, "init_continuous_batching")
-    with pytest.raises(NotImplementedError, match="Continuous batching"):
-        two_blocks.generate_batch([[3, 4, 5]])
