@@ -121,7 +121,7 @@ def join(chunks: Sequence[tuple[torch.Tensor, torch.Tensor]], length: int | None
     if not chunks:
         return None
     if length is not None:
-        # Only the first chunk can reach beyond the window.
+        # Whole chunks beyond the window go first; then at most one is cut, before joining, which copies less.
         surplus = sum(keys.shape[2] for keys, _ in chunks) - length
         while surplus > 0 and chunks[0][0].shape[2] <= surplus:
             surplus -= chunks[0][0].shape[2]
