@@ -14,6 +14,7 @@ from .inner_loop import NO_TARGET, UpdateRule
 from .layout import AttentionWriter, Columns, ColumnWriter, segments, split_by_learning
 from .reader import Reader, Wanted
 from .reading import inner_table, read_segment
+from .sharding import check_sharding
 
 logger = logging.get_logger(__name__)
 
@@ -202,8 +203,10 @@ def make_reader(model: torch.nn.Module, request: Request) -> Reader:
     )
     implementation = "eager" if request.wanted.attentions else config._attn_implementation
     inner_implementation = implementation
-    if torch.is_grad_enabled() and rule.second_order and request.learning:
-        _check_second_order(model)
+    differentiated = torch.is_grad_enabled() and rule.second_order and request.learning
+    if request.learning:
+        check_sharding(model, differentiated)
+    if differentiated:
         inner_implementation = "eager" if implementation == "eager" else TWICE_DIFFERENTIABLE
     checkpointing = model.gradient_checkpointing and model.training
     return Reader(model, rule, implementation, inner_implementation, checkpointing, request.wanted)
@@ -264,15 +267,6 @@ def _check_learning(
             'empty cache, or stop further learning with generate(..., learn_from="none").'
         )
     return learning
-
-
-def _check_second_order(model: torch.nn.Module) -> None:
-    sharded = [name for name, p in model.named_parameters() if type(p.data).__name__ == "DTensor"]
-    if sharded:
-        raise ValueError(
-            f"`meta_gradient='second_order'` would be wrong with the tensor-parallel weight {sharded[0]!r}, whose "
-            "communication has no second derivative: use `meta_gradient='first_order'` or no tensor parallelism."
-        )
 
 
 def _mask_after_end(

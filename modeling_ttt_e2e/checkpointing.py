@@ -26,17 +26,19 @@ def run_checkpointed(
     rule: UpdateRule,
     parameters: Sequence[torch.Tensor],
     every: int | None,
+    offload: bool = False,
 ) -> tuple[InnerState, list[StepOutput]]:
     """`run_inner_loop` with the same values and gradients, and one stored state per group.
 
     Args:
         parameters: every slow weight that `suffix` uses and that takes a gradient.
         every: inner steps per group; None for the square root of their number.
+        offload: keep the stored fast weights in CPU memory.
     """
     every = every or max(1, round(math.sqrt(len(batches))))
     outputs = []
     for first in range(0, len(batches), every):
-        group = _Group(suffix, state, batches[first : first + every], rule)
+        group = _Group(suffix, state, batches[first : first + every], rule, offload)
         flat = _CheckpointedGroup.apply(group, *group.tensors(), *parameters)
         state, new_outputs = group.unflatten(flat)
         outputs.extend(new_outputs)
@@ -51,11 +53,20 @@ class _Group:
     state: InnerState
     batches: Sequence[MiniBatch]
     rule: UpdateRule
+    offload: bool
     final: InnerState | None = None
     outputs: list[StepOutput] | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         return [*(batch.inputs for batch in self.batches), *self.state.tensors()]
+
+    def to_store(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The tensors that wait for the backward pass, the fast weights among them on the CPU when offloading."""
+        if not self.offload or self.state.fast is None:
+            return list(tensors)
+        first = len(self.batches)
+        end = first + len(self.state.fast.tensors)
+        return [*tensors[:first], *map(_on_cpu, tensors[first:end]), *tensors[end:]]
 
     def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         inputs, state = tensors[: len(self.batches)], self.state.with_tensors(tensors[len(self.batches) :])
@@ -76,12 +87,22 @@ class _Group:
         return state, outputs
 
 
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in CPU memory, pinned where that makes the way back faster; the tensor itself if it is there already."""
+    if tensor.device.type == "cpu":
+        return tensor
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
+    return copy.copy_(tensor)
+
+
 class _CheckpointedGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, group, *tensors):
         count = len(group.tensors())
-        ctx.group, ctx.count = group, count
-        ctx.save_for_backward(*tensors)
+        ctx.group, ctx.devices_of_tensors = group, [tensor.device for tensor in tensors[:count]]
+        ctx.save_for_backward(*group.to_store(tensors[:count]))
+        # Not saved: a hook on saved tensors would give back copies, and the parameters would take no gradient.
+        ctx.parameters = tensors[count:]
         device = tensors[0].device.type
         ctx.autocast = {
             "device_type": device,
@@ -97,9 +118,9 @@ class _CheckpointedGroup(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs):
-        group, count = ctx.group, ctx.count
-        tensors, parameters = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        needs_grad = ctx.needs_input_grad[1 : 1 + count]
+        group, parameters = ctx.group, ctx.parameters
+        tensors = [t.to(device) for t, device in zip(ctx.saved_tensors, ctx.devices_of_tensors, strict=True)]
+        needs_grad = ctx.needs_input_grad[1 : 1 + len(tensors)]
         with torch.random.fork_rng(ctx.devices), torch.enable_grad(), torch.autocast(**ctx.autocast):
             torch.set_rng_state(ctx.random_state)
             set_device_states(ctx.devices, ctx.device_states)

@@ -50,6 +50,7 @@ class TTTE2EConfig(PreTrainedConfig):
         meta_gradient_horizon: the outer gradient is cut every so many inner steps (None: never).
         inner_checkpoint_every: inner steps in one group of checkpointing through time, which is active together with
             gradient checkpointing (None: about the square root of their number).
+        inner_checkpoint_offload: keep the fast weights stored at the beginning of each such group in CPU memory.
         test_time_training: learn while reading, unless a call says otherwise.
 
     Raises:
@@ -60,6 +61,8 @@ class TTTE2EConfig(PreTrainedConfig):
     model_type = "ttt_e2e"
     keys_to_ignore_at_inference = ["past_key_values", "inner_loss", "inner_grad_norm", "token_nll"]
     default_theta = 500000.0
+    # With FSDP2 only prefix blocks are units of their own, see `TTTE2EPreTrainedModel._expand_parallel_plan`.
+    base_model_fsdp_plan = {"layers.*": "free_full_weight"}
 
     vocab_size: int = 128256
     hidden_size: int = 768
@@ -93,6 +96,7 @@ class TTTE2EConfig(PreTrainedConfig):
     meta_gradient: str = "second_order"
     meta_gradient_horizon: int | None = None
     inner_checkpoint_every: int | None = None
+    inner_checkpoint_offload: bool = False
     test_time_training: bool = True
 
     def __post_init__(self, **kwargs):

@@ -134,8 +134,8 @@ def run_mini_batches(
         fast = _own_fast_weights(fast, layers, differences=reader.rule.horizon is not None)
     state = InnerState(fast, _keys_before(reader, context))
     if reader.checkpointing and torch.is_grad_enabled():
-        every = reader.config.inner_checkpoint_every
-        state, outputs = run_checkpointed(suffix, state, batches, reader.rule, suffix.parameters(), every)
+        every, offload = reader.config.inner_checkpoint_every, reader.config.inner_checkpoint_offload
+        state, outputs = run_checkpointed(suffix, state, batches, reader.rule, suffix.parameters(), every, offload)
     else:
         state, outputs = run_inner_loop(suffix, state, batches, reader.rule)
     _collect(reader, slots, batches, outputs, output)

@@ -77,6 +77,14 @@ class TTTE2EPreTrainedModel(PreTrainedModel):
         )
         super()._set_gradient_checkpointing(enable=enable, every_n_layers=every_n_layers, **arguments)
 
+    def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:
+        """The rules of a plan by module, where FSDP2's `layers.*` means the prefix blocks: see `sharding`."""
+        expanded = super()._expand_parallel_plan(plan)
+        suffix = self.base_model.layers[self.config.num_prefix_layers :]
+        names = {name for name, module in self.named_modules() if any(module is layer for layer in suffix)}
+        # Of the rules by block only FSDP's name a block itself; those of tensor parallelism name layers within.
+        return {name: style for name, style in expanded.items() if name not in names}
+
 
 class TTTE2EModel(TTTE2EPreTrainedModel):
     """The decoder with its head and inner loop.
