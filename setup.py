@@ -35,7 +35,7 @@ setup(
     packages=list(PACKAGE_FOLDERS),
     package_dir=PACKAGE_FOLDERS,
     package_data={
-        "ttt_e2e.configuration": ["models/*.yaml", "recipes/*.yaml"],
+        "ttt_e2e.configuration": ["*.yaml", "models/*.yaml", "recipes/*.yaml"],
         "ttt_e2e.model_cards": ["*.md"],
     },
     entry_points={"console_scripts": ["ttt-e2e = ttt_e2e.cli.main:app"]},
@@ -45,6 +45,9 @@ setup(
         "accelerate",
         "datasets",
         "evaluate",
+        "filelock",
+        "numpy",
+        "pyarrow",
         "safetensors",
         "tokenizers",
         "rich",

@@ -18,7 +18,7 @@ def demo(
     length; saving, loading and generating; reading a long file once and continuing from the saved learned context.
 
     Written to the folder: `results.json`, `results.md`, `loss_by_position.png`, `model/` (load it with
-    `AutoModelForCausalLM.from_pretrained`) and `learned_context/`.
+    `AutoModelForCausalLM.from_pretrained`), `learned_context/`, and in `cache/` the tokenizer and the tokens.
     """
     from rich.console import Console
 

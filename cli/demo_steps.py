@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from datasets import Dataset
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
@@ -28,15 +27,16 @@ from ..evaluation import (
 )
 from ..model_cards import write_model_card
 from ..training import (
+    PackedRows,
+    TokenStore,
     TrainingRun,
     document_prefixes,
     longest_reading,
-    pack_rows,
     split_documents,
     standard_library_documents,
     tokenize_documents,
     train_model,
-    train_tokenizer,
+    trained_tokenizer,
 )
 
 LEARNING_ON, LEARNING_OFF = "TTT-E2E, learning on", "TTT-E2E, learning off"
@@ -46,11 +46,11 @@ SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "repetition_pe
 
 @dataclass
 class DemoData:
-    """Tokenizer, training rows (`input_ids`, `labels`) and validation documents (`path`, `input_ids`)."""
+    """Tokenizer, training rows (`input_ids`, `labels`) and the tokens of the validation documents."""
 
     tokenizer: PreTrainedTokenizerBase
-    rows: Dataset
-    validation: Dataset
+    rows: PackedRows
+    validation: TokenStore
     facts: dict
 
 
@@ -66,7 +66,7 @@ def run_demo(recipe: DemoRecipe, folder: Path, console: Console) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
 
     console.rule("1/5  Tokenizer and data")
-    data = prepare_data(recipe)
+    data = prepare_data(recipe, folder / "cache")
     console.print(data.facts)
 
     console.rule("2/5  Training: TTT-E2E and two baselines")
@@ -110,26 +110,26 @@ def run_demo(recipe: DemoRecipe, folder: Path, console: Console) -> dict:
     return results
 
 
-def prepare_data(recipe: DemoRecipe) -> DemoData:
+def prepare_data(recipe: DemoRecipe, cache_folder: Path) -> DemoData:
     """Step 1: split the standard library by file, train the tokenizer on the training part, make rows of tokens."""
     config = TTTE2EConfig(**load_preset(recipe.test_time_training))
     documents = standard_library_documents()
     training, validation = split_documents(documents, recipe.data.validation_every, recipe.data.training_only)
-    tokenizer = train_tokenizer(training["text"], config.vocab_size)
-    training, validation = tokenize_documents(training, tokenizer), tokenize_documents(validation, tokenizer)
-    rows = pack_rows(training, recipe.data.training_length, recipe.seed)
+    tokenizer = trained_tokenizer(training, config.vocab_size, cache_folder)
+    training = tokenize_documents(training.shuffle(seed=recipe.seed), tokenizer, cache_folder)
+    validation = tokenize_documents(validation, tokenizer, cache_folder)
     facts = {
-        "training_files": len(training),
-        "training_tokens": sum(map(len, training["input_ids"])),
-        "validation_files": len(validation),
-        "validation_tokens": sum(map(len, validation["input_ids"])),
+        "training_files": training.num_documents,
+        "training_tokens": training.num_tokens,
+        "validation_files": validation.num_documents,
+        "validation_tokens": validation.num_tokens,
         "vocabulary": len(tokenizer),
     }
-    return DemoData(tokenizer, rows, validation, facts)
+    return DemoData(tokenizer, PackedRows(training, recipe.data.training_length), validation, facts)
 
 
 def train_all(
-    recipe: DemoRecipe, rows: Dataset, folder: Path, console: Console
+    recipe: DemoRecipe, rows: PackedRows, folder: Path, console: Console
 ) -> tuple[dict[str, TTTE2EForCausalLM], dict[str, TrainingRun]]:
     """Step 2: train TTT-E2E and the baselines on the same rows in the same order."""
     models, runs = {}, {}
@@ -152,8 +152,7 @@ def evaluate_all(
 ) -> tuple[dict[str, torch.Tensor], list[dict], Table]:
     """Step 3: loss by position of TTT-E2E with learning on and off and of the baselines; draws the picture."""
     settings = recipe.evaluation
-    chosen = document_prefixes(data.validation, settings.length, settings.documents)
-    documents = torch.tensor(chosen["input_ids"][:])
+    _, documents = document_prefixes(data.validation, settings.length, settings.documents)
     # By shown name: the trained model, and what to pass to its forward.
     variants = {LEARNING_ON: ("TTT-E2E", {}), LEARNING_OFF: ("TTT-E2E", {"test_time_training": False})}
     variants |= {name: (name, {}) for name in recipe.baselines}
@@ -209,11 +208,11 @@ def continue_document(recipe: DemoRecipe, data: DemoData, model_folder: Path, co
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    document = document_prefixes(data.validation, settings.prompt_tokens + settings.new_tokens, 1)[0]
-    prompt = tokenizer.decode(document["input_ids"][: settings.prompt_tokens], skip_special_tokens=True)
+    names, documents = document_prefixes(data.validation, settings.prompt_tokens + settings.new_tokens, 1)
+    prompt = tokenizer.decode(documents[0, : settings.prompt_tokens], skip_special_tokens=True)
     set_seed(recipe.seed)
     written = generator(prompt, max_new_tokens=settings.new_tokens, return_full_text=False, **SAMPLING)
-    show_continuation(console, document["path"], prompt, written[0]["generated_text"])
+    show_continuation(console, names[0], prompt, written[0]["generated_text"])
 
 
 def read_and_continue(recipe: DemoRecipe, data: DemoData, folder: Path, console: Console) -> dict:
@@ -225,7 +224,7 @@ def read_and_continue(recipe: DemoRecipe, data: DemoData, folder: Path, console:
     settings = recipe.generation
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     paths, tokens = longest_reading(data.validation, settings.long_read_tokens + 1)
-    sequence = torch.tensor([tokens], device=model.device)
+    sequence = tokens[None].to(model.device)
     cache, sizes = TTTE2ECache(model.config), {}
     for start, end in [(0, settings.short_read_tokens), (settings.short_read_tokens, settings.long_read_tokens)]:
         read_tokens(model, sequence[:, start:end], cache, settings.read_step, description=f"Reading to {end:,}")

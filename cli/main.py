@@ -6,7 +6,9 @@ import typer
 
 from .bench import bench
 from .demo import demo
+from .merge import merge
 from .presets import presets
+from .train import train
 
 app = typer.Typer(
     name="ttt-e2e",
@@ -18,7 +20,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.command()(demo)
+app.command()(train)
 app.command()(presets)
+app.command()(merge)
 app.command()(bench)
 
 

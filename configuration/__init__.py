@@ -2,5 +2,17 @@
 
 from .demo_recipe import DemoRecipe, load_demo_recipe
 from .presets import load_preset, preset_description, preset_names
+from .recipes import DataRecipe, Recipe, load_recipe, recipe_description, recipe_names
 
-__all__ = ["DemoRecipe", "load_demo_recipe", "load_preset", "preset_description", "preset_names"]
+__all__ = [
+    "DataRecipe",
+    "DemoRecipe",
+    "Recipe",
+    "load_demo_recipe",
+    "load_preset",
+    "load_recipe",
+    "preset_description",
+    "preset_names",
+    "recipe_description",
+    "recipe_names",
+]

@@ -5,18 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainingArguments
 
 from .presets import load_preset
-from .reading import check_field_names, read_mapping
+from .reading import build_strictly, check_field_names, read_mapping
 
-DEMO_RECIPE = Path(__file__).with_name("recipes") / "demo.yaml"
+DEMO_RECIPE = Path(__file__).with_name("demo.yaml")
 
 
 @strict
 @dataclass
-class DataRecipe:
+class DemoDataRecipe:
     """How documents become rows of tokens.
 
     Attributes:
@@ -83,13 +82,10 @@ class DemoRecipe:
     seed: int
     test_time_training: str
     baselines: dict[str, str]
-    data: DataRecipe
+    data: DemoDataRecipe
     training: dict
     evaluation: EvaluationRecipe
     generation: GenerationRecipe
-
-
-SECTIONS = {"data": DataRecipe, "evaluation": EvaluationRecipe, "generation": GenerationRecipe}
 
 
 def load_demo_recipe(path: Path = DEMO_RECIPE) -> DemoRecipe:
@@ -99,25 +95,11 @@ def load_demo_recipe(path: Path = DEMO_RECIPE) -> DemoRecipe:
         FileNotFoundError: there is no such file.
         ValueError: a field is unknown, missing, of the wrong type, or contradicts another one.
     """
-    fields = read_mapping(path)
-    recipe = _build(DemoRecipe, fields, source=str(path))
+    recipe = build_strictly(DemoRecipe, read_mapping(path), source=str(path))
     _check_training(recipe.training, source=f"{path}, section training")
     _check_presets(recipe, source=str(path))
     _check_lengths(recipe, source=str(path))
     return recipe
-
-
-def _build(recipe_class: type, fields: dict, source: str):
-    names = [field.name for field in dataclasses.fields(recipe_class)]
-    check_field_names(fields, names, source=source, required=names)
-    values = {
-        name: _build(SECTIONS[name], value, source=f"{source}, section {name}") if name in SECTIONS else value
-        for name, value in fields.items()
-    }
-    try:
-        return recipe_class(**values)
-    except StrictDataclassError as error:
-        raise ValueError(f"{source}: {error}") from error
 
 
 def _check_training(training: dict, source: str) -> None:

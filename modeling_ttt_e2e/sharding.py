@@ -23,6 +23,7 @@ def check_sharding(model: torch.nn.Module, second_order: bool) -> None:
     from torch.distributed.tensor import DTensor
 
     first = model.config.num_prefix_layers
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     for module in inner_modules(model):
         if any(isinstance(part, FSDPModule) for part in module.modules()):
             raise ValueError(
@@ -30,12 +31,11 @@ def check_sharding(model: torch.nn.Module, second_order: bool) -> None:
                 f"fully_shard only the prefix blocks (model.layers[:{first}], of class TTTE2EDecoderLayer) and then "
                 "the whole model."
             )
-        sharded = [name for name, parameter in module.named_parameters() if isinstance(parameter.data, DTensor)]
+        sharded = [names[id(parameter)] for parameter in module.parameters() if isinstance(parameter.data, DTensor)]
         if sharded and second_order:
             raise ValueError(
-                f"`meta_gradient='second_order'` would be wrong with the sharded weight {sharded[0]!r} of a "
-                f"{type(module).__name__}, whose communication has no second derivative: use "
-                "`meta_gradient='first_order'` or no tensor parallelism."
+                f"`meta_gradient='second_order'` would be wrong with the tensor-parallel weight {sharded[0]!r}, whose "
+                "communication has no second derivative: use `meta_gradient='first_order'` or no tensor parallelism."
             )
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from .texts import text_batches
+
 NOT_OF_THE_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
 
 
@@ -37,7 +39,7 @@ def split_documents(
     """Split by whole documents: each n-th one in order of size goes to validation, so that both parts have all sizes.
 
     Args:
-        documents: columns `path` and `text`.
+        documents: columns `text`, and `path` where training_only names folders.
         validation_every: n of "each n-th"; the share of validation is 1/n.
         training_only: folders whose documents never go to validation.
 
@@ -45,13 +47,13 @@ def split_documents(
         Training and validation documents, each in the order given.
 
     Raises:
-        ValueError: validation_every is below 2, or there are too few documents for one of validation.
+        ValueError: validation_every is below 2, there are too few documents for one of validation, or training_only
+            is given for documents without paths.
     """
     if validation_every < 2:
         raise ValueError(f"validation_every={validation_every}: must be at least 2, or nothing is left to train on")
-    folders = tuple(f"{folder}/" for folder in training_only)
-    candidates = [row for row, path in enumerate(documents["path"]) if not path.startswith(folders)]
-    sizes = [len(text) for text in documents["text"]]
+    candidates = _outside(documents, training_only)
+    sizes = [len(text) for texts in text_batches(documents) for text in texts]
     # The middle of each group of n: the very largest file stays in training, the validation has one of the next.
     by_size = sorted(candidates, key=lambda row: -sizes[row])
     validation = set(by_size[validation_every // 2 :: validation_every])
@@ -59,3 +61,16 @@ def split_documents(
         raise ValueError(f"documents: {len(candidates)} are too few to keep each {validation_every}th for validation")
     training = [row for row in range(len(documents)) if row not in validation]
     return documents.select(training), documents.select(sorted(validation))
+
+
+def _outside(documents: Dataset, folders: Collection[str]) -> list[int]:
+    """Numbers of the documents that are in none of the folders."""
+    if not folders:
+        return list(range(len(documents)))
+    if "path" not in documents.column_names:
+        raise ValueError(
+            f"training_only={list(folders)}: the documents have no column `path` to tell their folder by; "
+            "leave training_only empty, or give files"
+        )
+    prefixes = tuple(f"{folder}/" for folder in folders)
+    return [row for row, path in enumerate(documents["path"]) if not path.startswith(prefixes)]

@@ -1,88 +1,186 @@
-"""Documents to tokens, and tokens to the rows that a model is trained on."""
+"""From documents to the rows of tokens that a model is trained on.
 
-from itertools import chain
+All documents, each with one separator before it, form one stream that is cut into rows of T + 1 tokens: the first T are
+inputs, the last T targets. Documents are not reset at the borders of rows, and what is left over at the end is dropped.
+The labels of a row are its tokens, but -100 (not predicted) where the token is the separator; the model itself compares
+each position with the label of the next one.
+"""
 
-from datasets import Dataset
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from datasets import IterableDataset as DocumentStream
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
+from .texts import text_batches
+from .token_store import TokenStore
+from .tokenizer import encode_documents, separator_id
 
-def tokenize_documents(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Encode every document as a whole: begin token, its tokens, end token.
-
-    Args:
-        documents: column `text`; the others are kept.
-        tokenizer: one that puts its begin token first by itself and has an end token.
-
-    Returns:
-        The documents with a column `input_ids` instead of `text`.
-    """
-
-    def encode(batch: dict) -> dict:
-        encoded = tokenizer(batch["text"], return_attention_mask=False, verbose=False)["input_ids"]
-        return {"input_ids": [[*ids, tokenizer.eos_token_id] for ids in encoded]}
-
-    return documents.map(encode, batched=True, remove_columns=["text"], desc="Tokenizing")
+NOT_PREDICTED = -100
 
 
-def pack_rows(documents: Dataset, training_length: int, seed: int) -> Dataset:
-    """Lay shuffled documents end to end and cut them into rows of equal length, as the paper's training does.
+class PackedRows(Dataset):
+    """Rows of `sequence_length` + 1 tokens across documents, read from the disk when they are asked for.
 
-    A row holds `training_length` + 1 tokens: the last one is only a target, so that each of the first
-    `training_length` positions has one. What is left over at the end is dropped.
-
-    Args:
-        documents: column `input_ids`, each document with its begin token.
-        training_length: tokens of context in a row.
-        seed: of the order of the documents.
-
-    Returns:
-        Columns `input_ids` and `labels`, which are equal: the model shifts the labels itself.
+    A row is `input_ids` and `labels`, `[sequence_length + 1]`, int64.
 
     Raises:
-        ValueError: the documents are too short in all for a single row.
+        ValueError: the store has fewer tokens than one row.
     """
-    row_length = training_length + 1
-    tokens = list(chain.from_iterable(documents.shuffle(seed=seed)["input_ids"]))
-    if len(tokens) < row_length:
-        raise ValueError(
-            f"training_length={training_length}: the documents have only {len(tokens)} tokens; "
-            "give more text or shorter rows"
-        )
-    starts = range(0, len(tokens) - row_length + 1, row_length)
-    rows = [tokens[start : start + row_length] for start in starts]
-    return Dataset.from_dict({"input_ids": rows, "labels": rows})
+
+    def __init__(self, store: TokenStore, sequence_length: int):
+        _check_sequence_length(sequence_length)
+        if store.num_tokens <= sequence_length:
+            raise ValueError(_too_few_tokens(sequence_length, store.num_tokens))
+        self.store, self.row_length = store, sequence_length + 1
+
+    def __len__(self) -> int:
+        return self.store.num_tokens // self.row_length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        start = range(len(self))[index] * self.row_length
+        return _row(self.store.tokens[start : start + self.row_length], self.store.separator_id)
 
 
-def document_prefixes(documents: Dataset, length: int, count: int) -> Dataset:
+class DocumentRows(Dataset):
+    """Rows of one document each; a document of more than `sequence_length` + 1 tokens has several rows of its own.
+
+    A row is `input_ids` and `labels`, int64, of 2 to `sequence_length` + 1 tokens. A rest of one token has nothing to
+    predict and is dropped.
+
+    Raises:
+        ValueError: no document has two tokens.
+    """
+
+    def __init__(self, store: TokenStore, sequence_length: int):
+        _check_sequence_length(sequence_length)
+        self.store, self.row_length = store, sequence_length + 1
+        lengths = store.lengths()
+        rows = lengths // self.row_length + (lengths % self.row_length > 1)
+        # [num_documents]: rows of all documents up to and with this one.
+        self.row_ends = np.cumsum(rows)
+        if self.row_ends[-1] == 0:
+            raise ValueError(
+                f"sequence_length={sequence_length}: none of the {store.num_documents} documents has a token besides "
+                "its separator; give documents with text"
+            )
+
+    def __len__(self) -> int:
+        return int(self.row_ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = range(len(self))[index]
+        document = int(np.searchsorted(self.row_ends, row, side="right"))
+        rows_before = int(self.row_ends[document - 1]) if document else 0
+        start = (row - rows_before) * self.row_length
+        return _row(self.store.document(document)[start : start + self.row_length], self.store.separator_id)
+
+
+class PackedStream(IterableDataset):
+    """The rows of `PackedRows` from documents that are tokenized while training; nothing is written to the disk.
+
+    Every iteration begins anew and gives the same rows, so that a resumed training can skip those it has seen. With
+    several DataLoader workers each of them packs its own share of the files of the stream.
+
+    Args:
+        documents: column `text`.
+        tokenizer: its own begin and end tokens are not added.
+        sequence_length: a row has one token more.
+
+    Raises:
+        ValueError: at the end of the documents, where they have fewer tokens than one row.
+    """
+
+    def __init__(self, documents: DocumentStream, tokenizer: PreTrainedTokenizerBase, sequence_length: int):
+        _check_sequence_length(sequence_length)
+        self.documents = documents.select_columns("text")
+        self.tokenizer, self.row_length = tokenizer, sequence_length + 1
+        self.separator_id = separator_id(tokenizer)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Give a shuffled stream another order in each epoch."""
+        self.documents.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        tokens, rest = 0, np.empty(0, dtype=np.int64)
+        for texts in text_batches(self.documents):
+            encoded = encode_documents(texts, self.tokenizer)
+            rest = np.concatenate([rest, *(np.array(ids, dtype=np.int64) for ids in encoded)])
+            tokens += sum(map(len, encoded))
+            end = len(rest) - len(rest) % self.row_length
+            for start in range(0, end, self.row_length):
+                yield _row(rest[start : start + self.row_length], self.separator_id)
+            rest = rest[end:]
+        # A worker may have a small share, or none.
+        if tokens < self.row_length and get_worker_info() is None:
+            raise ValueError(_too_few_tokens(self.row_length - 1, tokens))
+
+
+def collate_rows(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Put rows side by side: `input_ids` and `labels`, `[rows, longest]`, int64.
+
+    Where their lengths differ, the shorter ones are padded on the right with `labels` -100, and there is an
+    `attention_mask` `[rows, longest]`, int64: 1 for a token, 0 for padding.
+    """
+    ids = [row["input_ids"] for row in rows]
+    batch = {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "labels": pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=NOT_PREDICTED),
+    }
+    if len({len(row) for row in ids}) > 1:
+        batch["attention_mask"] = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    return batch
+
+
+def document_prefixes(store: TokenStore, length: int, count: int) -> tuple[list[str], torch.Tensor]:
     """The first `length` tokens of the first `count` documents that have so many.
+
+    Returns:
+        Names of the documents, and their tokens, `[documents, length]`, int64.
 
     Raises:
         ValueError: not one document is long enough.
     """
-    long_enough = documents.filter(lambda ids: len(ids) >= length, input_columns="input_ids", desc="Choosing")
-    if len(long_enough) == 0:
+    chosen = np.flatnonzero(store.lengths() >= length)[:count].tolist()
+    if not chosen:
         raise ValueError(f"length={length}: no document has so many tokens; give longer documents or a smaller length")
-    chosen = long_enough.select(range(min(count, len(long_enough))))
-    return chosen.map(lambda ids: {"input_ids": ids[:length]}, input_columns="input_ids", desc="Cutting")
+    prefixes = np.stack([store.document(number)[:length] for number in chosen])
+    return [store.names[number] for number in chosen], torch.from_numpy(prefixes.astype(np.int64))
 
 
-def longest_reading(documents: Dataset, length: int) -> tuple[list[str], list[int]]:
+def longest_reading(store: TokenStore, length: int) -> tuple[list[str], torch.Tensor]:
     """Tokens of the longest document, followed by the next longest ones while that is not enough.
 
-    Args:
-        documents: columns `path` and `input_ids`.
-        length: tokens wanted.
-
     Returns:
-        The paths that were used, and `length` tokens.
+        Names of the documents that were used, and `[length]` tokens, int64.
 
     Raises:
         ValueError: all documents together are too short.
     """
-    paths, tokens = [], []
-    for row in sorted(documents, key=lambda document: -len(document["input_ids"])):
-        paths.append(row["path"])
-        tokens.extend(row["input_ids"])
-        if len(tokens) >= length:
-            return paths, tokens[:length]
-    raise ValueError(f"length={length}: the documents have only {len(tokens)} tokens; give a smaller length")
+    if store.num_tokens < length:
+        raise ValueError(f"length={length}: the documents have only {store.num_tokens} tokens; give a smaller length")
+    lengths = store.lengths()
+    by_length = np.argsort(-lengths, kind="stable")
+    used = by_length[: 1 + np.searchsorted(np.cumsum(lengths[by_length]), length)].tolist()
+    tokens = np.concatenate([store.document(number) for number in used])[:length]
+    return [store.names[number] for number in used], torch.from_numpy(tokens.astype(np.int64))
+
+
+def _row(tokens: np.ndarray, separator: int) -> dict[str, torch.Tensor]:
+    input_ids = torch.from_numpy(tokens.astype(np.int64))
+    return {"input_ids": input_ids, "labels": input_ids.masked_fill(input_ids == separator, NOT_PREDICTED)}
+
+
+def _check_sequence_length(sequence_length: int) -> None:
+    if sequence_length < 1:
+        raise ValueError(f"sequence_length={sequence_length}: must be at least 1")
+
+
+def _too_few_tokens(sequence_length: int, tokens: int) -> str:
+    return (
+        f"sequence_length={sequence_length}: a row has {sequence_length + 1} tokens, and the documents have only "
+        f"{tokens}; give more text or a smaller sequence_length"
+    )

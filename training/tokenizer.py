@@ -1,11 +1,67 @@
-"""A byte-level BPE tokenizer trained on the documents at hand."""
+"""Tokenizers: one that is there, or byte-level BPE trained on the documents at hand."""
 
+import hashlib
+import json
+import tempfile
 from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
 
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .cached_folder import cached_folder
+from .sources import looks_like_path
+from .texts import text_batches, text_totals
 
 BEGIN, END, PADDING = "<|begin|>", "<|end|>", "<|padding|>"
+FORMAT, MANIFEST = 1, "manifest.json"
+FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """A tokenizer from a folder, or from the Hub by its id.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it holds no file of a tokenizer.
+        ValueError: the tokenizer cannot be loaded.
+    """
+    folder = Path(source).expanduser()
+    if folder.exists() and not any((folder / name).is_file() for name in FILES):
+        raise FileNotFoundError(
+            f"source={source}: no tokenizer in it (none of {', '.join(FILES)}); name a folder that "
+            "`tokenizer.save_pretrained` has written"
+        )
+    if not folder.exists() and looks_like_path(source):
+        raise FileNotFoundError(f"source={source}: there is no such folder; correct the path, or give an id of the Hub")
+    try:
+        return AutoTokenizer.from_pretrained(folder if folder.exists() else source)
+    except Exception as error:
+        raise ValueError(
+            f"source={source}: the tokenizer cannot be loaded ({error}); name a folder that "
+            "`tokenizer.save_pretrained` has written, or an id of the Hub"
+        ) from error
+
+
+def trained_tokenizer(documents: Dataset, vocabulary_size: int, cache_folder: Path) -> PreTrainedTokenizerBase:
+    """`train_tokenizer` on the texts of the documents, or what it returned for the same texts before.
+
+    Args:
+        documents: column `text`.
+        vocabulary_size: entries in all.
+        cache_folder: where the tokenizer is kept.
+    """
+    settings = {"format": FORMAT, "vocabulary_size": vocabulary_size, "texts": text_totals(documents).digest}
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    folder = Path(cache_folder) / "tokenizers" / key
+
+    def build(part: Path) -> dict:
+        train_tokenizer(chain.from_iterable(text_batches(documents)), vocabulary_size).save_pretrained(part)
+        return settings
+
+    cached_folder(folder, MANIFEST, build)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
@@ -45,3 +101,39 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTok
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+
+
+def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that stands before every document: the begin token, or the end token where there is none.
+
+    Raises:
+        ValueError: the tokenizer has neither.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise ValueError(
+        "tokenizer: it has neither a bos_token nor an eos_token to stand between documents; "
+        'add one: tokenizer.add_special_tokens({"bos_token": ...})'
+    )
+
+
+def encode_documents(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The token ids of every document: the separator, then its text, and nothing at its end."""
+    separator = separator_id(tokenizer)
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return [[separator, *ids] for ids in encoded]
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of all that decides how a text is encoded, the separator included."""
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Left behind by the last call; every call sets them anew.
+        state.pop("truncation"), state.pop("padding")
+        data = json.dumps(state, sort_keys=True).encode()
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            data = b"".join(path.read_bytes() for path in sorted(Path(folder).iterdir()))
+    return hashlib.sha256(f"{separator_id(tokenizer)} {tokenizer.split_special_tokens} ".encode() + data).hexdigest()

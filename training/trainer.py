@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import Dataset
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments, default_data_collator
 
 
@@ -30,7 +30,7 @@ def train_model(model: PreTrainedModel, rows: Dataset, arguments: dict, folder: 
     gradient goes through them.
 
     Args:
-        rows: columns `input_ids` and `labels`, all of one length.
+        rows: `input_ids` and `labels`, all of one length.
         arguments: fields of `TrainingArguments`.
         folder: where the trainer may write.
         seed: of the order of the rows. (The weights are the caller's.)

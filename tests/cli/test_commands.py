@@ -4,7 +4,7 @@ import yaml
 from typer.testing import CliRunner
 
 from ttt_e2e.cli.main import app
-from ttt_e2e.configuration import preset_names
+from ttt_e2e.configuration import preset_names, recipe_names
 from ttt_e2e.configuration.demo_recipe import DEMO_RECIPE
 
 
@@ -25,13 +25,16 @@ def test_version():
 
 
 def test_presets_are_listed_and_printed():
-    assert all(name in run("presets").output for name in preset_names())
+    assert all(name in run("presets").output for name in [*preset_names(), *recipe_names()])
     assert yaml.safe_load(run("presets", "125m").output)["hidden_size"] == 768
+    assert yaml.safe_load(run("presets", "extend-32k", "--model", "3b").output)["batch_size"] == 64
 
 
 def test_unknown_preset_is_refused():
     refused = run("presets", "126m")
     assert refused.exit_code == 2 and "126m" in refused.output
+    refused = run("presets", "extend-32k", "--model", "4b")
+    assert refused.exit_code == 2 and "4b" in refused.output
 
 
 def test_demo_refuses_a_misspelt_recipe_before_any_work(tmp_path):

@@ -38,3 +38,12 @@ def test_impossible_split_is_an_error(count, validation_every, message):
     documents = Dataset.from_dict({"path": ["a.py"] * count, "text": ["x"] * count})
     with pytest.raises(ValueError, match=message):
         split_documents(documents, validation_every)
+
+
+def test_documents_without_paths_can_be_split():
+    documents = Dataset.from_dict({"text": ["x" * n for n in range(1, 9)]})
+    training, validation = split_documents(documents, validation_every=4)
+    assert [len(text) for text in validation["text"]] == [2, 6]
+    assert [len(text) for text in training["text"]] == [1, 3, 4, 5, 7, 8]
+    with pytest.raises(ValueError, match=r"training_only=\['tables'\]: the documents have no column `path`"):
+        split_documents(documents, validation_every=4, training_only=["tables"])

@@ -1,58 +1,180 @@
 """Documents become rows without losing, mixing or reordering tokens."""
 
-import pytest
-from datasets import Dataset
+import multiprocessing
+import pickle
 
-from ttt_e2e.training import document_prefixes, longest_reading, pack_rows, tokenize_documents, train_tokenizer
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+
+from ttt_e2e.training import (
+    DocumentRows,
+    PackedRows,
+    PackedStream,
+    collate_rows,
+    document_prefixes,
+    load_documents,
+    longest_reading,
+    separator_id,
+    texts,
+)
+
+from .letters import letters_tokenizer, store_of
+
+# In tokens: 0 1 2 3 | 0 4 5 6 7 8 | 0 | 0 9, thirteen in all.
+TEXTS = ["abc", "defgh", "", "i"]
 
 
 @pytest.fixture
-def documents():
-    lengths = [5, 40, 12, 33]
-    return Dataset.from_dict(
+def store(tmp_path):
+    return store_of(tmp_path, *TEXTS)
+
+
+def as_lists(rows):
+    return [{name: tensor.tolist() for name, tensor in row.items()} for row in rows]
+
+
+def test_rows_are_cut_from_the_documents_end_to_end(store):
+    rows = PackedRows(store, sequence_length=3)
+    assert len(rows) == 3
+    assert as_lists(rows[index] for index in range(3)) == [
+        {"input_ids": [0, 1, 2, 3], "labels": [-100, 1, 2, 3]},
+        {"input_ids": [0, 4, 5, 6], "labels": [-100, 4, 5, 6]},
+        {"input_ids": [7, 8, 0, 0], "labels": [7, 8, -100, -100]},
+    ]
+    assert {tensor.dtype for row in [rows[0]] for tensor in row.values()} == {torch.int64}
+    assert rows[-1]["input_ids"].tolist() == [7, 8, 0, 0]
+    with pytest.raises(IndexError):
+        rows[3]
+
+
+def test_what_is_left_over_is_dropped(store):
+    rows = PackedRows(store, sequence_length=7)
+    assert as_lists(rows[index] for index in range(len(rows))) == [
+        {"input_ids": [0, 1, 2, 3, 0, 4, 5, 6], "labels": [-100, 1, 2, 3, -100, 4, 5, 6]}
+    ]
+
+
+def test_a_row_may_be_the_whole_stream_and_no_longer(store):
+    assert PackedRows(store, sequence_length=12)[0]["input_ids"].tolist() == [0, 1, 2, 3, 0, 4, 5, 6, 7, 8, 0, 0, 9]
+    with pytest.raises(ValueError, match="sequence_length=13: a row has 14 tokens, and the documents have only 13"):
+        PackedRows(store, sequence_length=13)
+
+
+def test_document_rows_hold_one_document_each(store):
+    rows = DocumentRows(store, sequence_length=2)
+    assert as_lists(rows[index] for index in range(len(rows))) == [
+        {"input_ids": [0, 1, 2], "labels": [-100, 1, 2]},  # the rest of it is one token
+        {"input_ids": [0, 4, 5], "labels": [-100, 4, 5]},
+        {"input_ids": [6, 7, 8], "labels": [6, 7, 8]},
+        {"input_ids": [0, 9], "labels": [-100, 9]},
+    ]
+
+
+def test_document_rows_without_anything_to_predict_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match="none of the 2 documents has a token besides"):
+        DocumentRows(store_of(tmp_path, "", ""), sequence_length=4)
+
+
+@pytest.mark.parametrize("rows_class", [PackedRows, DocumentRows])
+def test_sequence_length_below_one_is_an_error(store, rows_class):
+    with pytest.raises(ValueError, match="sequence_length=0: must be at least 1"):
+        rows_class(store, 0)
+
+
+@pytest.mark.parametrize("rows_class", [PackedRows, DocumentRows])
+def test_pickled_rows_are_the_same_and_carry_no_tokens(tmp_path, rows_class):
+    rows = rows_class(store_of(tmp_path, "abc" * 10_000), sequence_length=5000)
+    expected = as_lists([rows[0], rows[4]])
+    pickled = pickle.dumps(rows)
+    assert len(pickled) < 2000
+    assert as_lists(pickle.loads(pickled)[index] for index in (0, 4)) == expected
+
+
+def test_collated_rows_of_one_length_have_no_mask(store):
+    rows = PackedRows(store, 3)
+    batch = collate_rows([rows[0], rows[1]])
+    assert as_lists([batch]) == [
+        {"input_ids": [[0, 1, 2, 3], [0, 4, 5, 6]], "labels": [[-100, 1, 2, 3], [-100, 4, 5, 6]]}
+    ]
+
+
+def test_shorter_rows_are_padded_on_the_right(store):
+    rows = DocumentRows(store, 2)
+    batch = collate_rows([rows[3], rows[2]])
+    assert as_lists([batch]) == [
         {
-            "path": [f"{n}.py" for n in range(4)],
-            "input_ids": [[100 * n + position for position in range(length)] for n, length in enumerate(lengths)],
+            "input_ids": [[0, 9, 0], [6, 7, 8]],
+            "labels": [[-100, 9, -100], [6, 7, 8]],
+            "attention_mask": [[1, 1, 0], [1, 1, 1]],
         }
+    ]
+    assert batch["attention_mask"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("sequence_length", [1, 3, 4, 12])
+@pytest.mark.parametrize("documents_per_batch", [1, 3, 1000])
+def test_stream_gives_the_same_rows_again_and_again(store, monkeypatch, sequence_length, documents_per_batch):
+    monkeypatch.setattr(texts, "DOCUMENTS_PER_BATCH", documents_per_batch)
+    documents = Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
+    stream = PackedStream(documents, letters_tokenizer(), sequence_length)
+    rows = PackedRows(store, sequence_length)
+    expected = as_lists(rows[index] for index in range(len(rows)))
+    assert as_lists(stream) == expected
+    assert as_lists(stream) == expected
+
+
+def test_stream_too_short_for_a_row_is_an_error():
+    documents = Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
+    with pytest.raises(ValueError, match="sequence_length=13: a row has 14 tokens, and the documents have only 13"):
+        list(PackedStream(documents, letters_tokenizer(), 13))
+
+
+def test_shuffled_stream_changes_with_the_epoch_only():
+    documents = Dataset.from_dict({"text": list("abcdefghij")}).to_iterable_dataset().shuffle(seed=0, buffer_size=10)
+    stream = PackedStream(documents, letters_tokenizer(), 1)
+    first = as_lists(stream)
+    stream.set_epoch(1)
+    second = as_lists(stream)
+    stream.set_epoch(0)
+    assert as_lists(stream) == first != second
+
+
+def test_workers_share_the_stream(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for letter in "abcdef":
+        (folder / f"{letter}.txt").write_text(letter)
+    documents = load_documents(folder, cache_folder=tmp_path, streaming=True)
+    stream = PackedStream(documents, letters_tokenizer(), 1)
+    # Forked, for a test's sake: a fresh process would import torch anew.
+    loader = DataLoader(
+        stream, batch_size=1, num_workers=2, multiprocessing_context=multiprocessing.get_context("fork")
     )
+    assert sorted(batch["input_ids"][0, 1].item() for batch in loader) == [1, 2, 3, 4, 5, 6]
 
 
-def test_tokens_of_a_document_are_framed():
-    tokenizer = train_tokenizer(["abc abc abc"], vocabulary_size=262)
-    texts = Dataset.from_dict({"path": ["a.py", "b.py"], "text": ["abc", ""]})
-    tokens = tokenize_documents(texts, tokenizer)
-    assert tokens.column_names == ["path", "input_ids"]
-    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    assert tokens[0]["input_ids"][0] == begin and tokens[0]["input_ids"][-1] == end
-    assert tokenizer.decode(tokens[0]["input_ids"], skip_special_tokens=True) == "abc"
-    assert tokens[1]["input_ids"] == [begin, end]
+def test_separator_is_the_begin_token_or_else_the_end_token():
+    assert separator_id(letters_tokenizer(bos_token="b", eos_token="c")) == 2
+    assert separator_id(letters_tokenizer(bos_token=None, eos_token="c")) == 3
+    with pytest.raises(ValueError, match="neither a bos_token nor an eos_token"):
+        separator_id(letters_tokenizer(bos_token=None))
 
 
-def test_rows_are_the_shuffled_documents_end_to_end(documents):
-    rows = pack_rows(documents, training_length=7, seed=1)
-    stream = [token for ids in documents.shuffle(seed=1)["input_ids"] for token in ids]
-    assert len(rows) == 90 // 8
-    assert [token for ids in rows["input_ids"] for token in ids] == stream[: 8 * len(rows)]
-    assert rows["labels"][:] == rows["input_ids"][:]
+def test_prefixes_are_of_documents_that_are_long_enough(store):
+    names, tokens = document_prefixes(store, length=2, count=2)
+    assert names == ["0.txt", "1.txt"] and tokens.tolist() == [[0, 1], [0, 4]]
+    names, tokens = document_prefixes(store, length=2, count=9)
+    assert names == ["0.txt", "1.txt", "3.txt"] and tokens.dtype == torch.int64
+    with pytest.raises(ValueError, match="length=7: no document has so many"):
+        document_prefixes(store, length=7, count=1)
 
 
-def test_rows_longer_than_the_text_are_an_error(documents):
-    with pytest.raises(ValueError, match="training_length=90: the documents have only 90 tokens"):
-        pack_rows(documents, training_length=90, seed=0)
-
-
-def test_prefixes_are_of_documents_that_are_long_enough(documents):
-    chosen = document_prefixes(documents, length=12, count=2)
-    assert chosen["path"][:] == ["1.py", "2.py"]
-    assert chosen["input_ids"][:] == [ids[:12] for ids in documents["input_ids"][1:3]]
-    with pytest.raises(ValueError, match="length=41"):
-        document_prefixes(documents, length=41, count=1)
-
-
-def test_longest_reading_starts_with_the_longest_document(documents):
-    assert longest_reading(documents, 40) == (["1.py"], documents[1]["input_ids"])
-    paths, tokens = longest_reading(documents, 50)
-    assert paths == ["1.py", "3.py"]
-    assert tokens == documents[1]["input_ids"] + documents[3]["input_ids"][:10]
-    with pytest.raises(ValueError, match="length=91: the documents have only 90"):
-        longest_reading(documents, 91)
+def test_longest_reading_starts_with_the_longest_document(store):
+    for length, names in [(6, ["1.txt"]), (7, ["1.txt", "0.txt"]), (13, ["1.txt", "0.txt", "3.txt", "2.txt"])]:
+        used, tokens = longest_reading(store, length)
+        assert used == names
+        assert tokens.tolist() == [0, 4, 5, 6, 7, 8, 0, 1, 2, 3, 0, 9, 0][:length]
+    with pytest.raises(ValueError, match="length=14: the documents have only 13"):
+        longest_reading(store, 14)

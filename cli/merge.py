@@ -1,0 +1,23 @@
+"""`ttt-e2e merge`: a plain model from a LoRA adapter."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def merge(
+    adapter: Annotated[Path, typer.Option(help="Folder of the adapter, or of the run that trained it.")],
+    output: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+) -> None:
+    """Add a LoRA adapter to the model that it was trained on, and save a model that needs no peft.
+
+    In Python: `ttt_e2e.training.merge_lora(adapter, output)`.
+    """
+    from ..training.lora import merge_lora
+
+    try:
+        merge_lora(adapter, output)
+    except (ImportError, OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"{output}: load it with AutoModelForCausalLM.from_pretrained")

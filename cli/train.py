@@ -1,0 +1,120 @@
+"""`ttt-e2e train`: from text to a trained model, in one command."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ttt-e2e"
+
+
+def train(
+    model: Annotated[
+        str,
+        typer.Option(help="A preset (`ttt-e2e presets`), a YAML file with a configuration, or a saved model's folder."),
+    ] = "tiny",
+    recipe: Annotated[
+        str | None, typer.Option(help="A recipe (`ttt-e2e presets`) or a YAML file. [default: pretrain-tiny or -8k]")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="A text file, a folder, .jsonl or .parquet files, the name of a data set, or standard-library "
+            "(Python's own sources)."
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The run's folder, new or empty.", file_okay=False)] = None,
+    validation_data: Annotated[str | None, typer.Option(help="As --data, for the validation loss.")] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="A folder or an id of the Hub. [default: the saved model's, else one trained on the data]"),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="Override a field of the recipe, as training.learning_rate=1e-3."
+        ),
+    ] = None,
+    lora: Annotated[
+        str | None, typer.Option(help="Train low-rank adapters only: all-linear, or prime (the inner weights').")
+    ] = None,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the adapters.", min=1)] = 16,
+    lora_alpha: Annotated[float, typer.Option(help="Scale of the adapters, divided by their rank.")] = 32,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print sizes, steps and an estimate of the memory, and stop.")
+    ] = False,
+    cache: Annotated[Path, typer.Option(help="Where prepared data is kept.", file_okay=False)] = DEFAULT_CACHE,
+) -> None:
+    """Meta-train a model: from scratch, from a saved one, or adapters on it.
+
+    Try it (minutes, on a CPU): `ttt-e2e train --data standard-library --output runs/tiny`
+
+    Several processes: `accelerate launch --num_processes 2 -m ttt_e2e.cli.main train ...`. With the same command and
+    `--resume` an interrupted run goes on exactly where its last checkpoint was taken. To extend a trained model to
+    longer text: `ttt-e2e train --model runs/mine --recipe extend-32k ...`.
+
+    Written to the folder: `model/` (load it with `AutoModelForCausalLM.from_pretrained`), `checkpoint-N/`,
+    `training.png`, `training_log.json`, `run.json`.
+    """
+    from accelerate import PartialState
+    from transformers.utils import logging
+
+    from ..configuration import load_recipe
+    from ..training.estimates import estimate_run
+    from ..training.models import changed_config, find_model, fit_to_tokenizer
+    from ..training.run import Adapter, TrainingRequest, finish_run, prepare_run
+    from ..training.tokenizer import load_tokenizer
+
+    try:
+        source = find_model(model)
+        chosen = load_recipe(recipe or default_recipe(source.name, source.folder), source.name, overrides or ())
+        if dry_run:
+            config = changed_config(source, chosen.model, chosen.data.sequence_length)
+            if tokenizer is not None:
+                config = fit_to_tokenizer(source, config, load_tokenizer(tokenizer), trained=False)
+            for line in estimate_run(config, chosen, int(os.environ.get("WORLD_SIZE", 1))).lines():
+                typer.echo(line)
+            return
+        request = TrainingRequest(
+            model=model,
+            recipe=chosen,
+            data=required(data, "--data", "as in --data standard-library"),
+            output=required(output, "--output", "as in --output runs/mine"),
+            cache=cache,
+            validation_data=validation_data,
+            tokenizer=tokenizer,
+            adapter=Adapter(lora, lora_rank, lora_alpha) if lora else None,
+            resume=resume,
+        )
+        logging.set_verbosity_error() if not PartialState().is_main_process else None
+        trainer = prepare_run(request)
+    except (ValueError, OSError, ImportError) as error:
+        raise_on_main_process(error)
+    metrics = finish_run(trainer, resume)
+    if PartialState().is_main_process:
+        for name, value in metrics.items():
+            typer.echo(f"{name}: {value:.6g}")
+        typer.echo(f"The model is in {output / 'model'}; look at {output / 'training.png'}.")
+
+
+def default_recipe(name: str, folder: str | None) -> str:
+    """The recipe of a new model; a saved one needs to be told what for."""
+    if folder is not None:
+        raise ValueError("--recipe: say what a saved model is trained for, as in --recipe extend-32k")
+    return "pretrain-tiny" if name.startswith("tiny") else "pretrain-8k"
+
+
+def required(value, option: str, example: str):
+    """An option that only `--dry-run` does without."""
+    if value is None:
+        raise ValueError(f"{option} is missing: give it, {example}")
+    return value
+
+
+def raise_on_main_process(error: Exception) -> None:
+    """Stop every process, with the message of one."""
+    if int(os.environ.get("RANK", 0)):
+        raise typer.Exit(2)
+    raise typer.BadParameter(str(error)) from error

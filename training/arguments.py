@@ -1,0 +1,102 @@
+"""Arguments of the outer loop, with the papers' recipe as their defaults (arXiv 2512.23675, Table 3)."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+DEFAULT_FLOOR = 1e-5
+
+
+@dataclass
+class MetaTrainingArguments(TrainingArguments):
+    """transformers' TrainingArguments with the papers' outer optimizer and the inner learning rate's warm-up.
+
+    AdamW with betas 0.9 and 0.95, weight decay 0.1 on all parameters, gradients clipped to norm 1, a learning rate that
+    rises linearly from 0 over the first tenth of the steps and falls along a cosine to 1e-5.
+
+    Args:
+        inner_lr_init: inner learning rate before the first outer step; `config.inner_learning_rate` is where it goes.
+        inner_lr_warmup_steps: outer steps over which it goes there, linearly; below 1 a share of all steps, 0 for no
+            warm-up. In outer step s, counted from 0, the inner learning rate is
+            `init + (rate - init) * min(1, (s + 1) / warmup_steps)`; in evaluation it is `rate`.
+
+    Raises:
+        ValueError: a value is out of range, or checkpoints would be saved between two logs (a resumed run could not
+            repeat the log that the interrupted one had begun).
+    """
+
+    learning_rate: float = field(default=4e-4, metadata={"help": "Peak learning rate of the outer loop."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay, on all parameters."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Decay of AdamW's second moments."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of linear warm-up; below 1 a share of all."})
+    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Schedule of the learning rate."})
+    logging_steps: float = field(default=10, metadata={"help": "Outer steps between two logs."})
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation returns losses, never logits."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Search the graph for unused parameters, which is slow at second order."}
+    )
+    inner_lr_init: float = field(default=0.1, metadata={"help": "Inner learning rate at which its warm-up begins."})
+    inner_lr_warmup_steps: float = field(
+        default=0, metadata={"help": "Outer steps of the inner learning rate's warm-up; below 1 a share of all."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
+            self.lr_scheduler_kwargs = {"min_lr": min(DEFAULT_FLOOR, self.learning_rate)}
+        self._check_rates()
+        check_saves_follow_logs(self, self.save_steps, self.logging_steps, self.eval_steps)
+
+    def inner_warmup(self, total_steps: int) -> int:
+        """Outer steps of the inner learning rate's warm-up in a run of `total_steps`."""
+        share = self.inner_lr_warmup_steps < 1
+        return round(self.inner_lr_warmup_steps * total_steps) if share else int(self.inner_lr_warmup_steps)
+
+    def _check_rates(self) -> None:
+        floor = (self.lr_scheduler_kwargs or {}).get("min_lr")
+        if floor is not None and floor > self.learning_rate:
+            raise ValueError(
+                f"lr_scheduler_kwargs={self.lr_scheduler_kwargs}: the floor lies above learning_rate="
+                f"{self.learning_rate}; lower it."
+            )
+        for name in ("inner_lr_init", "inner_lr_warmup_steps"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)}: must be finite and not negative.")
+        if self.inner_lr_warmup_steps >= 1 and self.inner_lr_warmup_steps != int(self.inner_lr_warmup_steps):
+            raise ValueError(
+                f"inner_lr_warmup_steps={self.inner_lr_warmup_steps}: give whole steps, or a share of all below 1."
+            )
+
+
+def check_saves_follow_logs(
+    args: TrainingArguments, save_steps: float, logging_steps: float, eval_steps: float | None
+) -> None:
+    """Check that every checkpoint is saved at a step that is also logged.
+
+    Losses are summed up between two logs, and a checkpoint does not hold such sums. Steps given as a share of all
+    (below 1) are left to the call that knows the number of all steps.
+
+    Raises:
+        ValueError: naming the arguments, their values and the remedy.
+    """
+    saving, logging = str(args.save_strategy.value), str(args.logging_strategy.value)
+    if "no" in (saving, logging) or (logging == "steps" and logging_steps == 1):
+        return
+    every = {"steps": save_steps, "best": eval_steps if args.eval_strategy.value == "steps" else None}.get(saving)
+    name = "eval_steps" if saving == "best" else "save_steps"
+    if logging == "epoch":
+        fits = saving == "epoch" or (saving == "best" and args.eval_strategy.value == "epoch")
+        remedy = 'set both strategies to "epoch", or both to "steps"'
+    elif every is None:
+        fits, remedy = False, f'set logging_steps=1, or save_strategy="steps" (logging_steps is {logging_steps:g})'
+    elif every < 1 or logging_steps < 1:
+        return
+    else:
+        fits = every % logging_steps == 0
+        remedy = f"make {name}={every:g} a multiple of logging_steps={logging_steps:g}"
+    if not fits:
+        raise ValueError(
+            f"save_strategy={saving!r} with logging_strategy={logging!r}: checkpoints would be saved between two logs, "
+            f"and a resumed run could not repeat them; {remedy}."
+        )

@@ -1,0 +1,290 @@
+"""What a training run will need: parameters, steps, tokens and memory, without building the model or running a step.
+
+Peak memory is an estimate. Parameters, gradients, optimizer moments and fast weights are counted. What autograd keeps
+is computed from the sizes of the model, with bytes per token that were fitted to what torch's allocator hands out on a
+CPU (float32 and bfloat16, second-order meta-gradients, SDPA attention). For small models of other shapes, on a CPU, the
+sum lay between the measured peak and a third above it; expect larger errors elsewhere. Not included: what a device
+keeps for its own kernels, what an allocator loses between blocks, and the data. `meta_gradient="first_order"` and a
+`meta_gradient_horizon` need less.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .. import TTTE2EConfig, TTTE2EForCausalLM
+from ..configuration import Recipe
+from ..reader import BLOCKS_FROM_WINDOWS
+
+FLOAT32 = 4  # bytes
+DEFAULT_ROWS = 8  # per_device_train_batch_size of transformers
+# Attention weights of one mini-batch that exist at once in the second derivative: see `attention.py`.
+SCORE_MATRICES = 7
+
+
+@dataclass(frozen=True)
+class SavedBytes:
+    """Bytes that autograd keeps per token, for each channel of what the name says.
+
+    Attributes:
+        block_hidden, block_mlp: of a block outside the inner loop, per hidden channel and per channel of its MLP.
+        ends_hidden: of embedding and final norm, per hidden channel.
+        first_attention_hidden: of the attention of the first suffix block, which the inner loop does not reach.
+        logits: per word of the vocabulary, without inner loop.
+        inner_hidden, inner_mlp, inner_prime_mlp: of a suffix block in the inner loop.
+        inner_attention_hidden: of the attention of each suffix block but the first, per hidden channel.
+        inner_logits: per word of the vocabulary, in the inner loop.
+        fast_weight: per fast weight and inner step (not per token).
+        value: of one value in the computing dtype.
+    """
+
+    block_hidden: float
+    block_mlp: float
+    ends_hidden: float
+    first_attention_hidden: float
+    logits: float
+    inner_hidden: float
+    inner_mlp: float
+    inner_prime_mlp: float
+    inner_attention_hidden: float
+    inner_logits: float
+    fast_weight: float
+    value: int
+
+
+# Least squares over 40 models each: hidden sizes 64 to 256, 3 to 6 blocks, mini-batches of 32 to 128 tokens.
+SAVED_IN_FLOAT32 = SavedBytes(
+    block_hidden=86,
+    block_mlp=20,
+    ends_hidden=16,
+    first_attention_hidden=36,
+    logits=4.5,
+    inner_hidden=120,
+    inner_mlp=45,
+    inner_prime_mlp=34,
+    inner_attention_hidden=68,
+    inner_logits=12,
+    fast_weight=10,
+    value=4,
+)
+SAVED_IN_BFLOAT16 = SavedBytes(
+    block_hidden=74,
+    block_mlp=10,
+    ends_hidden=14,
+    first_attention_hidden=30,
+    logits=4.5,
+    inner_hidden=111,
+    inner_mlp=24,
+    inner_prime_mlp=15,
+    inner_attention_hidden=67,
+    inner_logits=10,
+    fast_weight=7,
+    value=2,
+)
+
+
+@dataclass(frozen=True)
+class RunEstimate:
+    """What a run will need.
+
+    Attributes:
+        parameters: of the model, tied ones once.
+        fast_weight_bytes_per_sequence: one copy of all fast weights, in float32; 0 without test-time training.
+        steps: outer steps; None when the recipe counts epochs.
+        tokens: steps x batch size x sequence length; None when the steps are unknown.
+        mini_batches_per_sequence: inner loop's mini-batches in a row; 0 without test-time training.
+        memory_parts: bytes of one process at the peak of an outer step, by name (see `estimate_run`).
+    """
+
+    parameters: int
+    fast_weight_bytes_per_sequence: int
+    steps: int | None
+    tokens: int | None
+    mini_batches_per_sequence: int
+    memory_parts: dict[str, int]
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Sum of `memory_parts`."""
+        return sum(self.memory_parts.values())
+
+    def lines(self) -> list[str]:
+        """ "name: value" lines with all digits; the parts of the peak follow it as peak_memory_bytes.PART."""
+        names = ("parameters", "fast_weight_bytes_per_sequence", "steps", "tokens", "mini_batches_per_sequence")
+        values = {name: getattr(self, name) for name in (*names, "peak_memory_bytes")}
+        values |= {f"peak_memory_bytes.{part}": count for part, count in self.memory_parts.items()}
+        return [f"{name}: {'unknown' if value is None else value}" for name, value in values.items()]
+
+
+def estimate_run(config: TTTE2EConfig, recipe: Recipe, processes: int = 1) -> RunEstimate:
+    """Count what can be counted and estimate the peak memory of one process, parameters in float32 on its device.
+
+    Parts of the peak, in bytes:
+        parameters, gradients, adamw_moments: 4, 4 and 8 for each parameter.
+        gradient_buckets: 4 for each parameter, when there are several processes.
+        bfloat16_copies: 2 for each parameter, under `bf16`.
+        gradients_in_transit: of the head and, with activation checkpointing, of the suffix, before they are added up.
+        boundary_fast_weights: fast weights at the beginning of each group of inner steps; without activation
+            checkpointing none, and none on the device with `inner_checkpoint_offload`.
+        boundary_keys: keys and values that consecutive groups share.
+        saved_activations: what the blocks outside the inner loop keep; with activation checkpointing their inputs.
+        graph: of the inner steps, all of them or, with activation checkpointing, one group, or one block outside the
+            inner loop, whichever is larger, because they are never recomputed at the same time.
+        logits: of the tokens in that graph, and their gradients in one mini-batch.
+        attention: masks, and the scores of one suffix block's attention.
+
+    Args:
+        config: of the model that is trained, with the recipe's changes already in it.
+        processes: data-parallel processes, each with a whole copy of the model.
+    """
+    with torch.device("meta"):
+        model = TTTE2EForCausalLM(config)
+    sizes = _Sizes.of(model, recipe)
+    steps = recipe.training.get("max_steps")
+    steps = steps if steps is not None and steps > 0 else None
+    tokens = None if steps is None else steps * recipe.batch_size * recipe.data.sequence_length
+    return RunEstimate(
+        parameters=sizes.parameters,
+        fast_weight_bytes_per_sequence=FLOAT32 * sizes.fast_weights,
+        steps=steps,
+        tokens=tokens,
+        mini_batches_per_sequence=sizes.mini_batches,
+        memory_parts={name: round(count) for name, count in _memory_parts(sizes, processes).items()},
+    )
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What the memory depends on: `suffix_layers` is 0 without test-time training, `group` the inner steps whose graph
+    exists at once."""
+
+    config: TTTE2EConfig
+    parameters: int
+    suffix_parameters: int
+    fast_weights: int
+    suffix_layers: int
+    rows: int
+    length: int
+    mini_batches: int
+    group: int
+    checkpointing: bool
+    bf16: bool
+
+    @classmethod
+    def of(cls, model: TTTE2EForCausalLM, recipe: Recipe) -> "_Sizes":
+        config, training, length = model.config, recipe.training, recipe.data.sequence_length
+        suffix = model.model.layers[config.num_prefix_layers :] if config.test_time_training else []
+        checkpointing = bool(training.get("activation_checkpointing"))
+        mini_batches = math.ceil(length / config.mini_batch_size) if suffix else 0
+        every = config.inner_checkpoint_every or max(1, round(math.sqrt(mini_batches)))
+        return cls(
+            config=config,
+            parameters=model.num_parameters(),
+            suffix_parameters=sum(p.numel() for layer in suffix for p in layer.parameters()),
+            fast_weights=sum(p.numel() for layer in suffix for p in layer.inner_mlp.parameters()),
+            suffix_layers=len(suffix),
+            rows=training.get("per_device_train_batch_size", DEFAULT_ROWS),
+            length=length,
+            mini_batches=mini_batches,
+            group=min(every, mini_batches) if checkpointing else mini_batches,
+            checkpointing=checkpointing,
+            bf16=bool(training.get("bf16")),
+        )
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+    @property
+    def mini_batch_tokens(self) -> int:
+        return self.rows * min(self.config.mini_batch_size, self.length)
+
+    @property
+    def prefix_layers(self) -> int:
+        """Blocks outside the inner loop."""
+        return self.config.num_hidden_layers - self.suffix_layers
+
+    @property
+    def saved(self) -> SavedBytes:
+        return SAVED_IN_BFLOAT16 if self.bf16 else SAVED_IN_FLOAT32
+
+
+def _memory_parts(sizes: _Sizes, processes: int) -> dict[str, float]:
+    head = sizes.config.vocab_size * sizes.config.hidden_size
+    in_transit = head + (sizes.suffix_parameters if sizes.checkpointing else 0)
+    boundary_fast_weights, boundary_keys = _boundaries(sizes)
+    return {
+        "parameters": FLOAT32 * sizes.parameters,
+        "gradients": FLOAT32 * sizes.parameters,
+        "adamw_moments": 2 * FLOAT32 * sizes.parameters,
+        "gradient_buckets": FLOAT32 * sizes.parameters if processes > 1 else 0,
+        "bfloat16_copies": sizes.saved.value * sizes.parameters if sizes.bf16 else 0,
+        "gradients_in_transit": FLOAT32 * in_transit,
+        "boundary_fast_weights": boundary_fast_weights,
+        "boundary_keys": boundary_keys,
+        "saved_activations": _saved_activations(sizes),
+        "graph": _graph(sizes),
+        "logits": _logits(sizes),
+        "attention": _attention(sizes),
+    }
+
+
+def _boundaries(sizes: _Sizes) -> tuple[float, float]:
+    if not (sizes.checkpointing and sizes.suffix_layers):
+        return 0, 0
+    groups = math.ceil(sizes.mini_batches / sizes.group)
+    stored = 0 if sizes.config.inner_checkpoint_offload else groups
+    keys = sizes.config.num_key_value_heads * sizes.config.head_dim
+    return (
+        FLOAT32 * stored * sizes.rows * sizes.fast_weights,
+        2 * sizes.saved.value * sizes.tokens * (sizes.suffix_layers - 1) * keys,
+    )
+
+
+def _block(sizes: _Sizes) -> float:
+    """Activations of one block outside the inner loop."""
+    per_token = sizes.saved.block_hidden * sizes.config.hidden_size
+    return sizes.tokens * (per_token + sizes.saved.block_mlp * sizes.config.intermediate_size)
+
+
+def _saved_activations(sizes: _Sizes) -> float:
+    hidden = sizes.tokens * sizes.config.hidden_size
+    if sizes.checkpointing:
+        # Inputs of the blocks; embedding, input of the inner loop, final norm and angles are about four more.
+        return FLOAT32 * hidden * (sizes.prefix_layers + 4)
+    ends = sizes.saved.ends_hidden + (sizes.saved.first_attention_hidden if sizes.suffix_layers else 0)
+    return hidden * ends + sizes.prefix_layers * _block(sizes)
+
+
+def _graph(sizes: _Sizes) -> float:
+    config, saved, layers = sizes.config, sizes.saved, sizes.suffix_layers
+    per_token = layers * (saved.inner_hidden * config.hidden_size + saved.inner_mlp * config.intermediate_size)
+    if config.use_prime_mlp:
+        per_token += layers * saved.inner_prime_mlp * config.prime_intermediate_size
+    per_token += max(0, layers - 1) * saved.inner_attention_hidden * config.hidden_size
+    step = sizes.mini_batch_tokens * per_token + saved.fast_weight * sizes.rows * sizes.fast_weights
+    return max(sizes.group * step, _block(sizes) if sizes.checkpointing else 0)
+
+
+def _logits(sizes: _Sizes) -> float:
+    mini_batch, vocabulary = sizes.mini_batch_tokens, sizes.config.vocab_size
+    gradients = 2 * FLOAT32 * mini_batch * vocabulary
+    if sizes.suffix_layers:
+        return gradients + sizes.group * sizes.saved.inner_logits * mini_batch * vocabulary
+    tokens = mini_batch if sizes.checkpointing else sizes.tokens
+    return gradients + sizes.saved.logits * tokens * vocabulary
+
+
+def _attention(sizes: _Sizes) -> float:
+    config, window = sizes.config, sizes.config.sliding_window
+    masks = scores = 0
+    if "sliding_attention" in config.layer_types and window < sizes.length:
+        in_blocks = sizes.length > BLOCKS_FROM_WINDOWS * window
+        # As bool, and as numbers in the computing dtype while it is used.
+        masks = (1 + sizes.saved.value) * (2 * window**2 if in_blocks else sizes.length**2)
+    if sizes.suffix_layers > 1:
+        slides = "full_attention" not in config.layer_types[-sizes.suffix_layers + 1 :]
+        keys = min(sizes.length, window + config.mini_batch_size) if slides else sizes.length
+        scores = SCORE_MATRICES * FLOAT32 * sizes.mini_batch_tokens * config.num_attention_heads * keys
+    return masks + scores

@@ -1,0 +1,159 @@
+"""From the name of a source (files, folders, datasets of the Hub) to documents."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import datasets
+from datasets import Dataset, Features, IterableDataset, Value
+from datasets.arrow_writer import ArrowWriter
+from tqdm.auto import tqdm
+
+from .cached_folder import cached_folder, check_disk_space
+from .corpus import standard_library_documents
+from .files import COMPRESSED, KINDS, TEXT, documents_of_files, file_kind, file_texts, missing_column
+
+FORMAT, MANIFEST, DOCUMENTS = 1, "manifest.json", "documents.arrow"
+STANDARD_LIBRARY = "standard-library"
+PATH_SUFFIXES = {*KINDS, *COMPRESSED, ".txt", ".text", ".md"}
+
+
+def load_documents(
+    source: str | Path,
+    *,
+    cache_folder: Path,
+    text_column: str = "text",
+    split: str = "train",
+    configuration: str | None = None,
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
+    """Documents of a source, in its order, with memory that does not grow with it.
+
+    Args:
+        source: `"standard-library"`; a file (`.jsonl`, `.json`, also compressed, or `.parquet`: one document per
+            record; any other: the whole file is one document); a folder (all files below it in the order of their
+            path, hidden ones left out); or the name of a dataset for `datasets.load_dataset`.
+        cache_folder: where the documents are written to.
+        text_column: of the records, or of the dataset.
+        split, configuration: of a dataset.
+        streaming: read while training instead of writing the documents to the cache first.
+
+    Returns:
+        Column `text`; `path` as well where every document is a whole file.
+
+    Raises:
+        FileNotFoundError: the source looks like a path, and there is nothing.
+        ValueError: there is no text in it, a file is not what its suffix says, the text column is missing, or the name
+            is not one of a dataset that can be loaded.
+        OSError: there is too little space on the disk.
+    """
+    path = Path(source).expanduser()
+    if source != STANDARD_LIBRARY and not path.exists() and not looks_like_path(source):
+        return _load_dataset(str(source), text_column, split, configuration, streaming, Path(cache_folder))
+    if split != "train" or configuration is not None:
+        raise ValueError(
+            f"split={split!r}, configuration={configuration!r}: only a dataset of the Hub has them, which "
+            f"source={source} is not; leave them out"
+        )
+    if source == STANDARD_LIBRARY:
+        documents = standard_library_documents()
+        return documents.to_iterable_dataset() if streaming else documents
+    return _load_files(path, text_column, streaming, Path(cache_folder))
+
+
+def looks_like_path(source: str | Path) -> bool:
+    """Whether a name that is not there is meant as a path: datasets and models are called `name` or `owner/name`."""
+    name = str(source)
+    return (
+        isinstance(source, Path)
+        or name.startswith((".", "/", "~"))
+        or name.endswith("/")
+        or "\\" in name
+        or name.count("/") > 1
+        or Path(name).suffix.lower() in PATH_SUFFIXES
+    )
+
+
+def _load_files(path: Path, text_column: str, streaming: bool, cache_folder: Path) -> Dataset | IterableDataset:
+    root, files = _files_of(path)
+    for file in files:
+        if file_kind(file) != TEXT:
+            next(file_texts(file, text_column), None)  # a file of another make is found before all others are read
+    whole_files = all(file_kind(file) == TEXT for file in files)
+    arguments = {"files": files, "root": root, "text_column": text_column, "with_paths": whole_files}
+    _check_some_text((document["text"] for document in documents_of_files(**arguments)), path)
+    # Offsets of 64 bits: a batch of long documents may have more than 2 GiB.
+    features = Features({column: Value("large_string") for column in (["path"] if whole_files else []) + ["text"]})
+    if streaming:
+        return IterableDataset.from_generator(documents_of_files, features=features, gen_kwargs=arguments)
+    folder = cache_folder / "documents" / _digest(files, root, text_column)
+
+    def build(part: Path) -> dict:
+        check_disk_space(part, sum(file.stat().st_size for file in files))
+        with ArrowWriter(features=features, path=str(part / DOCUMENTS), writer_batch_size=100) as writer:
+            for document in tqdm(documents_of_files(**arguments), desc="Reading", unit=" documents", unit_scale=True):
+                writer.write(document)
+            count, _ = writer.finalize()
+        return {"format": FORMAT, "documents": count}
+
+    cached_folder(folder, MANIFEST, build)
+    return Dataset.from_file(str(folder / DOCUMENTS))
+
+
+def _files_of(path: Path) -> tuple[Path, list[Path]]:
+    if path.is_file():
+        return path.parent, [path]
+    if not path.exists():
+        raise FileNotFoundError(f"source={path}: there is no such file or folder; correct the path")
+    if not path.is_dir():
+        raise ValueError(f"source={path}: is neither a file nor a folder; name one of them")
+    below = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
+    visible = sorted(file.as_posix() for file in below if not any(part.startswith(".") for part in file.parts))
+    if not visible:
+        raise ValueError(f"source={path}: no file below it (hidden ones do not count); name a folder with text files")
+    return path, [path / name for name in visible]
+
+
+def _digest(files: list[Path], root: Path, text_column: str) -> str:
+    """SHA-256 of the contents: a file that was changed in place must not be taken from the cache."""
+    digest = hashlib.sha256(f"{FORMAT} {text_column}".encode())
+    for file in files:
+        with file.open("rb") as opened:
+            contents = hashlib.file_digest(opened, "sha256").digest()
+        digest.update(os.fsencode(file.relative_to(root).as_posix()) + b"\0" + contents)
+    return digest.hexdigest()
+
+
+def _load_dataset(
+    name: str, text_column: str, split: str, configuration: str | None, streaming: bool, cache_folder: Path
+) -> Dataset | IterableDataset:
+    try:
+        loaded = datasets.load_dataset(
+            name,
+            configuration,
+            split=split,
+            streaming=streaming,
+            cache_dir=str(cache_folder / "datasets"),
+            keep_in_memory=False,
+        )
+    except Exception as error:
+        raise ValueError(
+            f"source={name!r}, configuration={configuration!r}, split={split!r}: there is no such file or folder, and "
+            f"it could not be loaded as a dataset ({error}); correct the name, or look at the cause above"
+        ) from error
+    columns = loaded.column_names
+    if columns is None:  # a stream does not know before its first example
+        columns = list(next(iter(loaded), {text_column: ""}))
+    if text_column not in columns:
+        raise ValueError(f"source={name!r}: {missing_column(text_column, columns)}")
+    documents = loaded.select_columns(text_column)
+    if text_column != "text":
+        documents = documents.rename_column(text_column, "text")
+    _check_some_text((document["text"] for document in documents), name)
+    return documents
+
+
+def _check_some_text(texts: Iterable[str | None], source: str | Path) -> None:
+    if not any(texts):
+        raise ValueError(f"source={source}: there is no text in it, or every document is empty; name one with text")

@@ -1,0 +1,160 @@
+"""The tokens of all documents as one flat array on the disk, cached by content."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .cached_folder import cached_folder, check_disk_space
+from .texts import TextTotals, text_batches, text_totals
+from .tokenizer import encode_documents, separator_id, tokenizer_digest
+
+FORMAT = 1
+TOKENS, STARTS, NAMES, MANIFEST = "tokens.npy", "starts.npy", "names.json", "store.json"
+BYTES_PER_TOKEN = 2  # of text; more are usual, so that the estimate of the disk space is on the safe side
+
+
+class TokenStore:
+    """Documents as tokens, each with the separator before it and nothing at its end; a folder that stays on the disk.
+
+    It can be pickled (only its folder is), and holds no tokens in memory.
+
+    Args:
+        folder: written by `tokenize_documents`.
+
+    Attributes:
+        num_tokens: of all documents, separators included.
+        num_documents: how many there are.
+        separator_id: the token before each document.
+    """
+
+    def __init__(self, folder: Path):
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        self.folder = folder
+        self.num_tokens: int = manifest["tokens"]
+        self.num_documents: int = manifest["documents"]
+        self.separator_id: int = manifest["separator_id"]
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """`[num_tokens]`, uint16 or uint32, memory-mapped: all documents in their order."""
+        return np.load(self.folder / TOKENS, mmap_mode="r")
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """`[num_documents + 1]`, int64, memory-mapped: where each document begins, and at last where all end."""
+        return np.load(self.folder / STARTS, mmap_mode="r")
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The column `path` of the documents; their numbers where they had none."""
+        path = self.folder / NAMES
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+        return [f"document {number}" for number in range(self.num_documents)]
+
+    def lengths(self) -> np.ndarray:
+        """`[num_documents]`, int64: tokens of each document, its separator included."""
+        return np.diff(self.starts)
+
+    def document(self, number: int) -> np.ndarray:
+        """`[length]`: the tokens of one document, still on the disk."""
+        return self.tokens[self.starts[number] : self.starts[number + 1]]
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
+        return TokenStore, (self.folder,)
+
+
+class ArrayFile:
+    """A one-dimensional `.npy` file that is written piece by piece; `numpy.save` would need all of it in memory."""
+
+    def __init__(self, path: Path, dtype: type[np.integer]):
+        self.dtype, self.length = np.dtype(dtype), 0
+        self.file = path.open("wb")
+        self._write_header()
+
+    def append(self, values: Sequence[int]) -> None:
+        # From Python's integers, not from an array: what does not fit is then an error and is not cut off.
+        self.file.write(np.array(values, dtype=self.dtype).tobytes())
+        self.length += len(values)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        with self.file:
+            self.file.seek(0)
+            self._write_header()
+
+    def _write_header(self) -> None:
+        # numpy leaves room in it for the length to grow, so that it can be written again in place.
+        description = np.lib.format.dtype_to_descr(self.dtype)
+        header = {"descr": description, "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+
+def tokenize_documents(documents: Dataset, tokenizer: PreTrainedTokenizerBase, cache_folder: Path) -> TokenStore:
+    """Encode every document with the separator before it, or take what was written for the same texts before.
+
+    A special token that is spelled out in a text is encoded as that token, as the tokenizer does it by itself.
+
+    Args:
+        documents: column `text`; `path` becomes the names.
+        tokenizer: its own begin and end tokens are not added.
+        cache_folder: the store is a folder below it, named by the hash of all texts, names and the tokenizer.
+
+    Raises:
+        ValueError: there are no documents, or the tokenizer has no token for the separator.
+        OSError: there is too little space on the disk.
+    """
+    separator = separator_id(tokenizer)
+    if len(documents) == 0:
+        raise ValueError("documents: there are none to tokenize; give at least one")
+    totals = text_totals(documents)
+    names = documents["path"][:] if "path" in documents.column_names else None
+    settings = {
+        "format": FORMAT,
+        "texts": totals.digest,
+        "names": hashlib.sha256(json.dumps(names).encode()).hexdigest(),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "separator_id": separator,
+    }
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    folder = Path(cache_folder) / "tokens" / key
+
+    def build(part: Path) -> dict:
+        dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32
+        check_disk_space(part, _expected_bytes(totals, np.dtype(dtype).itemsize))
+        if names is not None:
+            (part / NAMES).write_text(json.dumps(names), encoding="utf-8")
+        tokens = _write_tokens(documents, tokenizer, part, dtype)
+        return settings | {"key": key, "tokens": tokens, "documents": totals.documents}
+
+    cached_folder(folder, MANIFEST, build)
+    return TokenStore(folder)
+
+
+def _write_tokens(documents: Dataset, tokenizer: PreTrainedTokenizerBase, part: Path, dtype: type[np.integer]) -> int:
+    with (
+        ArrayFile(part / TOKENS, dtype) as tokens,
+        ArrayFile(part / STARTS, np.int64) as starts,
+        tqdm(total=len(documents), desc="Tokenizing", unit=" documents", unit_scale=True) as progress,
+    ):
+        for texts in text_batches(documents):
+            for ids in encode_documents(texts, tokenizer):
+                starts.append([tokens.length])
+                tokens.append(ids)
+            progress.update(len(texts))
+        starts.append([tokens.length])
+        return tokens.length
+
+
+def _expected_bytes(totals: TextTotals, token_bytes: int) -> int:
+    return (totals.text_bytes // BYTES_PER_TOKEN + totals.documents) * token_bytes + (totals.documents + 1) * 8
