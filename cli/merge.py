@@ -12,7 +12,7 @@ def merge(
 ) -> None:
     """Add a LoRA adapter to the model that it was trained on, and save a model that needs no peft.
 
-    In Python: `ttt_e2e.training.merge_lora(adapter, output)`.
+    In Python: `ttt_e2e.training.lora.merge_lora(adapter, output)`.
     """
     from ..training.lora import merge_lora
 

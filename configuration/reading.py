@@ -14,9 +14,17 @@ LISTED_FIELDS = 30  # an error lists the known fields if they are no more than t
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, in which 1e-3 is a number, as in YAML 1.2, and not a string."""
+    """YAML 1.1 with numbers and truth values as in YAML 1.2: 1e-3 is a number, and `no` and `off` are strings."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )

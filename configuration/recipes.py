@@ -92,6 +92,22 @@ class Recipe:
     data: DataRecipe
     training: dict
 
+    def rows_at_once(self, processes: int) -> int:
+        """Rows that each of several processes reads side by side: `per_device_train_batch_size` (1 where the recipe
+        does not say), or its whole share of the batch where that is less.
+
+        Raises:
+            ValueError: the batch cannot be spread evenly.
+        """
+        rows, rest = divmod(self.batch_size, processes)
+        at_once = min(self.training.get("per_device_train_batch_size", 1), max(rows, 1))
+        if rest or rows % at_once:
+            raise ValueError(
+                f"batch_size={self.batch_size} cannot be spread over {processes} processes in steps of "
+                f"training.per_device_train_batch_size={at_once} rows: make it a multiple of {processes * at_once}"
+            )
+        return at_once
+
 
 def recipe_names() -> list[str]:
     """Names that `load_recipe` knows, sorted."""
@@ -201,8 +217,7 @@ def _check_values(recipe: Recipe, source: str) -> None:
     for field, (value, least) in at_least.items():
         if value is not None and value < least:
             raise ValueError(f"{source}: {field}={value} must be at least {least}")
-    if rows is not None and recipe.batch_size % rows:
-        raise ValueError(
-            f"{source}: batch_size={recipe.batch_size} is no multiple of training.per_device_train_batch_size={rows}; "
-            "change one of them"
-        )
+    try:
+        recipe.rows_at_once(processes=1)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error

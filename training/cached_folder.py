@@ -56,16 +56,6 @@ def damage(folder: Path, manifest_name: str) -> str | None:
     return None
 
 
-def check_disk_space(folder: Path, needed: int) -> None:
-    """Raise OSError where the disk of `folder` has fewer than `needed` bytes left."""
-    available = shutil.disk_usage(folder).free
-    if available < needed:
-        raise OSError(
-            f"cache_folder: about {needed:,} bytes are to be written, and {folder.parent} has only {available:,} bytes "
-            "left; make room, or name a cache_folder on another disk"
-        )
-
-
 def _build(folder: Path, manifest_name: str, build: Callable[[Path], dict]) -> None:
     part = folder.with_name(f"{folder.name}.part")
     if part.exists():

@@ -7,7 +7,6 @@ temporary name first. A run that is killed while it saves leaves a folder withou
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,26 +78,6 @@ def check_same_model(folder: Path, model: torch.nn.Module) -> None:
                 f"{folder} is the checkpoint of another model: it has {name} of shape {shape}, but this model has "
                 f"{shapes.get(name, 'no such weight')}. Resume with the model that the run began with."
             )
-
-
-def check_disk_space(folder: Path, needed: int, what: str) -> None:
-    """Check that a disk has room, before anything is written.
-
-    Args:
-        folder: where it is going to be written; need not exist yet.
-        needed: bytes.
-        what: for the message.
-
-    Raises:
-        OSError: there are fewer bytes than needed.
-    """
-    existing = next(path for path in [Path(folder).absolute(), *Path(folder).absolute().parents] if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise OSError(
-            f"{folder}: {what} needs {needed} bytes, but its disk has only {free} left. Make room or choose another "
-            "folder; nothing was written."
-        )
 
 
 def checkpoint_bytes(model: torch.nn.Module) -> int:

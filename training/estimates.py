@@ -18,7 +18,6 @@ from ..configuration import Recipe
 from ..reader import BLOCKS_FROM_WINDOWS
 
 FLOAT32 = 4  # bytes
-DEFAULT_ROWS = 8  # per_device_train_batch_size of transformers
 # Attention weights of one mini-batch that exist at once in the second derivative: see `attention.py`.
 SCORE_MATRICES = 7
 
@@ -140,7 +139,7 @@ def estimate_run(config: TTTE2EConfig, recipe: Recipe, processes: int = 1) -> Ru
     """
     with torch.device("meta"):
         model = TTTE2EForCausalLM(config)
-    sizes = _Sizes.of(model, recipe)
+    sizes = _Sizes.of(model, recipe, processes)
     steps = recipe.training.get("max_steps")
     steps = steps if steps is not None and steps > 0 else None
     tokens = None if steps is None else steps * recipe.batch_size * recipe.data.sequence_length
@@ -172,7 +171,7 @@ class _Sizes:
     bf16: bool
 
     @classmethod
-    def of(cls, model: TTTE2EForCausalLM, recipe: Recipe) -> "_Sizes":
+    def of(cls, model: TTTE2EForCausalLM, recipe: Recipe, processes: int) -> "_Sizes":
         config, training, length = model.config, recipe.training, recipe.data.sequence_length
         suffix = model.model.layers[config.num_prefix_layers :] if config.test_time_training else []
         checkpointing = bool(training.get("activation_checkpointing"))
@@ -184,7 +183,7 @@ class _Sizes:
             suffix_parameters=sum(p.numel() for layer in suffix for p in layer.parameters()),
             fast_weights=sum(p.numel() for layer in suffix for p in layer.inner_mlp.parameters()),
             suffix_layers=len(suffix),
-            rows=training.get("per_device_train_batch_size", DEFAULT_ROWS),
+            rows=recipe.rows_at_once(processes),
             length=length,
             mini_batches=mini_batches,
             group=min(every, mini_batches) if checkpointing else mini_batches,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from .checkpoints import check_disk_space
+from .disk import check_disk_space
 from .tokenizer import load_tokenizer
 
 if TYPE_CHECKING:

@@ -18,7 +18,6 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from .arguments import MetaTrainingArguments, check_saves_follow_logs
 from .checkpoints import (
-    check_disk_space,
     check_same_model,
     checkpoint_bytes,
     checkpoint_folders,
@@ -26,6 +25,7 @@ from .checkpoints import (
     last_complete_checkpoint,
     write_manifest,
 )
+from .disk import check_disk_space
 from .guards import check_arguments, check_prepared, learning_models
 from .inner_logs import InnerLogs
 

@@ -20,6 +20,7 @@ CHANGEABLE = (
     "inner_max_grad_norm meta_gradient meta_gradient_horizon inner_checkpoint_every inner_checkpoint_offload "
     "test_time_training"
 ).split()
+SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_suffix_layers layer_types".split()
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class ModelSource:
     """Where a model comes from.
 
     Attributes:
-        name: what the recipe's patterns are compared with: the name of a preset, or of a file or folder.
+        name: what a recipe's patterns are compared with: the preset, also of a saved model that has its sizes; else
+            the name of the file or folder.
         folder: a saved model (or its id on the Hub); None for a new one.
         config_class: of its configuration.
         fields: of its configuration, before a recipe's changes.
@@ -77,7 +79,16 @@ def _saved_model(path: Path) -> ModelSource:
             "or ttt-e2e train has written to its end"
         )
     config = AutoConfig.from_pretrained(folder)
-    return ModelSource(path.name, str(folder), type(config), config.to_dict())
+    return ModelSource(preset_of(config) or path.name, str(folder), type(config), config.to_dict())
+
+
+def preset_of(config: PreTrainedConfig) -> str | None:
+    """The preset of the same sizes, whose numbers a recipe then takes; None where there is none."""
+    for name in preset_names():
+        preset = TTTE2EConfig(**load_preset(name))
+        if all(getattr(config, size, None) == getattr(preset, size) for size in SIZES):
+            return name
+    return None
 
 
 def changed_config(source: ModelSource, changes: dict, sequence_length: int) -> PreTrainedConfig:

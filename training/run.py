@@ -17,9 +17,10 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from ..configuration import Recipe
 from .arguments import MetaTrainingArguments
-from .checkpoints import NOT_COMPARED, last_complete_checkpoint
+from .checkpoints import NOT_COMPARED, checkpoint_bytes, last_complete_checkpoint
 from .corpus import split_documents
 from .data import DocumentRows, PackedRows, PackedStream, collate_rows
+from .disk import check_disk_space
 from .lora import add_lora
 from .meta_trainer import MetaTrainer
 from .models import ModelSource, build_model, changed_config, find_model, fit_to_tokenizer
@@ -107,6 +108,8 @@ def prepare_run(request: TrainingRequest) -> MetaTrainer:
         processing_class=data.tokenizer,
         data_collator=collate_rows,
     )
+    if arguments.should_save:
+        check_disk_space(request.output, 2 * checkpoint_bytes(model), "a checkpoint and the final model")
     state.wait_for_everyone()
     if state.is_main_process and not request.resume:
         write_json(request.output / RECORD, record)
@@ -134,25 +137,20 @@ def training_arguments(request: TrainingRequest, processes: int) -> MetaTraining
     """The trainer's arguments for a recipe, its batch spread over the processes and accumulation steps.
 
     Raises:
-        ValueError: the batch cannot be spread evenly.
+        ValueError: the batch cannot be spread evenly, or an argument is refused.
     """
     recipe = request.recipe
     # No logs to services that nobody named, and no memory pinned for a GPU that is not there.
     defaults = {
         "report_to": "none",
-        "per_device_train_batch_size": 1,
         "use_cpu": not torch.accelerator.is_available(),
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
-    fields = defaults | recipe.training
-    rows = fields["per_device_train_batch_size"] * processes
-    if recipe.batch_size % rows:
-        raise ValueError(
-            f"batch_size={recipe.batch_size} cannot be spread over {processes} processes of "
-            f"training.per_device_train_batch_size={fields['per_device_train_batch_size']} rows: make it a multiple of "
-            f"{rows}"
-        )
-    fields["gradient_accumulation_steps"] = recipe.batch_size // rows
+    rows = recipe.rows_at_once(processes)
+    fields = defaults | recipe.training | {"per_device_train_batch_size": rows}
+    if request.validation_data is None and recipe.data.validation_every is None:
+        fields["eval_strategy"] = "no"  # there is nothing to evaluate on
+    fields["gradient_accumulation_steps"] = recipe.batch_size // (rows * processes)
     return MetaTrainingArguments(output_dir=str(request.output), **fields)
 
 
@@ -190,7 +188,7 @@ def prepare_data(request: TrainingRequest, source: ModelSource, vocabulary_size:
             cache_folder=request.cache,
             text_column=settings.text_column,
             split=settings.split if name == request.data else "train",
-            configuration=settings.configuration,
+            configuration=settings.configuration if name == request.data else None,
             streaming=streaming,
         )
 

@@ -10,8 +10,9 @@ from datasets import Dataset, Features, IterableDataset, Value
 from datasets.arrow_writer import ArrowWriter
 from tqdm.auto import tqdm
 
-from .cached_folder import cached_folder, check_disk_space
+from .cached_folder import cached_folder
 from .corpus import standard_library_documents
+from .disk import check_disk_space
 from .files import COMPRESSED, KINDS, TEXT, documents_of_files, file_kind, file_texts, missing_column
 
 FORMAT, MANIFEST, DOCUMENTS = 1, "manifest.json", "documents.arrow"
@@ -90,7 +91,7 @@ def _load_files(path: Path, text_column: str, streaming: bool, cache_folder: Pat
     folder = cache_folder / "documents" / _digest(files, root, text_column)
 
     def build(part: Path) -> dict:
-        check_disk_space(part, sum(file.stat().st_size for file in files))
+        check_disk_space(part, sum(file.stat().st_size for file in files), "a copy of the documents")
         with ArrowWriter(features=features, path=str(part / DOCUMENTS), writer_batch_size=100) as writer:
             for document in tqdm(documents_of_files(**arguments), desc="Reading", unit=" documents", unit_scale=True):
                 writer.write(document)

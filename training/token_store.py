@@ -12,7 +12,8 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .cached_folder import cached_folder, check_disk_space
+from .cached_folder import cached_folder
+from .disk import check_disk_space
 from .texts import TextTotals, text_batches, text_totals
 from .tokenizer import encode_documents, separator_id, tokenizer_digest
 
@@ -131,7 +132,7 @@ def tokenize_documents(documents: Dataset, tokenizer: PreTrainedTokenizerBase, c
 
     def build(part: Path) -> dict:
         dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32
-        check_disk_space(part, _expected_bytes(totals, np.dtype(dtype).itemsize))
+        check_disk_space(part, _expected_bytes(totals, np.dtype(dtype).itemsize), "a copy of the tokens")
         if names is not None:
             (part / NAMES).write_text(json.dumps(names), encoding="utf-8")
         tokens = _write_tokens(documents, tokenizer, part, dtype)

@@ -22,9 +22,9 @@ IDS = torch.tensor(random_rows(2, mini_batches=3)["input_ids"])
 GREEDY = {"max_new_tokens": 2 * MINI_BATCH + 1, "do_sample": False, "return_dict_in_generate": True}
 
 
-def loss(model) -> float:
+def loss(model, ids=IDS) -> float:
     with torch.no_grad():
-        return model.eval()(input_ids=IDS, labels=IDS).loss.item()
+        return model.eval()(input_ids=ids, labels=ids).loss.item()
 
 
 def adapter_folder(path, targets="prime", dtype=torch.float64, **fields):
@@ -64,7 +64,18 @@ def test_merged_is_the_same_as_unmerged(tmp_path, targets, prime_mlp):
     assert torch.equal(one.sequences, other.sequences)
     for step, expected in zip(one.logits, other.logits, strict=True):
         torch.testing.assert_close(step, expected, rtol=0, atol=1e-6)  # generate() returns float32
-    assert not list(tmp_path.glob(".*"))
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "merged"}
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_merged_is_the_same_for_mini_batches_whose_differences_are_folded(tmp_path, targets):
+    """From 32 tokens on a plain layer's fast and slow weights become one matrix, which must not lose an adapter."""
+    model, folder = adapter_folder(tmp_path, targets, mini_batch_size=32, sliding_window=32)
+    merge_lora(folder, tmp_path / "merged")
+    ids = torch.tensor(random_rows(2, mini_batches=25)["input_ids"])
+    assert abs(loss(saved_base(tmp_path / "base"), ids) - loss(model, ids)) > 1e-2
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert loss(merged, ids) == pytest.approx(loss(model, ids), rel=1e-9)
 
 
 @pytest.mark.parametrize("place", ["adapter", "base"])
@@ -100,9 +111,8 @@ def test_merging_refuses_what_it_cannot_merge(tmp_path):
         merge_lora(tmp_path / "base", output)
     with pytest.raises(FileExistsError, match="name a new folder"):
         merge_lora(folder, tmp_path / "base")
-    other = get_peft_model(
-        saved_base(tmp_path / "base"), IA3Config(target_modules=["q_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
-    )  # fmt: skip
+    settings = IA3Config(target_modules=["q_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    other = get_peft_model(saved_base(tmp_path / "base"), settings)
     other.save_pretrained(tmp_path / "ia3")
     with pytest.raises(ValueError, match="holds a IA3 adapter"):
         merge_lora(tmp_path / "ia3", output)
@@ -149,14 +159,10 @@ RESUMED = {"max_steps": 8, "logging_steps": 2, "save_strategy": "steps", "save_s
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("targets", TARGETS)
 def test_a_resumed_run_has_the_same_adapter_bit_by_bit(tmp_path, targets, dropout):
-    def trainer():
-        return meta_trainer(tmp_path / "run", adapted(targets, dropout=dropout, random=False), **RESUMED)
-
-    whole = trainer()
+    whole = meta_trainer(tmp_path, adapted(targets, dropout=dropout, random=False), **RESUMED)
     whole.train()
-    shutil.rmtree(tmp_path / "run" / "checkpoint-8")
-    resumed = trainer()
-    fill(resumed.model, seed=9)
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    resumed = meta_trainer(tmp_path, adapted(targets, dropout=dropout, random=True), **RESUMED)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 8
     assert repeatable(resumed.state.log_history[:-1]) == repeatable(whole.state.log_history[:-1])
@@ -184,9 +190,8 @@ def test_a_learned_context_goes_on_under_peft(tmp_path):
     first.past_key_values.save_pretrained(tmp_path / "context")
     context = TTTE2ECache.from_pretrained(tmp_path / "context", model.get_base_model())
     assert context.has_learned
-    second = model.generate(
-        input_ids=first.sequences, past_key_values=context, **(GREEDY | {"max_new_tokens": 7})
-    )  # fmt: skip
+    rest = GREEDY | {"max_new_tokens": 7}
+    second = model.generate(input_ids=first.sequences, past_key_values=context, **rest)
     assert torch.equal(second.sequences, whole.sequences)
     frozen = model.generate(input_ids=IDS, learn_from="none", output_logits=True, **GREEDY).logits[-1]
     learned = model.generate(input_ids=IDS, output_logits=True, **GREEDY).logits[-1]

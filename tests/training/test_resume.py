@@ -387,7 +387,7 @@ def test_weights_of_other_shapes_are_refused(run_folder):
 
 def test_another_runs_folder_is_refused_and_left_as_it_is(run_folder):
     before = contents(run_folder)
-    with pytest.raises(ValueError, match="holds checkpoint-6 of another run.*Nothing was overwritten"):
+    with pytest.raises(ValueError, match=r"holds checkpoint-6 of another run.*Nothing was overwritten"):
         trainer_of(run_folder).train()
     assert contents(run_folder) == before
 
@@ -433,7 +433,7 @@ def test_full_disk_in_training_keeps_earlier_checkpoints(tmp_path, monkeypatch, 
     begun, folder = [], tmp_path / "run"
     trainer = trainer_of(folder, callbacks=[Begun(begun)], save_total_limit=1)
     free(monkeypatch, lambda: 0 if 4 in begun else 2**40)
-    with pytest.raises(OSError, match="checkpoint-6 needs .* nothing was written"):
+    with pytest.raises(OSError, match=r"checkpoint-6 needs .* nothing was written"):
         trainer.train()
     assert steps_of(folder) == [3] and is_complete(folder / "checkpoint-3")
     monkeypatch.undo()

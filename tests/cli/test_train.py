@@ -1,0 +1,306 @@
+"""`ttt-e2e train` from text to a saved model, at a size of seconds; and every mistake before any work."""
+
+import json
+import random
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from ttt_e2e.cli.main import app
+from ttt_e2e.configuration import load_preset
+from ttt_e2e.training.checkpoints import MANIFEST
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "mini_batch_size": 4,
+    "sliding_window": 8,
+}
+SETTINGS = {
+    "batch_size": 4,
+    "data.sequence_length": 16,
+    "data.validation_rows": 8,
+    "training.max_steps": 6,
+    "training.logging_steps": 1,
+    "training.save_steps": 2,
+    "training.eval_steps": 3,
+    "training.disable_tqdm": "true",
+}
+WORDS = "the a little old machine reads writes learns forgets quickly slowly and then again".split()
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with texts, a small model's configuration, and nothing else."""
+    choose = random.Random(0)
+    (tmp_path / "texts").mkdir()
+    for number in range(16):
+        text = " ".join(choose.choices(WORDS, k=80))
+        (tmp_path / "texts" / f"{number:02}.txt").write_text(text)
+    (tmp_path / "small.yaml").write_text("# small\n" + yaml.safe_dump(SIZES))
+    return tmp_path
+
+
+def train(place, *options, output="run", **changes):
+    """Run the command; `changes` with __ for dots replace those of SETTINGS."""
+    settings = SETTINGS | {name.replace("__", "."): value for name, value in changes.items()}
+    arguments = {"--model": place / "small.yaml", "--recipe": "pretrain-tiny", "--data": place / "texts"}
+    arguments |= {"--output": place / output, "--cache": place / "cache"}
+    given = dict(zip(options[::2], options[1::2], strict=True)) if len(options) % 2 == 0 else {}
+    flags = [] if given or not options else list(options)
+    line = [str(part) for pair in (arguments | given).items() if pair[1] is not None for part in pair]
+    for name, value in settings.items():
+        line += ["--set", f"{name}={value}"]
+    return CliRunner().invoke(app, ["train", *line, *flags], env={"COLUMNS": "400", "TERM": "dumb", "NO_COLOR": "1"})
+
+
+def everything_below(folder):
+    """Every file with its contents and time of change."""
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+def refusal(result) -> str:
+    """The message of a refused command, its box and line breaks taken away."""
+    assert result.exit_code == 2, result.output
+    return " ".join(result.output.replace("│", " ").split())
+
+
+def test_train_writes_a_model_that_loads_and_generates(place):
+    result = train(place)
+    assert result.exit_code == 0, result.output
+    run = place / "run"
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    assert model.config.bos_token_id == tokenizer.bos_token_id and model.config.use_cache
+    inputs = tokenizer("the little old machine", return_tensors="pt", return_token_type_ids=False)
+    assert model.generate(**inputs, max_new_tokens=5).shape[1] == inputs["input_ids"].shape[1] + 5
+    log = json.loads((run / "training_log.json").read_text())
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    evaluations = [entry for entry in log if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluations] == [3, 6, 6]
+    assert "eval_loss_learning_off" in evaluations[-1] and "eval_loss_learning_off" in result.output
+    assert (run / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert not list((run / "model").glob("*.bin")) and not list(run.glob(".*"))
+
+
+def test_resumed_run_ends_as_the_uninterrupted_one(place):
+    assert train(place, output="whole").exit_code == 0
+    shutil.copytree(place / "whole", place / "cut")
+    shutil.rmtree(place / "cut" / "model")
+    shutil.rmtree(place / "cut" / "checkpoint-6")
+    (place / "cut" / "checkpoint-4" / MANIFEST).unlink()  # as if killed while it was written
+    result = train(place, "--resume", output="cut")
+    assert result.exit_code == 0, result.output
+    one, other = (load_file(place / name / "model" / "model.safetensors") for name in ("whole", "cut"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    logs = [
+        [entry["loss"] for entry in json.loads((place / name / "training_log.json").read_text()) if "loss" in entry]
+        for name in ("whole", "cut")
+    ]
+    assert logs[0] == logs[1] and len(logs[0]) == 6
+
+
+def test_run_that_was_killed_before_its_first_checkpoint_begins_again(place):
+    assert train(place, output="whole").exit_code == 0
+    (place / "early").mkdir()
+    shutil.copy(place / "whole" / "run.json", place / "early")
+    assert train(place, "--resume", output="early").exit_code == 0
+    one, other = (load_file(place / name / "model" / "model.safetensors") for name in ("whole", "early"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "prime"])
+def test_adapters_are_trained_on_a_saved_model_and_merged(place, targets):
+    assert train(place).exit_code == 0
+    adapted = train(place, "--model", place / "run", "--lora", targets, "--lora-rank", 2, output="adapted")
+    assert adapted.exit_code == 0, adapted.output
+    assert (place / "adapted" / "model" / "adapter_model.safetensors").is_file()
+    merge = ["merge", "--adapter", str(place / "adapted" / "model"), "--output", str(place / "merged")]
+    assert CliRunner().invoke(app, merge).exit_code == 0
+    one, other = (AutoModelForCausalLM.from_pretrained(place / name) for name in ("run/model", "merged"))
+    moved = {name for name, p in one.named_parameters() if not torch.equal(p, other.get_parameter(name))}
+    assert moved and all("prime_mlp" in name for name in moved) == (targets == "prime")
+
+
+def test_saved_model_is_extended_to_longer_rows_and_another_rope_base(place):
+    assert train(place).exit_code == 0
+    changes = {
+        "data__sequence_length": 32,
+        "model__sliding_window": 12,
+        "model__rope_parameters__rope_theta": 2e6,
+        "training__learning_rate": 1e-5,
+    }
+    result = train(place, "--model", place / "run", output="longer", **changes)
+    assert result.exit_code == 0, result.output
+    config = AutoModelForCausalLM.from_pretrained(place / "longer" / "model").config
+    assert config.sliding_window == 12
+    assert config.rope_parameters["rope_theta"] == 2e6 and config.rope_parameters["rope_type"] == "default"
+    before, after = (load_file(place / name / "model" / "model.safetensors") for name in ("run", "longer"))
+    # The weights went on from where they were, with a fresh and small learning rate.
+    assert all(0 < (after[name] - before[name]).abs().max() < 1e-3 for name in before)
+
+
+def test_documents_and_streams_are_trained_on(place):
+    assert train(place, output="rows", data__one_document_per_row="true").exit_code == 0
+    assert train(place, output="first").exit_code == 0
+    changes = {"data__streaming": "true", "data__validation_every": "null"}
+    result = train(place, "--tokenizer", place / "first" / "model", output="stream", **changes)
+    assert result.exit_code == 0, result.output
+
+
+# --------------------------------------------------------------------------------------------------------- dry run
+
+
+def dry_run(*options) -> dict[str, int]:
+    result = CliRunner().invoke(app, ["train", "--dry-run", *options])
+    assert result.exit_code == 0, result.output
+    return dict(line.split(": ") for line in result.output.splitlines())
+
+
+def test_dry_run_needs_neither_data_nor_tokenizer():
+    shown = dry_run("--model", "125m", "--recipe", "pretrain-8k")
+    assert shown["parameters"] == "184363776" and shown["fast_weight_bytes_per_sequence"] == str(3 * 3 * 768 * 1664 * 4)
+    assert shown["steps"] == "4800" and shown["tokens"] == str(4800 * 64 * 8192)
+    assert int(shown["peak_memory_bytes"]) > 16 * 184363776
+
+
+def test_dry_run_takes_the_vocabulary_of_a_named_tokenizer(place):
+    assert train(place).exit_code == 0
+    plain = dry_run("--model", "tiny")
+    named = dry_run("--model", "tiny", "--tokenizer", str(place / "run" / "model"))
+    fewer = load_preset("tiny")["vocab_size"] - len(AutoTokenizer.from_pretrained(place / "run" / "model"))
+    assert int(plain["parameters"]) - int(named["parameters"]) == fewer * load_preset("tiny")["hidden_size"]
+
+
+def test_dry_run_writes_nothing(place):
+    before = everything_below(place)
+    shown = train(place, "--dry-run")
+    assert shown.exit_code == 0 and everything_below(place) == before
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+def empty(place):
+    (place / "empty.txt").write_text("")
+    return place / "empty.txt"
+
+
+def missing(place):
+    return place / "nothing.txt"
+
+
+def binary(place):
+    (place / "picture.txt").write_bytes(bytes(range(256)))
+    return place / "picture.txt"
+
+
+def short(place):
+    (place / "short.txt").write_text("a word")
+    return place / "short.txt"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(empty, "empty"), (missing, "nothing.txt"), (binary, "picture.txt"), (short, "sequence_length=16")],
+)
+def test_unusable_data_is_refused(place, data, message):
+    refused = refusal(train(place, "--data", data(place), data__validation_every="null"))
+    assert message in refused
+    assert not (place / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__sequence_length": 3}, "data.sequence_length=3 is shorter than a mini-batch (model.mini_batch_size=4)"),
+        ({"training__max_stepps": 3}, "did you mean 'training.max_steps'"),
+        ({"training__save_steps": 3, "training__logging_steps": 2}, "make save_steps=3 a multiple of logging_steps=2"),
+        ({"model__sliding_window": 2}, "`mini_batch_size` (4) is larger than `sliding_window` (2)"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(place, changes, message):
+    assert message in refusal(train(place, **changes))
+    assert not (place / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model", "tinny"), "no such model preset"),
+        (("--model", "nowhere/"), "nowhere"),
+        (("--recipe", "pretrain-9k"), "pretrain-8k"),
+        (("--output", None), "--output is missing"),
+        (("--data", None), "--data is missing"),
+        (("--lora", "all-linar"), "all-linear"),
+        (("--tokenizer", "./nowhere"), "there is no such folder"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(place, options, message):
+    assert message in refusal(train(place, *options))
+    assert not (place / "run").exists()
+
+
+def test_folder_of_another_run_is_left_alone(place):
+    assert train(place).exit_code == 0
+    before = everything_below(place / "run")
+    assert "holds another run" in refusal(train(place))
+    assert "its run was begun with recipe.training.learning_rate=0.006" in refusal(
+        train(place, "--resume", training__learning_rate=0.1)
+    )
+    (place / "texts" / "00.txt").write_text("other words")
+    assert "its run was begun with data." in refusal(train(place, "--resume"))
+    assert everything_below(place / "run") == before
+
+
+def test_folder_with_other_files_is_left_alone(place):
+    (place / "run").mkdir()
+    (place / "run" / "thesis.txt").write_text("years of work")
+    assert "holds other files" in refusal(train(place))
+    assert "holds no run to resume" in refusal(train(place, "--resume"))
+    assert (place / "run" / "thesis.txt").read_text() == "years of work"
+
+
+def test_run_of_another_model_is_not_resumed(place):
+    assert train(place).exit_code == 0
+    before = everything_below(place / "run")
+    (place / "small.yaml").write_text("# small\n" + yaml.safe_dump(SIZES | {"intermediate_size": 24}))
+    assert "model.intermediate_size=16, but now it is 24" in refusal(train(place, "--resume"))
+    assert everything_below(place / "run") == before
+
+
+def test_sizes_of_a_saved_model_cannot_change(place):
+    assert train(place).exit_code == 0
+    refused = refusal(train(place, "--model", place / "run", output="other", model__hidden_size=32))
+    assert "model.hidden_size=32: the saved model has 16" in refused
+
+
+def test_saved_model_needs_a_recipe_and_its_own_tokenizer(place):
+    assert train(place).exit_code == 0
+    assert "--recipe: say what a saved model is trained for" in refusal(
+        train(place, "--model", place / "run", "--recipe", None, output="other")
+    )
+    larger = SIZES | {"vocab_size": 400}
+    (place / "larger.yaml").write_text("# larger\n" + yaml.safe_dump(larger))
+    assert train(place, "--model", place / "larger.yaml", output="larger").exit_code == 0
+    refused = refusal(train(place, "--model", place / "run", "--tokenizer", place / "larger" / "model", output="other"))
+    assert "but the model only 300" in refused
+
+
+def test_full_disk_is_noticed_before_anything_is_written(place, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12 - 1000, 1000))
+    refused = train(place)
+    assert refused.exit_code != 0
+    assert "has only 1000" in " ".join((refused.output + repr(refused.exception)).split())
+    assert not (place / "run").exists() or not list((place / "run").glob("checkpoint-*"))
