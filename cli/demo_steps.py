@@ -38,6 +38,7 @@ from ..training import (
     train_model,
     trained_tokenizer,
 )
+from ..training.disk import write_text
 
 LEARNING_ON, LEARNING_OFF = "TTT-E2E, learning on", "TTT-E2E, learning off"
 # Cool enough for a model of this size to stay near what it has learned.
@@ -258,10 +259,3 @@ def environment() -> dict[str, str | int]:
         "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
         "threads": torch.get_num_threads(),
     }
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -14,7 +14,7 @@ from .inner_loop import NO_TARGET, UpdateRule
 from .layout import AttentionWriter, Columns, ColumnWriter, segments, split_by_learning
 from .reader import Reader, Wanted
 from .reading import inner_table, read_segment
-from .sharding import check_sharding
+from .sharding import check_tensor_parallelism, check_units
 
 logger = logging.get_logger(__name__)
 
@@ -205,8 +205,9 @@ def make_reader(model: torch.nn.Module, request: Request) -> Reader:
     inner_implementation = implementation
     differentiated = torch.is_grad_enabled() and rule.second_order and request.learning
     if request.learning:
-        check_sharding(model, differentiated)
+        check_units(model)
     if differentiated:
+        check_tensor_parallelism(model)
         inner_implementation = "eager" if implementation == "eager" else TWICE_DIFFERENTIABLE
     checkpointing = model.gradient_checkpointing and model.training
     return Reader(model, rule, implementation, inner_implementation, checkpointing, request.wanted)

@@ -43,6 +43,9 @@ class MetaTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.data_seed is None:
+            # Otherwise the order of rows would follow whatever was seeded last before training.
+            self.data_seed = self.seed
         if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"min_lr": min(DEFAULT_FLOOR, self.learning_rate)}
         self._check_rates()

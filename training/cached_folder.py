@@ -10,6 +10,8 @@ from pathlib import Path
 from filelock import FileLock
 from transformers.utils import logging
 
+from .disk import flush_to_disk
+
 logger = logging.get_logger(__name__)
 
 
@@ -68,11 +70,11 @@ def _build(folder: Path, manifest_name: str, build: Callable[[Path], dict]) -> N
         manifest["checksum"] = _checksum(manifest)
         (part / manifest_name).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         for path in [*part.iterdir(), part]:
-            _flush_to_disk(path)
+            flush_to_disk(path)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(part, folder)
-        _flush_to_disk(folder.parent)
+        flush_to_disk(folder.parent)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -86,11 +88,3 @@ def _digest(path: Path) -> str:
 def _checksum(manifest: dict) -> str:
     facts = {name: value for name, value in manifest.items() if name != "checksum"}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,15 +5,20 @@ temporary name first. A run that is killed while it saves leaves a folder withou
 """
 
 import json
-import os
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
-MANIFEST = "complete.json"
+from .disk import flush_to_disk, write_text
+
+MANIFEST, ADAPTER_CONFIG = "complete.json", "adapter_config.json"
+# Beside an adapter: its model's configuration. As config.json it would make the folder look like a whole model.
+BASE_CONFIG = "base_config.json"
+ADAPTER_SETTINGS = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
 # Settings that training may change, or that say where a model comes from and not what it is.
 NOT_COMPARED = {
     "transformers_version", "dtype", "use_cache", "architectures", "_name_or_path", "auto_map",
@@ -25,13 +30,9 @@ def write_manifest(folder: Path) -> None:
     """Declare a checkpoint complete, once all its files are on the disk."""
     files = _files(folder)
     for path in files:
-        _flush(path)
+        flush_to_disk(path)
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    temporary = folder / f".{MANIFEST}.part"
-    temporary.write_text(json.dumps({"bytes": sizes}, indent=1), encoding="utf-8")
-    _flush(temporary)
-    os.replace(temporary, folder / MANIFEST)
-    _flush(folder)
+    write_text(folder / MANIFEST, json.dumps({"bytes": sizes}, indent=1) + "\n")
 
 
 def is_complete(folder: Path) -> bool:
@@ -55,29 +56,61 @@ def last_complete_checkpoint(run_folder: Path) -> Path | None:
 
 
 def check_same_model(folder: Path, model: torch.nn.Module) -> None:
-    """Check that a checkpoint belongs to a model like this one, by its configuration and the shapes of its weights.
+    """Check that a checkpoint belongs to a model like this one: by configuration, adapter and shapes of weights.
 
     Raises:
         ValueError: naming the first difference.
     """
-    config_file, config = folder / "config.json", getattr(model, "config", None)
-    if config_file.is_file() and config is not None:
-        saved = json.loads(config_file.read_text(encoding="utf-8"))
-        own = json.loads(config.to_json_string(use_diff=False))
-        for name in sorted(saved.keys() & own.keys() - NOT_COMPARED):
-            if saved[name] != own[name]:
-                raise ValueError(
-                    f"{folder} is the checkpoint of another model: its {name} is {saved[name]}, but this model's is "
-                    f"{own[name]}. Resume with the model that the run began with, or start a new run."
-                )
+    differences = chain(
+        _configuration_differences(folder, model),
+        _adapter_differences(folder, model),
+        _shape_differences(folder, model),
+    )
+    for name, saved, own in differences:
+        raise ValueError(
+            f"{folder} is the checkpoint of another model: its {name} is {saved}, but this model's is {own}. Resume "
+            "with the model that the run began with, or start a new run."
+        )
+
+
+def _configuration_differences(folder: Path, model: torch.nn.Module) -> Iterator[tuple[str, object, object]]:
+    files = [folder / name for name in ("config.json", BASE_CONFIG)]
+    file, config = next((file for file in files if file.is_file()), None), getattr(model, "config", None)
+    if file is None or config is None:
+        return
+    saved, own = json.loads(file.read_text(encoding="utf-8")), json.loads(config.to_json_string(use_diff=False))
+    for name in sorted(saved.keys() & own.keys() - NOT_COMPARED):
+        if saved[name] != own[name]:
+            yield name, saved[name], own[name]
+
+
+def _adapter_differences(folder: Path, model: torch.nn.Module) -> Iterator[tuple[str, object, object]]:
+    file, adapters = folder / ADAPTER_CONFIG, getattr(model, "peft_config", None)
+    if file.is_file() != (adapters is not None):
+        kinds = ("the whole model", "an adapter")
+        yield "trained part", kinds[file.is_file()], kinds[adapters is not None]
+    elif adapters is not None:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        own = next(iter(adapters.values())).to_dict()
+        for name in ADAPTER_SETTINGS:
+            before, now = (_ordered(settings.get(name)) for settings in (saved, own))
+            if before != now:
+                yield name, before, now
+
+
+def _shape_differences(folder: Path, model: torch.nn.Module) -> Iterator[tuple[str, object, object]]:
     shapes = {_adapter_key(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    whole = not (folder / "adapter_config.json").is_file()  # an adapter may rename the other modules that it saves
-    for name, shape in _saved_shapes(folder):
-        if shapes.get(name, None if whole else shape) != shape:
-            raise ValueError(
-                f"{folder} is the checkpoint of another model: it has {name} of shape {shape}, but this model has "
-                f"{shapes.get(name, 'no such weight')}. Resume with the model that the run began with."
-            )
+    whole = not (folder / ADAPTER_CONFIG).is_file()  # an adapter may rename the other modules that it saves
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                shape = tuple(tensors.get_slice(name).get_shape())
+                if shapes.get(name, None if whole else shape) != shape:
+                    yield f"shape of {name}", shape, shapes.get(name, "missing")
+
+
+def _ordered(value: object) -> object:
+    return sorted(value) if isinstance(value, list | set | tuple) else value
 
 
 def checkpoint_bytes(model: torch.nn.Module) -> int:
@@ -87,13 +120,6 @@ def checkpoint_bytes(model: torch.nn.Module) -> int:
     return total + total // 100 + 2**20
 
 
-def _saved_shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-                yield name, tuple(tensors.get_slice(name).get_shape())
-
-
 def _adapter_key(name: str) -> str:
     """The name under which a PEFT adapter saves a parameter; other names are their own."""
     return re.sub(r"\.default(?=\.|$)", "", name) if "lora_" in name else name
@@ -101,12 +127,3 @@ def _adapter_key(name: str) -> str:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk and not only in its buffer."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

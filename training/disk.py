@@ -1,5 +1,6 @@
-"""Room on the disk."""
+"""The disk: its room, and files that are there whole or not at all."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -22,3 +23,22 @@ def check_disk_space(folder: Path, needed: int, what: str) -> None:
             f"{folder}: {what} needs {needed} bytes, but its disk has only {free} left. Make room or choose another "
             "folder."
         )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; it is on the disk when this returns. Its folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    flush_to_disk(temporary)
+    os.replace(temporary, path)
+    flush_to_disk(path.parent)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk and no longer only in memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import DataCollatorWithFlattening, TrainingArguments
 
-from ..sharding import check_sharding
+from ..sharding import check_tensor_parallelism, check_units
 
 
 def learning_models(model: nn.Module) -> list[nn.Module]:
@@ -82,7 +82,9 @@ def check_prepared(model: nn.Module) -> None:
         if not part.config.test_time_training:
             continue
         second_order = part.config.meta_gradient == "second_order"
-        check_sharding(part, second_order)
+        check_units(part)
+        if second_order and not any(hasattr(module, "set_requires_gradient_sync") for module in model.modules()):
+            check_tensor_parallelism(part)  # with FSDP2 the forward pass checks it, when the weights are whole
         if second_order and any(hasattr(module, "_orig_mod") for module in model.modules()):
             raise ValueError(
                 "The model is compiled by torch.compile, and a compiled graph has no second derivative: train it as it "

@@ -5,6 +5,7 @@ through the inner steps.
 """
 
 import difflib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from .checkpoints import ADAPTER_CONFIG, BASE_CONFIG
 from .disk import check_disk_space
 from .tokenizer import load_tokenizer
 
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 ALL_LINEAR, PRIME = "all-linear", "prime"
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def inner_projections(model: PreTrainedModel) -> list[str]:
@@ -80,7 +81,7 @@ def merge_lora(adapter_folder: str | Path, output: str | Path) -> None:
     """Add an adapter to the model that it belongs to and save the sum as a plain model, with the tokenizer if any.
 
     The model is the one that the adapter names (`base_model_name_or_path`), under its own configuration or, where there
-    is one, the `config.json` beside the adapter. The dtype stays the saved model's.
+    is one, the `base_config.json` beside the adapter. The dtype stays the saved model's.
 
     Args:
         adapter_folder: with `adapter_config.json`, in it or in its folder `model` (as `ttt-e2e train` writes it).
@@ -132,7 +133,9 @@ def _load_base(folder: Path, settings) -> PreTrainedModel:
     if not name:
         raise ValueError(f"adapter_folder={str(folder)!r} does not say which model it belongs to: {remedy}")
     # Without it the adapter would be merged into the settings from before its training.
-    config = AutoConfig.from_pretrained(folder) if (folder / "config.json").is_file() else None
+    config = None
+    if (folder / BASE_CONFIG).is_file():
+        config = AutoConfig.for_model(**json.loads((folder / BASE_CONFIG).read_text(encoding="utf-8")))
     try:
         return AutoModelForCausalLM.from_pretrained(name, config=config, revision=settings.revision or "main")
     except (OSError, ValueError) as error:

@@ -12,15 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from .arguments import MetaTrainingArguments, check_saves_follow_logs
 from .checkpoints import (
+    BASE_CONFIG,
     check_same_model,
     checkpoint_bytes,
-    checkpoint_folders,
     is_complete,
     last_complete_checkpoint,
     write_manifest,
@@ -93,8 +94,8 @@ class MetaTrainer(Trainer):
             OSError: the disk has no room for a checkpoint.
         """
         folder = self._checkpoint_to_resume(resume_from_checkpoint)
-        if self.args.save_strategy.value != "no" and self.args.should_save:
-            check_disk_space(Path(self.args.output_dir), checkpoint_bytes(self.model), "a checkpoint")
+        if self.args.save_strategy.value != "no":
+            self._check_disk_space("a checkpoint")
         try:
             return super().train(None if folder is None else str(folder), *others, **named)
         finally:
@@ -103,12 +104,14 @@ class MetaTrainer(Trainer):
 
     def _checkpoint_to_resume(self, asked: str | bool | None) -> Path | None:
         output = Path(self.args.output_dir)
+        own = bool(asked) and (asked is True or Path(asked).resolve().parent == output.resolve())
+        other = last_complete_checkpoint(output)
+        if not own and self.args.save_strategy.value != "no" and other is not None:
+            raise ValueError(
+                f"output_dir={self.args.output_dir!r} holds {other.name} of another run: "
+                "resume it with resume_from_checkpoint=True, or choose another folder. Nothing was overwritten."
+            )
         if not asked:
-            if self.args.save_strategy.value != "no" and checkpoint_folders(output):
-                raise ValueError(
-                    f"output_dir={self.args.output_dir!r} holds {checkpoint_folders(output)[-1].name} of another run: "
-                    "resume it with resume_from_checkpoint=True, or choose another folder. Nothing was overwritten."
-                )
             return None
         folder = last_complete_checkpoint(output) if asked is True else Path(asked)
         if folder is None:
@@ -200,11 +203,18 @@ class MetaTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and hasattr(self.model, "peft_config"):
+            # An adapter does not say under which settings of its model it was trained.
+            folder = Path(output_dir or self.args.output_dir)
+            self.model.config.to_json_file(folder / BASE_CONFIG, use_diff=False)
+
     def _save_checkpoint(self, model: nn.Module, trial: dict | None) -> None:
         run_folder = Path(self._get_output_dir(trial))
         folder = run_folder / f"checkpoint-{self.state.global_step}"
+        self._check_disk_space(folder.name)
         if self.args.should_save:
-            check_disk_space(run_folder, checkpoint_bytes(self.model), folder.name)
             # What an interrupted run left of the same step must not mix with the files of this one.
             shutil.rmtree(folder, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -223,6 +233,18 @@ class MetaTrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    def _check_disk_space(self, what: str) -> None:
+        """Every process stops where the one that saves has no room."""
+        problem = [None]
+        if self.args.should_save:
+            try:
+                check_disk_space(Path(self.args.output_dir), checkpoint_bytes(self.model), what)
+            except OSError as error:
+                problem = [str(error)]
+        broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise OSError(problem[0])
 
 
 class _ShortProgress(ProgressCallback):

@@ -70,9 +70,9 @@ def find_model(model: str) -> ModelSource:
 
 
 def _saved_model(path: Path) -> ModelSource:
-    folder = next((folder for folder in (path, path / "model") if (folder / "config.json").is_file()), None)
-    if folder is None and any((part / "adapter_config.json").is_file() for part in (path, path / "model")):
+    if any((part / "adapter_config.json").is_file() for part in (path, path / "model")):
         raise ValueError(f"model={str(path)!r} is an adapter: merge it into its model first (ttt-e2e merge)")
+    folder = next((folder for folder in (path, path / "model") if (folder / "config.json").is_file()), None)
     if folder is None:
         raise ValueError(
             f"model={str(path)!r}: no config.json in it or in its folder model; name a folder that save_pretrained "

@@ -20,7 +20,7 @@ from .arguments import MetaTrainingArguments
 from .checkpoints import NOT_COMPARED, checkpoint_bytes, last_complete_checkpoint
 from .corpus import split_documents
 from .data import DocumentRows, PackedRows, PackedStream, collate_rows
-from .disk import check_disk_space
+from .disk import check_disk_space, write_text
 from .lora import add_lora
 from .meta_trainer import MetaTrainer
 from .models import ModelSource, build_model, changed_config, find_model, fit_to_tokenizer
@@ -88,6 +88,8 @@ def prepare_run(request: TrainingRequest) -> MetaTrainer:
     """
     state = PartialState()
     source = find_model(request.model)
+    if request.adapter is not None and source.folder is None:
+        raise ValueError(f"model={request.model!r}: adapters are trained on a saved model; name its folder")
     config = changed_config(source, request.recipe.model, request.recipe.data.sequence_length)
     arguments = training_arguments(request, state.num_processes)
     check_output(request.output, request.resume)
@@ -112,7 +114,7 @@ def prepare_run(request: TrainingRequest) -> MetaTrainer:
         check_disk_space(request.output, 2 * checkpoint_bytes(model), "a checkpoint and the final model")
     state.wait_for_everyone()
     if state.is_main_process and not request.resume:
-        write_json(request.output / RECORD, record)
+        write_text(request.output / RECORD, json.dumps(record, indent=1) + "\n")
     return trainer
 
 
@@ -271,15 +273,7 @@ def save_run(trainer: MetaTrainer, folder: Path) -> None:
     (part / "training_args.bin").unlink(missing_ok=True)  # a pickle, of use to nobody who loads the model
     shutil.rmtree(folder / MODEL, ignore_errors=True)
     os.replace(part, folder / MODEL)
-    write_json(folder / LOG, trainer.state.log_history)
+    write_text(folder / LOG, json.dumps(trainer.state.log_history, indent=1) + "\n")
     temporary = folder / f".{PICTURE}.part"
     plot_training(trainer.state.log_history, temporary)
     os.replace(temporary, folder / PICTURE)
-
-
-def write_json(path: Path, contents: dict | list) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

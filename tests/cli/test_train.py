@@ -242,7 +242,7 @@ def test_settings_that_do_not_fit_are_refused(place, changes, message):
         (("--recipe", "pretrain-9k"), "pretrain-8k"),
         (("--output", None), "--output is missing"),
         (("--data", None), "--data is missing"),
-        (("--lora", "all-linar"), "all-linear"),
+        (("--lora", "prime"), "adapters are trained on a saved model"),
         (("--tokenizer", "./nowhere"), "there is no such folder"),
     ],
 )
@@ -283,6 +283,15 @@ def test_sizes_of_a_saved_model_cannot_change(place):
     assert train(place).exit_code == 0
     refused = refusal(train(place, "--model", place / "run", output="other", model__hidden_size=32))
     assert "model.hidden_size=32: the saved model has 16" in refused
+
+
+def test_adapters_are_named_rightly_and_merged_before_more_training(place):
+    assert train(place).exit_code == 0
+    wrong = train(place, "--model", place / "run", "--lora", "all-linar", output="adapted")
+    assert "did you mean 'all-linear'" in refusal(wrong) and not (place / "adapted").exists()
+    assert train(place, "--model", place / "run", "--lora", "prime", output="adapted").exit_code == 0
+    again = train(place, "--model", place / "adapted", output="again")
+    assert "is an adapter: merge it into its model first" in refusal(again)
 
 
 def test_saved_model_needs_a_recipe_and_its_own_tokenizer(place):

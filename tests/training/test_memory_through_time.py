@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from transformers import modeling_utils
 
 from ..modeling.helpers import BATCH, gradients, random_ids, small_model
 from ..modeling.test_memory import allocations
@@ -79,13 +80,18 @@ def test_peak_grows_with_the_mini_batches_without_checkpointing():
     assert 1.9 * short <= long <= 2.2 * short
 
 
+def test_groups_are_of_the_square_root_of_the_mini_batches():
+    default, four, three = (peak(16, inner_checkpoint_every=every) for every in (None, 4, 3))
+    assert default == four != three
+
+
 def test_offloading_costs_nothing_where_the_memory_is_the_same():
     assert peak(SHORT, inner_checkpoint_offload=True) == peak(SHORT)
 
 
 def test_horizon_costs_no_memory_beside_checkpointing():
     """The cuts are inside groups or between them; of neither is anything kept beyond the group."""
-    for count in (SHORT, 4 * SHORT):
+    for count in (SHORT, 2 * SHORT):
         assert peak(count, meta_gradient_horizon=4) <= 1.05 * peak(count)
 
 
@@ -127,7 +133,9 @@ def test_activations_saved_on_the_cpu_give_the_same_gradients(expected, checkpoi
 
 
 @pytest.mark.parametrize("offload_state", [True, False])
-def test_offloaded_activations_give_the_same_gradients(expected, offload_state):
+def test_offloaded_activations_give_the_same_gradients(expected, offload_state, monkeypatch):
+    # transformers asks for pinned memory, which there is only beside a GPU.
+    monkeypatch.setattr(modeling_utils, "save_on_cpu", lambda **named: torch.autograd.graph.save_on_cpu())
     model = learner(False, torch.float64, inner_checkpoint_offload=offload_state)
     model.activation_checkpointing_enable(offload=True)
     assert model.model.gradient_checkpointing

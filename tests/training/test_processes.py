@@ -19,7 +19,7 @@ from ttt_e2e.training.guards import check_prepared
 
 from . import helpers
 from .helpers import random_rows, repeatable, tiny_model
-from .processes import WORLD, run_together
+from .processes import KILLED, WORLD, kill_self, run_together
 
 STEPS, ROWS, LEARNING_RATE = 3, 4, 1e-4  # optimizer steps, and rows of the global batch of each
 SIZES = {"num_hidden_layers": 4, "inner_learning_rate": 0.5}  # two prefix and two suffix blocks
@@ -178,6 +178,36 @@ def test_ddp_trains_what_one_process_trains(tmp_path, ddp_folder, name):
         assert_alike(own, expected, DDP[name].get("dtype", torch.float32))
 
 
+SAVING = {"max_steps": 4, "logging_steps": 2, "save_strategy": "steps", "save_steps": 2}
+
+
+class Killer(TrainerCallback):
+    def on_step_begin(self, args, state, control, **named):
+        if state.global_step == 3:
+            kill_self()
+
+
+def saving_worker(folder, name, killed, resume):
+    arguments = TRAINING | SAVING | {"per_device_train_batch_size": 2}
+    callbacks = [Killer()] if killed else None
+    trainer = helpers.meta_trainer(folder / name, model_of(), random_rows(), callbacks=callbacks, **arguments)
+    trainer.train(resume_from_checkpoint=resume)
+    log = [entry for entry in repeatable(trainer.state.log_history) if "loss" in entry]
+    store(folder, name, lambda: {"log": log, "weights": trainer.model.state_dict()})
+
+
+def test_ddp_resumes_bit_for_bit(tmp_path):
+    run_together(saving_worker, tmp_path, "whole", False, None)
+    with pytest.raises(RuntimeError, match=rf"exit codes \[{KILLED}, {KILLED}\]"):
+        run_together(saving_worker, tmp_path, "killed", True, None)
+    files = {path.name for path in (tmp_path / "killed" / "checkpoint-2").iterdir()}
+    assert {"complete.json", "rng_state_0.pth", "rng_state_1.pth"} <= files
+    run_together(saving_worker, tmp_path, "killed", False, True)
+    for own, expected in zip(stored(tmp_path, "killed"), stored(tmp_path, "whole"), strict=True):
+        assert own["log"] == expected["log"] and [entry["step"] for entry in own["log"]] == [2, 4]
+        assert all(torch.equal(weight, expected["weights"][name]) for name, weight in own["weights"].items())
+
+
 # ---------------------------------------------------------------------------------------------------------------- FSDP2
 
 FSDP = {
@@ -298,7 +328,7 @@ def test_fsdp_by_from_pretrained(tmp_path, fsdp_folder, name):
 # Whether embeddings are tied, the modules that are a unit of their own, and the class that the error names.
 REFUSED = {
     "suffix block": (True, ("layers.2",), "TTTE2ESuffixLayer"),
-    "part of a suffix block": (True, ("layers.3.mlp",), "TTTE2ESuffixLayer"),
+    "part of a suffix block": (True, ("layers.3.mlp",), "TTTE2EMLP"),
     "norm": (True, ("norm",), "TTTE2ERMSNorm"),
     # Only together: torch itself refuses a unit with one of two tied weights.
     "tied embedding and head": (True, ("embed_tokens", "lm_head"), "Linear"),

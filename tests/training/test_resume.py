@@ -39,7 +39,7 @@ SAVING = {
     "half of the optimizer": (torch, "save"),
     "the random state": (Trainer, "_save_rng_state"),
     "the manifest": (meta_trainer, "write_manifest"),
-    "the name of the manifest": (checkpoints.os, "replace"),
+    "the name of the manifest": (os, "replace"),
 }
 Disk = namedtuple("Disk", ["total", "used", "free"])
 
@@ -381,7 +381,7 @@ def test_weights_of_other_shapes_are_refused(run_folder):
         folder = run_folder / f"checkpoint-{step}"
         (folder / "config.json").unlink()
         checkpoints.write_manifest(folder)
-    with pytest.raises(ValueError, match=r"it has model\.\S+ of shape \(\d+.*\), but this model has"):
+    with pytest.raises(ValueError, match=r"its shape of model\.\S+ is \(\d+.*\), but this model's is \("):
         trainer_of(run_folder, {"hidden_size": 32}).train(resume_from_checkpoint=True)
 
 
@@ -433,7 +433,7 @@ def test_full_disk_in_training_keeps_earlier_checkpoints(tmp_path, monkeypatch, 
     begun, folder = [], tmp_path / "run"
     trainer = trainer_of(folder, callbacks=[Begun(begun)], save_total_limit=1)
     free(monkeypatch, lambda: 0 if 4 in begun else 2**40)
-    with pytest.raises(OSError, match=r"checkpoint-6 needs .* nothing was written"):
+    with pytest.raises(OSError, match="checkpoint-6 needs"):
         trainer.train()
     assert steps_of(folder) == [3] and is_complete(folder / "checkpoint-3")
     monkeypatch.undo()
