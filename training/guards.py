@@ -17,7 +17,23 @@ def learning_models(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if hasattr(module, "inner_learning_rate_multiplier")]
 
 
-def check_arguments(args: TrainingArguments, models: Sequence[nn.Module], data_collator: object) -> None:
+def check_collator(models: Sequence[nn.Module], data_collator: object) -> None:
+    """Check that rows are not packed by restarting position ids.
+
+    Args:
+        models: the `learning_models` of what is trained.
+
+    Raises:
+        ValueError: they are.
+    """
+    if any(part.config.test_time_training for part in models) and isinstance(data_collator, DataCollatorWithFlattening):
+        raise ValueError(
+            "data_collator=DataCollatorWithFlattening packs documents with position ids that start again, and what is "
+            "learned from one would leak into the next: give each document a row of its own."
+        )
+
+
+def check_arguments(args: TrainingArguments, models: Sequence[nn.Module]) -> None:
     """Check the arguments of a run that meta-trains.
 
     Args:
@@ -29,11 +45,6 @@ def check_arguments(args: TrainingArguments, models: Sequence[nn.Module], data_c
     models = [part for part in models if part.config.test_time_training]
     if not models:
         return
-    if isinstance(data_collator, DataCollatorWithFlattening):
-        raise ValueError(
-            "data_collator=DataCollatorWithFlattening packs documents with position ids that start again, and what is "
-            "learned from one would leak into the next: give each document a row of its own."
-        )
     if args.use_liger_kernel:
         raise ValueError(
             "use_liger_kernel=True: its fused loss computes gradients in the forward pass, which the inner loop cannot "

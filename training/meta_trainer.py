@@ -27,7 +27,7 @@ from .checkpoints import (
     write_manifest,
 )
 from .disk import check_disk_space
-from .guards import check_arguments, check_prepared, learning_models
+from .guards import check_arguments, check_collator, check_prepared, learning_models
 from .inner_logs import InnerLogs
 
 
@@ -56,7 +56,7 @@ class MetaTrainer(Trainer):
     Args:
         model: a causal language model.
         args: the arguments; None for the defaults.
-        others: as in transformers' Trainer.
+        others, named: as in transformers' Trainer.
 
     Raises:
         TypeError, ValueError: arguments that do not fit together, before any work.
@@ -66,15 +66,18 @@ class MetaTrainer(Trainer):
         self,
         model: PreTrainedModel | nn.Module | None = None,
         args: MetaTrainingArguments | None = None,
-        **others,
+        *others,
+        **named,
     ):
         args = MetaTrainingArguments("tmp_trainer") if args is None else args
         if not isinstance(args, MetaTrainingArguments):
             raise TypeError(f"args is a {type(args).__name__}; MetaTrainer needs MetaTrainingArguments.")
         models = learning_models(model) if model is not None else []
-        check_arguments(args, models, others.get("data_collator"))
+        check_arguments(args, models)
         cached = [part.config.use_cache for part in models]
-        super().__init__(model=model, args=args, **others)
+        super().__init__(model, args, *others, **named)
+        check_arguments(args, learning_models(self.model))  # again, for a model that `model_init` has made
+        check_collator(learning_models(self.model), self.data_collator)
         for part, use_cache in zip(models, cached, strict=True):
             # Trainer turns it off, and it would be saved so. Losses are computed without a cache anyway.
             part.config.use_cache = use_cache

@@ -279,9 +279,18 @@ def test_fsdp_classes_must_leave_the_suffix_whole(tmp_path):
     for classes in (None, ["TTTE2ESuffixLayer"], ["TTTE2EDecoderLayer", "TTTE2ESuffixLayer"]):
         arguments.fsdp_config = {"transformer_layer_cls_to_wrap": classes}
         with pytest.raises(ValueError, match="set it to \\['TTTE2EDecoderLayer'\\]"):
-            check_arguments(arguments, [tiny_model().model], None)
+            check_arguments(arguments, [tiny_model().model])
     arguments.fsdp_config = {"transformer_layer_cls_to_wrap": ["TTTE2EDecoderLayer"]}
-    check_arguments(arguments, [tiny_model().model], None)
+    check_arguments(arguments, [tiny_model().model])
+
+
+def test_model_of_model_init_is_checked_too(tmp_path):
+    arguments = MetaTrainingArguments(str(tmp_path), **ARGUMENTS)
+    with pytest.raises(ValueError, match="DataCollatorWithFlattening"):
+        MetaTrainer(None, arguments, DataCollatorWithFlattening(), easy_rows(), model_init=lambda: tiny_model())
+    trainer = MetaTrainer(None, arguments, None, easy_rows(), model_init=lambda: tiny_model())
+    trainer.train()
+    assert trainer.state.global_step == ARGUMENTS["max_steps"]
 
 
 def test_packing_collator_is_refused(tmp_path):
@@ -312,4 +321,4 @@ def test_compiled_model_is_refused_before_the_first_step(tmp_path):
 def test_plain_baseline_may_be_compiled(tmp_path):
     arguments = MetaTrainingArguments(str(tmp_path), **ARGUMENTS)
     arguments.torch_compile = True
-    check_arguments(arguments, [tiny_model(test_time_training=False).model], None)
+    check_arguments(arguments, [tiny_model(test_time_training=False).model])
