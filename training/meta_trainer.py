@@ -3,6 +3,7 @@
 The inner loop is the model's own: its loss is taken while it learns, and `loss.backward()` goes through the learning.
 """
 
+import math
 import resource
 import shutil
 import sys
@@ -51,7 +52,8 @@ class MetaTrainer(Trainer):
     Beyond transformers' Trainer: the inner learning rate's warm-up; weight decay on all parameters; logs of the inner
     loop (`nll_mini_batch_I`, `inner_grad_norm`, `inner_steps_clipped`), `tokens_per_second` and `peak_memory_mib` (the
     most of any process: of the GPU's allocator, or resident memory); evaluation with learning on (`eval_loss`) and off
-    (`eval_loss_learning_off`); checkpoints that are complete or not used; and refusals of what would be silently wrong.
+    (`eval_loss_learning_off`); checkpoints that are complete or not used; refusals of what would be silently wrong; and
+    a stop before a gradient that is not finite reaches the weights.
 
     Args:
         model: a causal language model.
@@ -60,6 +62,7 @@ class MetaTrainer(Trainer):
 
     Raises:
         TypeError, ValueError: arguments that do not fit together, before any work.
+        FloatingPointError: in training, at a gradient that is not finite.
     """
 
     def __init__(
@@ -158,6 +161,17 @@ class MetaTrainer(Trainer):
         if self.label_smoother is not None or self.compute_loss_func is not None:
             return False
         return model.training or self.args.prediction_loss_only
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm=None):
+        """Stop before a gradient that is not finite ruins the weights."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        # A gradient scaler (float16) meets infinite gradients on purpose, and skips them itself.
+        if self.accelerator.scaler is None and not math.isfinite(norm):
+            raise FloatingPointError(
+                f"The outer gradient of step {self.state.global_step + 1} is not finite; the weights were not changed. "
+                "Go on from the last checkpoint with a lower learning_rate, a longer inner_lr_warmup_steps, or float32."
+            )
+        return norm
 
     # -------------------------------------------------------------------------------------------- logs, evaluation
 

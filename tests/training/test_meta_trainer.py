@@ -211,6 +211,16 @@ def test_saved_model_generates_with_its_cache(tmp_path):
     assert type(trainer.model).from_pretrained(tmp_path / "model").config.use_cache
 
 
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_gradient_that_is_not_finite_does_not_reach_the_weights(tmp_path, max_grad_norm):
+    model = tiny_model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model.model.norm.weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(FloatingPointError, match="outer gradient of step 1 is not finite"):
+        meta_trainer(tmp_path, model, max_grad_norm=max_grad_norm).train()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
