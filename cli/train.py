@@ -51,30 +51,34 @@ def train(
 
     Try it (minutes, on a CPU): `ttt-e2e train --data standard-library --output runs/tiny`
 
-    Several processes: `accelerate launch --num_processes 2 -m ttt_e2e.cli.main train ...`. With the same command and
-    `--resume` an interrupted run goes on exactly where its last checkpoint was taken. To extend a trained model to
-    longer text: `ttt-e2e train --model runs/mine --recipe extend-32k ...`.
+    Several GPUs: `accelerate launch -m ttt_e2e.cli.main train ...`. Several processes on a CPU:
+    `torchrun --nproc_per_node 2 -m ttt_e2e.cli.main train ...`. With the same command and `--resume` an interrupted run
+    goes on exactly where its last checkpoint was taken. To extend a trained model to longer text:
+    `ttt-e2e train --model runs/mine --recipe extend-32k ...`.
 
     Written to the folder: `model/` (load it with `AutoModelForCausalLM.from_pretrained`), `checkpoint-N/`,
     `training.png`, `training_log.json`, `run.json`.
     """
-    from accelerate import PartialState
     from transformers.utils import logging
 
     from ..configuration import load_recipe
     from ..training.estimates import estimate_run
+    from ..training.lora import check_lora
     from ..training.models import changed_config, find_model, fit_to_tokenizer
-    from ..training.run import Adapter, TrainingRequest, finish_run, prepare_run
+    from ..training.run import Adapter, TrainingRequest, finish_run, prepare_run, process_state
     from ..training.tokenizer import load_tokenizer
 
     try:
         source = find_model(model)
         chosen = load_recipe(recipe or default_recipe(source.name, source.folder), source.name, overrides or ())
+        if lora is not None:
+            check_lora(lora, lora_rank, lora_alpha)
         if dry_run:
             config = changed_config(source, chosen.model, chosen.data.sequence_length)
             if tokenizer is not None:
                 config = fit_to_tokenizer(source, config, load_tokenizer(tokenizer), trained=False)
-            for line in estimate_run(config, chosen, int(os.environ.get("WORLD_SIZE", 1))).lines():
+            adapter = None if lora is None else (lora, lora_rank)
+            for line in estimate_run(config, chosen, int(os.environ.get("WORLD_SIZE", 1)), adapter).lines():
                 typer.echo(line)
             return
         request = TrainingRequest(
@@ -88,12 +92,13 @@ def train(
             adapter=Adapter(lora, lora_rank, lora_alpha) if lora else None,
             resume=resume,
         )
-        logging.set_verbosity_error() if not PartialState().is_main_process else None
+        if not process_state(chosen).is_main_process:
+            logging.set_verbosity_error()
         trainer = prepare_run(request)
     except (ValueError, OSError, ImportError) as error:
         raise_on_main_process(error)
     metrics = finish_run(trainer, resume)
-    if PartialState().is_main_process:
+    if trainer.is_world_process_zero():
         for name, value in metrics.items():
             typer.echo(f"{name}: {value:.6g}")
         typer.echo(f"The model is in {output / 'model'}; look at {output / 'training.png'}.")
@@ -114,7 +119,9 @@ def required(value, option: str, example: str):
 
 
 def raise_on_main_process(error: Exception) -> None:
-    """Stop every process, with the message of one."""
-    if int(os.environ.get("RANK", 0)):
+    """Stop every process; the main one explains, the others say a line."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        typer.echo(f"process {rank}: {error}", err=True)
         raise typer.Exit(2)
     raise typer.BadParameter(str(error)) from error

@@ -33,6 +33,7 @@ MODEL_FIELDS = tuple(field.name for field in dataclasses.fields(TTTE2EConfig))
 # What meta-training has beyond the fields of transformers.
 INNER_LEARNING_RATE_TYPES = {"inner_lr_init": float, "inner_lr_warmup_steps": float}
 TRAINING_FIELDS = (*(field.name for field in dataclasses.fields(TrainingArguments)), *INNER_LEARNING_RATE_TYPES)
+HEAD_FIELDS = ("batch_size", "starts_from_saved")
 MANAGED_FIELDS = {
     "gradient_accumulation_steps": "it follows from batch_size, per_device_train_batch_size and the number of "
     "processes; set batch_size",
@@ -56,6 +57,7 @@ class DataRecipe:
         text_column: the column with the documents.
         split: the part of a data set of the Hub that is used.
         configuration: its configuration, where it has several.
+        validation_split: the part of a data set of the Hub that is named as validation data.
         validation_every: each n-th document is kept for validation; None: none is.
         validation_rows: at most so many rows for validation; None: all.
     """
@@ -66,6 +68,7 @@ class DataRecipe:
     text_column: str = "text"
     split: str = "train"
     configuration: str | None = None
+    validation_split: str = "train"
     validation_every: int | None = None
     validation_rows: int | None = None
 
@@ -81,6 +84,7 @@ class Recipe:
         batch_size: sequences per outer step, over all processes and accumulation steps.
         model: fields of `TTTE2EConfig` that the recipe changes.
         data: how documents become rows.
+        starts_from_saved: the recipe goes on with a saved model; it makes no sense for random weights.
         training: fields of the training arguments: those of `transformers.TrainingArguments`, `inner_lr_init` (float)
             and `inner_lr_warmup_steps` (steps, or a share of all steps below 1).
     """
@@ -91,6 +95,7 @@ class Recipe:
     model: dict
     data: DataRecipe
     training: dict
+    starts_from_saved: bool = False
 
     def rows_at_once(self, processes: int) -> int:
         """Rows that each of several processes reads side by side: `per_device_train_batch_size` (1 where the recipe
@@ -165,7 +170,7 @@ def _check_sections(fields: object, training_fields: Collection[str], source: st
     sections = _section_fields(training_fields)
     if not isinstance(fields, Mapping):
         raise ValueError(f"{source} must hold a mapping of fields to values, but holds {fields!r}")
-    check_field_names(fields, ["batch_size", *sections], source=source)
+    check_field_names(fields, [*HEAD_FIELDS, *sections], source=source)
     for section, known in sections.items():
         inside = f"{source}, section {section}"
         values = fields.get(section, {})
@@ -197,7 +202,7 @@ def _parse_override(override: str, training_fields: Collection[str]) -> dict:
     if parts[0] == "training":
         _refuse_managed(parts[1:2], source=source)
     sections = _section_fields(training_fields)
-    known = ["batch_size", *(f"{section}.{field}" for section, names in sections.items() for field in names)]
+    known = [*HEAD_FIELDS, *(f"{section}.{field}" for section, names in sections.items() for field in names)]
     check_field_names([".".join(parts[:2])], known, source=source)
     value = parse_yaml(text, source=source)
     for part in reversed(parts):

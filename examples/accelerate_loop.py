@@ -1,12 +1,13 @@
 """Meta-training in a plain Accelerate loop, to copy and to change. It gives the losses of `MetaTrainer`.
 
     python examples/accelerate_loop.py
-    accelerate launch --num_processes 2 examples/accelerate_loop.py
+    torchrun --nproc_per_node 2 examples/accelerate_loop.py    (accelerate launch, on GPUs)
 
 The model does what is special: its loss is taken while it learns, and `backward` goes through the learning. The loop
 only adds the inner learning rate's warm-up.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,7 +49,9 @@ def train(
     """
     set_seed(seed)
     accelerator = Accelerator(
-        mixed_precision=mixed_precision, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True)
+        cpu=not torch.accelerator.is_available(),  # else several processes on the CPU would not know of one another
+        mixed_precision=mixed_precision,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     scheduler = get_scheduler(
@@ -58,7 +61,7 @@ def train(
         num_training_steps=steps,
         scheduler_specific_kwargs={"min_lr": 1e-5},
     )
-    batches = DataLoader(rows, batch_size, shuffle=True, collate_fn=collate_rows)
+    batches = DataLoader(rows, batch_size, shuffle=True, drop_last=True, collate_fn=collate_rows)
     decoder = model.model  # the TTTE2EModel inside, before anything is wrapped around it
     model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
     model.train()
@@ -99,8 +102,9 @@ def main() -> None:
     for step, loss in enumerate(train(model, rows, steps=60, batch_size=8, learning_rate=6e-3), start=1):
         if step % 10 == 0:
             print(f"step {step}: loss {loss:.4f}")
-    model.save_pretrained("runs/accelerate_loop")
-    tokenizer.save_pretrained("runs/accelerate_loop")
+    if int(os.environ.get("RANK", 0)) == 0:
+        model.save_pretrained("runs/accelerate_loop")
+        tokenizer.save_pretrained("runs/accelerate_loop")
 
 
 if __name__ == "__main__":

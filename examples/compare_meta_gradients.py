@@ -1,6 +1,6 @@
 """What meta-learning is worth: train `tiny` in three ways and compare how each learns while it reads.
 
-    python examples/compare_meta_gradients.py          (about half an hour on two CPU cores)
+    python examples/compare_meta_gradients.py          (a quarter of an hour on two CPU cores)
 
 Second order differentiates through the inner gradients, first order takes them for constants, and TTT-naive is trained
 without the inner loop, which only runs when it is tested. Each is one `ttt-e2e train` over two processes; the first run
@@ -37,8 +37,7 @@ TRAINING_LENGTH, LENGTH, DOCUMENTS, EDGES = 512, 2048, 48, (0, 128, 256, 512, 10
 
 def launch(folder: Path, arguments: list[str], cache: Path) -> subprocess.Popen:
     """Start `ttt-e2e train` over two processes."""
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone"]
     command = ["-m", "ttt_e2e.cli.main", "train", "--model", "tiny", "--data", "standard-library"]
     options = ["--output", str(folder), "--cache", str(cache), *arguments]
     return subprocess.Popen([sys.executable, *launcher, *command, *options], start_new_session=True)

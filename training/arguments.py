@@ -1,8 +1,11 @@
 """Arguments of the outer loop, with the papers' recipe as their defaults (arXiv 2512.23675, Table 3)."""
 
+import difflib
+import inspect
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 DEFAULT_FLOOR = 1e-5
 
@@ -36,6 +39,9 @@ class MetaTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Search the graph for unused parameters, which is slow at second order."}
     )
+    dataloader_drop_last: bool = field(
+        default=True, metadata={"help": "Leave out the last rows of an epoch that do not fill a batch."}
+    )
     inner_lr_init: float = field(default=0.1, metadata={"help": "Inner learning rate at which its warm-up begins."})
     inner_lr_warmup_steps: float = field(
         default=0, metadata={"help": "Outer steps of the inner learning rate's warm-up; below 1 a share of all."}
@@ -48,6 +54,7 @@ class MetaTrainingArguments(TrainingArguments):
             self.data_seed = self.seed
         if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"min_lr": min(DEFAULT_FLOOR, self.learning_rate)}
+        self._check_schedule()
         self._check_rates()
         check_saves_follow_logs(self, self.save_steps, self.logging_steps, self.eval_steps)
 
@@ -55,6 +62,16 @@ class MetaTrainingArguments(TrainingArguments):
         """Outer steps of the inner learning rate's warm-up in a run of `total_steps`."""
         share = self.inner_lr_warmup_steps < 1
         return round(self.inner_lr_warmup_steps * total_steps) if share else int(self.inner_lr_warmup_steps)
+
+    def _check_schedule(self) -> None:
+        known = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[self.lr_scheduler_type]).parameters
+        for name in self.lr_scheduler_kwargs or {}:
+            if name not in known:
+                similar = difflib.get_close_matches(name, known, n=1)
+                raise ValueError(
+                    f"lr_scheduler_kwargs: the schedule {str(self.lr_scheduler_type.value)!r} has no {name!r}"
+                    + (f"; did you mean {similar[0]!r}?" if similar else f", but {', '.join(known)}")
+                )
 
     def _check_rates(self) -> None:
         floor = (self.lr_scheduler_kwargs or {}).get("min_lr")

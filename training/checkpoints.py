@@ -44,6 +44,24 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
+def check_resumable(folder: Path) -> None:
+    """Check that a checkpoint holds all that a run needs to go on.
+
+    Raises:
+        ValueError: it is incomplete or damaged, or was saved without the optimizer.
+    """
+    if not is_complete(folder):
+        raise ValueError(
+            f"resume_from_checkpoint={str(folder)!r}: the checkpoint is incomplete or damaged; give an earlier one, or "
+            "True for the last complete one."
+        )
+    if not any(folder.glob("optimizer*")):
+        raise ValueError(
+            f"resume_from_checkpoint={str(folder)!r}: it was saved without its optimizer (save_only_model), which "
+            "would begin anew: load the folder as a model and begin a new run."
+        )
+
+
 def checkpoint_folders(run_folder: Path) -> list[Path]:
     """Folders `checkpoint-N` of a run, complete or not, in order of N."""
     steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(run_folder).glob("checkpoint-*")}
@@ -115,8 +133,7 @@ def _ordered(value: object) -> object:
 
 def checkpoint_bytes(model: torch.nn.Module) -> int:
     """About what a checkpoint takes on the disk: weights, AdamW's two moments, and a hundredth for the rest."""
-    weights = {p.data_ptr() if p.device.type != "meta" else id(p): p for p in model.parameters()}.values()
-    total = sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in weights)
+    total = sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in model.parameters())
     return total + total // 100 + 2**20
 
 

@@ -6,6 +6,7 @@ The labels of a row are its tokens, but -100 (not predicted) where the token is 
 each position with the label of the next one.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -82,8 +83,9 @@ class DocumentRows(Dataset):
 class PackedStream(IterableDataset):
     """The rows of `PackedRows` from documents that are tokenized while training; nothing is written to the disk.
 
-    Every iteration begins anew and gives the same rows, so that a resumed training can skip those it has seen. With
-    several DataLoader workers each of them packs its own share of the files of the stream.
+    It has no end: after the last document it begins anew, in another order where the documents are a shuffled stream.
+    Every iteration gives the same rows, so that a resumed training can skip those it has seen. With several DataLoader
+    workers each of them packs its own share of the files of the stream.
 
     Args:
         documents: column `text`.
@@ -96,15 +98,21 @@ class PackedStream(IterableDataset):
 
     def __init__(self, documents: DocumentStream, tokenizer: PreTrainedTokenizerBase, sequence_length: int):
         _check_sequence_length(sequence_length)
-        self.documents = documents.select_columns("text")
-        self.tokenizer, self.row_length = tokenizer, sequence_length + 1
+        self.documents, self.tokenizer, self.row_length = documents, tokenizer, sequence_length + 1
         self.separator_id = separator_id(tokenizer)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Give a shuffled stream another order in each epoch."""
-        self.documents.set_epoch(epoch)
-
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for epoch in itertools.count():
+            self.documents.set_epoch(epoch)
+            rows = 0
+            for row in self._one_pass():
+                yield row
+                rows += 1
+            if rows == 0:
+                # A worker may have a small share, or none.
+                return
+
+    def _one_pass(self) -> Iterator[dict[str, torch.Tensor]]:
         tokens, rest = 0, np.empty(0, dtype=np.int64)
         for texts in text_batches(self.documents):
             encoded = encode_documents(texts, self.tokenizer)
@@ -114,7 +122,6 @@ class PackedStream(IterableDataset):
             for start in range(0, end, self.row_length):
                 yield _row(rest[start : start + self.row_length], self.separator_id)
             rest = rest[end:]
-        # A worker may have a small share, or none.
         if tokens < self.row_length and get_worker_info() is None:
             raise ValueError(_too_few_tokens(self.row_length - 1, tokens))
 

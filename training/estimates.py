@@ -9,13 +9,15 @@ keeps for its own kernels, what an allocator loses between blocks, and the data.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
+from transformers import PreTrainedConfig
 
 from .. import TTTE2EConfig, TTTE2EForCausalLM
 from ..configuration import Recipe
 from ..reader import BLOCKS_FROM_WINDOWS
+from .lora import add_lora
 
 FLOAT32 = 4  # bytes
 # Attention weights of one mini-batch that exist at once in the second derivative: see `attention.py`.
@@ -89,6 +91,7 @@ class RunEstimate:
 
     Attributes:
         parameters: of the model, tied ones once.
+        trained_parameters: those that the outer loop changes: all of them, or an adapter's.
         fast_weight_bytes_per_sequence: one copy of all fast weights, in float32; 0 without test-time training.
         steps: outer steps; None when the recipe counts epochs.
         tokens: steps x batch size x sequence length; None when the steps are unknown.
@@ -97,6 +100,7 @@ class RunEstimate:
     """
 
     parameters: int
+    trained_parameters: int
     fast_weight_bytes_per_sequence: int
     steps: int | None
     tokens: int | None
@@ -110,18 +114,20 @@ class RunEstimate:
 
     def lines(self) -> list[str]:
         """ "name: value" lines with all digits; the parts of the peak follow it as peak_memory_bytes.PART."""
-        names = ("parameters", "fast_weight_bytes_per_sequence", "steps", "tokens", "mini_batches_per_sequence")
+        names = [field.name for field in fields(self) if field.name != "memory_parts"]
         values = {name: getattr(self, name) for name in (*names, "peak_memory_bytes")}
         values |= {f"peak_memory_bytes.{part}": count for part, count in self.memory_parts.items()}
         return [f"{name}: {'unknown' if value is None else value}" for name, value in values.items()]
 
 
-def estimate_run(config: TTTE2EConfig, recipe: Recipe, processes: int = 1) -> RunEstimate:
+def estimate_run(
+    config: PreTrainedConfig, recipe: Recipe, processes: int = 1, lora: tuple[str, int] | None = None
+) -> RunEstimate:
     """Count what can be counted and estimate the peak memory of one process, parameters in float32 on its device.
 
     Parts of the peak, in bytes:
-        parameters, gradients, adamw_moments: 4, 4 and 8 for each parameter.
-        gradient_buckets: 4 for each parameter, when there are several processes.
+        parameters, gradients, adamw_moments: 4 for each parameter; 4 and 8 for each trained one.
+        gradient_buckets: 4 for each trained parameter, when there are several processes.
         bfloat16_copies: 2 for each parameter, under `bf16`.
         gradients_in_transit: of the head and, with activation checkpointing, of the suffix, before they are added up.
         boundary_fast_weights: fast weights at the beginning of each group of inner steps; without activation
@@ -136,15 +142,26 @@ def estimate_run(config: TTTE2EConfig, recipe: Recipe, processes: int = 1) -> Ru
     Args:
         config: of the model that is trained, with the recipe's changes already in it.
         processes: data-parallel processes, each with a whole copy of the model.
+        lora: targets and rank of adapters, which alone are trained then; None: everything is.
+
+    Raises:
+        ValueError: the model is of another kind.
     """
+    if not isinstance(config, TTTE2EConfig):
+        raise ValueError(f"There is no estimate for a model with a {type(config).__name__}, only for a TTTE2EConfig.")
     with torch.device("meta"):
         model = TTTE2EForCausalLM(config)
     sizes = _Sizes.of(model, recipe, processes)
+    if lora is not None:
+        with torch.device("meta"):
+            adapted = add_lora(model, *lora, alpha=1)
+        sizes = replace(sizes, trained=sum(p.numel() for p in adapted.parameters() if p.requires_grad))
     steps = recipe.training.get("max_steps")
     steps = steps if steps is not None and steps > 0 else None
     tokens = None if steps is None else steps * recipe.batch_size * recipe.data.sequence_length
     return RunEstimate(
         parameters=sizes.parameters,
+        trained_parameters=sizes.trained,
         fast_weight_bytes_per_sequence=FLOAT32 * sizes.fast_weights,
         steps=steps,
         tokens=tokens,
@@ -160,6 +177,7 @@ class _Sizes:
 
     config: TTTE2EConfig
     parameters: int
+    trained: int
     suffix_parameters: int
     fast_weights: int
     suffix_layers: int
@@ -180,6 +198,7 @@ class _Sizes:
         return cls(
             config=config,
             parameters=model.num_parameters(),
+            trained=model.num_parameters(),
             suffix_parameters=sum(p.numel() for layer in suffix for p in layer.parameters()),
             fast_weights=sum(p.numel() for layer in suffix for p in layer.inner_mlp.parameters()),
             suffix_layers=len(suffix),
@@ -215,9 +234,9 @@ def _memory_parts(sizes: _Sizes, processes: int) -> dict[str, float]:
     boundary_fast_weights, boundary_keys = _boundaries(sizes)
     return {
         "parameters": FLOAT32 * sizes.parameters,
-        "gradients": FLOAT32 * sizes.parameters,
-        "adamw_moments": 2 * FLOAT32 * sizes.parameters,
-        "gradient_buckets": FLOAT32 * sizes.parameters if processes > 1 else 0,
+        "gradients": FLOAT32 * sizes.trained,
+        "adamw_moments": 2 * FLOAT32 * sizes.trained,
+        "gradient_buckets": FLOAT32 * sizes.trained if processes > 1 else 0,
         "bfloat16_copies": sizes.saved.value * sizes.parameters if sizes.bf16 else 0,
         "gradients_in_transit": FLOAT32 * in_transit,
         "boundary_fast_weights": boundary_fast_weights,

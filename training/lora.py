@@ -55,6 +55,28 @@ def add_lora(model: PreTrainedModel, targets: str, rank: int, alpha: float, drop
         ImportError: peft is not installed.
         ValueError: an argument is out of range, or the model has adapters already.
     """
+    peft = check_lora(targets, rank, alpha, dropout)
+    adapted = any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in model.modules())
+    if adapted or isinstance(model, peft.PeftModel):
+        raise ValueError(
+            "model has adapters already: merge them first (model.merge_and_unload() or ttt-e2e merge), or give its "
+            "PeftModel a second one by add_adapter."
+        )
+    names = ALL_LINEAR if targets == ALL_LINEAR else inner_projections(model)
+    settings = {"target_modules": names, "r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
+    return peft.get_peft_model(model, peft.LoraConfig(**settings, task_type=peft.TaskType.CAUSAL_LM))
+
+
+def check_lora(targets: str, rank: int, alpha: float, dropout: float = 0.0):
+    """Check the settings of `add_lora` before there is a model.
+
+    Returns:
+        The package peft.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: an argument is out of range.
+    """
     peft = _import_peft()
     if targets not in (ALL_LINEAR, PRIME):
         near = difflib.get_close_matches(str(targets), (ALL_LINEAR, PRIME), n=1)
@@ -66,15 +88,7 @@ def add_lora(model: PreTrainedModel, targets: str, rank: int, alpha: float, drop
         raise ValueError(f"alpha={alpha}: must be positive and finite; it scales what the adapters add.")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout}: must be at least 0 and below 1.")
-    adapted = any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in model.modules())
-    if adapted or isinstance(model, peft.PeftModel):
-        raise ValueError(
-            "model has adapters already: merge them first (model.merge_and_unload() or ttt-e2e merge), or give its "
-            "PeftModel a second one by add_adapter."
-        )
-    names = ALL_LINEAR if targets == ALL_LINEAR else inner_projections(model)
-    settings = {"target_modules": names, "r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
-    return peft.get_peft_model(model, peft.LoraConfig(**settings, task_type=peft.TaskType.CAUSAL_LM))
+    return peft
 
 
 def merge_lora(adapter_folder: str | Path, output: str | Path) -> None:

@@ -5,31 +5,20 @@ The inner loop is the model's own: its loss is taken while it learns, and `loss.
 
 import math
 import resource
-import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sized
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 
 from .arguments import MetaTrainingArguments, check_saves_follow_logs
-from .checkpoints import (
-    BASE_CONFIG,
-    check_same_model,
-    checkpoint_bytes,
-    is_complete,
-    last_complete_checkpoint,
-    write_manifest,
-)
-from .disk import check_disk_space
 from .guards import check_arguments, check_collator, check_prepared, learning_models
 from .inner_logs import InnerLogs
+from .safe_trainer import SafeTrainer
+
+NO_TARGET = -100  # transformers' label for "do not predict"
 
 
 def inner_warmup_multiplier(step: int, learning_rate: float, init: float, warmup_steps: int) -> float:
@@ -46,7 +35,7 @@ def inner_warmup_multiplier(step: int, learning_rate: float, init: float, warmup
     return (init + (learning_rate - init) * min(1.0, (step + 1) / warmup_steps)) / learning_rate
 
 
-class MetaTrainer(Trainer):
+class MetaTrainer(SafeTrainer):
     """Trains a causal language model with test-time training; any other causal language model as a baseline, too.
 
     Beyond transformers' Trainer: the inner learning rate's warm-up; weight decay on all parameters; logs of the inner
@@ -86,49 +75,34 @@ class MetaTrainer(Trainer):
             part.config.use_cache = use_cache
         self._inner_logs = InnerLogs()
         self._last_log = time.perf_counter()
-        self._learning_off = False
+        self._learning_off, self._evaluated = False, None
+        if self.compute_metrics is not None:
+            args.prediction_loss_only = False  # it asks for the logits
         self.add_callback(_InnerWarmup(self))
         if self.pop_callback(ProgressCallback):
             self.add_callback(_ShortProgress)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *others, **named):
+    def train(self, *others, **named):
         """As transformers' Trainer; `resume_from_checkpoint=True` takes the last checkpoint that is complete.
 
         Raises:
-            ValueError: there is nothing to resume from, the checkpoint is incomplete or of another model, or the output
-                folder holds checkpoints of a run that is not resumed.
-            OSError: the disk has no room for a checkpoint.
+            ValueError: there are fewer rows than one batch; or what `SafeTrainer.train` raises.
+            FloatingPointError: a gradient is not finite.
         """
-        folder = self._checkpoint_to_resume(resume_from_checkpoint)
-        if self.args.save_strategy.value != "no":
-            self._check_disk_space("a checkpoint")
+        self._check_rows()
         try:
-            return super().train(None if folder is None else str(folder), *others, **named)
+            return super().train(*others, **named)
         finally:
             for part in learning_models(self.model):
                 part.inner_learning_rate_multiplier = 1.0
 
-    def _checkpoint_to_resume(self, asked: str | bool | None) -> Path | None:
-        output = Path(self.args.output_dir)
-        own = bool(asked) and (asked is True or Path(asked).resolve().parent == output.resolve())
-        other = last_complete_checkpoint(output)
-        if not own and self.args.save_strategy.value != "no" and other is not None:
+    def _check_rows(self) -> None:
+        batch = self.args.train_batch_size * self.args.world_size
+        if isinstance(self.train_dataset, Sized) and len(self.train_dataset) < batch and self.args.dataloader_drop_last:
             raise ValueError(
-                f"output_dir={self.args.output_dir!r} holds {other.name} of another run: "
-                "resume it with resume_from_checkpoint=True, or choose another folder. Nothing was overwritten."
+                f"train_dataset has {len(self.train_dataset)} rows, fewer than the {batch} that are read at once over "
+                "all processes: give more rows, or lower per_device_train_batch_size."
             )
-        if not asked:
-            return None
-        folder = last_complete_checkpoint(output) if asked is True else Path(asked)
-        if folder is None:
-            raise ValueError(f"output_dir={self.args.output_dir!r} holds no complete checkpoint: start a new run.")
-        if not is_complete(folder):
-            raise ValueError(
-                f"resume_from_checkpoint={asked!r}: the checkpoint is incomplete or damaged; give an earlier one, or "
-                "True for the last complete one."
-            )
-        check_same_model(folder, self.model)
-        return folder
 
     # ---------------------------------------------------------------------------------------- optimizer and loss
 
@@ -154,7 +128,10 @@ class MetaTrainer(Trainer):
             model, arguments, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         if model.training:
-            self._inner_logs.add(outputs, inputs, models[0].config.inner_max_grad_norm or 0.0 if models else 0.0)
+            if self.args.logging_strategy.value != "no":
+                self._inner_logs.add(outputs, inputs, models[0].config.inner_max_grad_norm or 0.0 if models else 0.0)
+        elif self._evaluated is not None and outputs.get("token_nll") is not None:
+            self._evaluated.add(outputs["token_nll"], inputs["labels"], inputs.get("attention_mask"))
         return (loss, outputs) if return_outputs else loss
 
     def _needs_no_logits(self, model: nn.Module) -> bool:
@@ -169,7 +146,8 @@ class MetaTrainer(Trainer):
         if self.accelerator.scaler is None and not math.isfinite(norm):
             raise FloatingPointError(
                 f"The outer gradient of step {self.state.global_step + 1} is not finite; the weights were not changed. "
-                "Go on from the last checkpoint with a lower learning_rate, a longer inner_lr_warmup_steps, or float32."
+                "Begin a new run from the last checkpoint's folder with a lower learning_rate, a longer "
+                "inner_lr_warmup_steps, or in float32."
             )
         return norm
 
@@ -198,70 +176,70 @@ class MetaTrainer(Trainer):
         return int(self.accelerator.gather(torch.tensor([peak], device=self.args.device)).max())
 
     def evaluation_loop(self, dataloader, description: str, *others, metric_key_prefix: str = "eval", **named):
-        """Trainer's loop with learning on, then, for a model that learns, once more with learning off."""
+        """Trainer's loop with learning on; in evaluation, for a model that learns, once more with learning off.
+
+        For a model that returns `token_nll` the loss is the mean over all labelled tokens, each row counted once
+        however many processes there are.
+        """
+        started, name = time.perf_counter(), f"{metric_key_prefix}_loss"
+        self._evaluated = _TokenMean(self.accelerator)
         output = super().evaluation_loop(dataloader, description, *others, metric_key_prefix=metric_key_prefix, **named)
-        name = f"{metric_key_prefix}_loss"
-        learns = any(part.config.test_time_training for part in learning_models(self.model))
-        if learns and name in output.metrics:
-            with self._without_learning():
-                off = super().evaluation_loop(
-                    dataloader, f"{description}, learning off", *others, metric_key_prefix=metric_key_prefix, **named
+        if name in output.metrics:
+            output.metrics[name] = self._evaluated.mean(output.metrics[name])
+            learns = any(part.config.test_time_training for part in learning_models(self.model))
+            if learns and description == "Evaluation":
+                output.metrics[f"{name}_learning_off"] = self._loss_without_learning(
+                    dataloader, name, metric_key_prefix
                 )
-            output.metrics[f"{name}_learning_off"] = off.metrics[name]
+                # For the speed in the metrics, which is that of both passes.
+                output = output._replace(num_samples=2 * output.num_samples)
+        self._evaluated = None
+        self._last_log += time.perf_counter() - started  # the speed of training leaves it out
         return output
 
-    @contextmanager
-    def _without_learning(self) -> Iterator[None]:
-        self._learning_off = True
+    def _loss_without_learning(self, dataloader, name: str, prefix: str) -> float:
+        self._learning_off, self._evaluated = True, _TokenMean(self.accelerator)
+        metrics_function, self.compute_metrics = self.compute_metrics, None
         try:
-            yield
+            off = super().evaluation_loop(
+                dataloader, "Evaluation, learning off", prediction_loss_only=True, metric_key_prefix=prefix
+            )
         finally:
-            self._learning_off = False
+            self._learning_off, self.compute_metrics = False, metrics_function
+        return self._evaluated.mean(off.metrics[name])
 
-    # ------------------------------------------------------------------------------------------------- checkpoints
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save and hasattr(self.model, "peft_config"):
-            # An adapter does not say under which settings of its model it was trained.
-            folder = Path(output_dir or self.args.output_dir)
-            self.model.config.to_json_file(folder / BASE_CONFIG, use_diff=False)
+    def _get_dataloader(self, *others, is_training: bool = False, **named):
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training  # evaluation is on all rows
+        try:
+            return super()._get_dataloader(*others, is_training=is_training, **named)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def _save_checkpoint(self, model: nn.Module, trial: dict | None) -> None:
-        run_folder = Path(self._get_output_dir(trial))
-        folder = run_folder / f"checkpoint-{self.state.global_step}"
-        self._check_disk_space(folder.name)
-        if self.args.should_save:
-            # What an interrupted run left of the same step must not mix with the files of this one.
-            shutil.rmtree(folder, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            write_manifest(folder)
-            # Only now: until the new checkpoint is complete, an older one must not go.
-            rotate_checkpoints(
-                output_dir=str(run_folder),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+        started = time.perf_counter()
+        super()._save_checkpoint(model, trial)
+        self._last_log += time.perf_counter() - started
 
-    def _check_disk_space(self, what: str) -> None:
-        """Every process stops where the one that saves has no room."""
-        problem = [None]
-        if self.args.should_save:
-            try:
-                check_disk_space(Path(self.args.output_dir), checkpoint_bytes(self.model), what)
-            except OSError as error:
-                problem = [str(error)]
-        broadcast_object_list(problem)
-        if problem[0] is not None:
-            raise OSError(problem[0])
+
+class _TokenMean:
+    """Mean negative log-likelihood over the labelled tokens of all rows, over all processes."""
+
+    def __init__(self, accelerator):
+        self.accelerator, self.total, self.count = accelerator, 0.0, 0
+
+    def add(self, token_nll: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Note a batch: `token_nll` [rows, length - 1], labels and mask [rows, length]."""
+        labelled = labels[:, 1:] != NO_TARGET
+        if mask is not None:
+            labelled = labelled & mask[:, :-1].bool()
+        sums = torch.stack([token_nll.double().sum(dim=1), labelled.sum(dim=1).double()], dim=1)
+        total, count = self.accelerator.gather_for_metrics(sums).sum(dim=0).tolist()
+        self.total, self.count = self.total + total, self.count + count
+
+    def mean(self, otherwise: float) -> float:
+        """The mean; `otherwise` where nothing was noted."""
+        return self.total / self.count if self.count else otherwise
 
 
 class _ShortProgress(ProgressCallback):
@@ -277,18 +255,19 @@ class _InnerWarmup(TrainerCallback):
 
     def __init__(self, trainer: MetaTrainer):
         self.trainer = trainer
-        self.warmup_steps = 0
 
     def on_train_begin(self, args, state, control, **named):
         check_prepared(self.trainer.model_wrapped)
         check_saves_follow_logs(args, state.save_steps, state.logging_steps, state.eval_steps)
-        self.warmup_steps = args.inner_warmup(state.max_steps)
         self.trainer._last_log = time.perf_counter()
 
     def on_step_begin(self, args, state, control, **named):
         for part in learning_models(self.trainer.model):
             part.inner_learning_rate_multiplier = inner_warmup_multiplier(
-                state.global_step, part.config.inner_learning_rate, args.inner_lr_init, self.warmup_steps
+                state.global_step,
+                part.config.inner_learning_rate,
+                args.inner_lr_init,
+                args.inner_warmup(state.max_steps),
             )
 
     def on_step_end(self, args, state, control, **named):

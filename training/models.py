@@ -4,15 +4,17 @@ Going on is a new run: the weights are loaded, the optimizer and its schedule be
 saved model is what no weight's shape depends on: the window, the RoPE base, and how the inner loop steps.
 """
 
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_rope_utils import RopeParameters
 
 from .. import TTTE2EConfig, TTTE2EForCausalLM
 from ..configuration import load_preset, preset_names
-from ..configuration.reading import merged
+from ..configuration.reading import check_field_names, merged
 from .tokenizer import separator_id
 
 CHANGEABLE = (
@@ -51,6 +53,8 @@ def find_model(model: str) -> ModelSource:
         ValueError: neither a preset nor a model that can be loaded; the message names the presets.
     """
     path = Path(model).expanduser()
+    if model in preset_names():  # also where a folder of that name happens to be here
+        return ModelSource(model, None, TTTE2EConfig, load_preset(model))
     if path.is_dir():
         return _saved_model(path)
     if path.suffix in (".yaml", ".yml"):
@@ -85,7 +89,10 @@ def _saved_model(path: Path) -> ModelSource:
 def preset_of(config: PreTrainedConfig) -> str | None:
     """The preset of the same sizes, whose numbers a recipe then takes; None where there is none."""
     for name in preset_names():
-        preset = TTTE2EConfig(**load_preset(name))
+        fields = load_preset(name)
+        if fields.get("model_type", TTTE2EConfig.model_type) != config.model_type:
+            continue
+        preset = type(config)(**fields)
         if all(getattr(config, size, None) == getattr(preset, size) for size in SIZES):
             return name
     return None
@@ -102,6 +109,8 @@ def changed_config(source: ModelSource, changes: dict, sequence_length: int) -> 
         ValueError: a field does not exist, or would change the shape of a saved weight; a row has no whole mini-batch.
     """
     known = source.config_class().to_dict() | source.fields
+    rope_fields = typing.get_type_hints(RopeParameters)
+    check_field_names(changes.get("rope_parameters") or {}, rope_fields, source="model.rope_parameters")
     for name, value in changes.items():
         if name not in known:
             raise ValueError(f"model.{name}: a {source.config_class.__name__} has no such field; leave it out")

@@ -12,24 +12,21 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from torch.utils.data import Dataset, Subset
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedConfig, set_seed
 
 from ..configuration import Recipe
 from .arguments import MetaTrainingArguments
 from .checkpoints import NOT_COMPARED, checkpoint_bytes, last_complete_checkpoint
-from .corpus import split_documents
-from .data import DocumentRows, PackedRows, PackedStream, collate_rows
+from .data import collate_rows
 from .disk import check_disk_space, write_text
-from .lora import add_lora
+from .lora import add_lora, check_lora
 from .meta_trainer import MetaTrainer
 from .models import ModelSource, build_model, changed_config, find_model, fit_to_tokenizer
 from .pictures import plot_training
-from .sources import load_documents
-from .token_store import tokenize_documents
-from .tokenizer import load_tokenizer, tokenizer_digest, trained_tokenizer
+from .record import check_output, check_record, write_record
+from .run_data import DataRequest, TrainingData, prepare_data
 
-RECORD, LOG, PICTURE, MODEL = "run.json", "training_log.json", "training.png", "model"
+LOG, PICTURE, MODEL = "training_log.json", "training.png", "model"
 
 
 @dataclass(frozen=True)
@@ -66,17 +63,6 @@ class TrainingRequest:
     resume: bool = False
 
 
-@dataclass(frozen=True)
-class TrainingData:
-    """Rows for training and validation (None: there is none), their tokenizer, and what identifies them."""
-
-    rows: Dataset
-    validation: Dataset | None
-    tokenizer: PreTrainedTokenizerBase
-    tokenizer_is_trained: bool
-    identity: dict
-
-
 def prepare_run(request: TrainingRequest) -> MetaTrainer:
     """Check a request and make all that training needs; called by every process of the run.
 
@@ -86,16 +72,27 @@ def prepare_run(request: TrainingRequest) -> MetaTrainer:
     Raises:
         ValueError, OSError: something does not fit; nothing is written to the run's folder then.
     """
-    state = PartialState()
+    recipe = request.recipe
+    state = process_state(recipe)
     source = find_model(request.model)
-    if request.adapter is not None and source.folder is None:
-        raise ValueError(f"model={request.model!r}: adapters are trained on a saved model; name its folder")
-    config = changed_config(source, request.recipe.model, request.recipe.data.sequence_length)
+    config = changed_config(source, recipe.model, recipe.data.sequence_length)
     arguments = training_arguments(request, state.num_processes)
     check_output(request.output, request.resume)
-    data = prepare_data(request, source, config.vocab_size)
-    config = fit_to_tokenizer(source, config, data.tokenizer, data.tokenizer_is_trained)
-    record = run_record(request, config, data)
+    check_start(request, source)
+    data = prepare_data(
+        DataRequest(
+            data=request.data,
+            validation_data=request.validation_data,
+            tokenizer=request.tokenizer or source.folder,
+            vocabulary_size=config.vocab_size,
+            recipe=recipe.data,
+            cache=request.cache,
+        ),
+        check_tokenizer=lambda tokenizer: fit_to_tokenizer(source, config, tokenizer, trained=False),
+    )
+    trained = request.tokenizer is None and source.folder is None
+    config = fit_to_tokenizer(source, config, data.tokenizer, trained)
+    record = run_record(request, source, config, data)
     if request.resume:
         check_record(request.output, record)
     set_seed(arguments.seed)
@@ -110,12 +107,35 @@ def prepare_run(request: TrainingRequest) -> MetaTrainer:
         processing_class=data.tokenizer,
         data_collator=collate_rows,
     )
-    if arguments.should_save:
-        check_disk_space(request.output, 2 * checkpoint_bytes(model), "a checkpoint and the final model")
+    kept = 1 + (arguments.save_total_limit or 1)
+    check_disk_space(request.output, kept * checkpoint_bytes(model), "room for checkpoints and the final model")
     state.wait_for_everyone()
     if state.is_main_process and not request.resume:
-        write_text(request.output / RECORD, json.dumps(record, indent=1) + "\n")
+        asked = {"model": request.model, "data": request.data, "validation_data": request.validation_data}
+        write_record(request.output, record, asked | {"tokenizer": request.tokenizer})
     return trainer
+
+
+def process_state(recipe: Recipe) -> PartialState:
+    """The processes of this run; on the CPU as well, where they are started by torchrun."""
+    return PartialState(cpu=recipe.training.get("use_cpu", not torch.accelerator.is_available()))
+
+
+def check_start(request: TrainingRequest, source: ModelSource) -> None:
+    """Check that the model is one that the recipe and the adapter can start from.
+
+    Raises:
+        ValueError: a saved model is needed, or the adapter's settings are out of range.
+    """
+    if source.folder is None and request.recipe.starts_from_saved:
+        raise ValueError(
+            f"recipe={request.recipe.name!r} goes on with a saved model, but model={request.model!r} is a preset with "
+            "random weights: name a folder"
+        )
+    if request.adapter is not None:
+        if source.folder is None:
+            raise ValueError(f"model={request.model!r}: adapters are trained on a saved model; name its folder")
+        check_lora(request.adapter.targets, request.adapter.rank, request.adapter.alpha)
 
 
 def finish_run(trainer: MetaTrainer, resume: bool) -> dict[str, float]:
@@ -149,115 +169,36 @@ def training_arguments(request: TrainingRequest, processes: int) -> MetaTraining
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
     rows = recipe.rows_at_once(processes)
+    defaults["per_device_eval_batch_size"] = rows
     fields = defaults | recipe.training | {"per_device_train_batch_size": rows}
     if request.validation_data is None and recipe.data.validation_every is None:
         fields["eval_strategy"] = "no"  # there is nothing to evaluate on
     fields["gradient_accumulation_steps"] = recipe.batch_size // (rows * processes)
-    return MetaTrainingArguments(output_dir=str(request.output), **fields)
-
-
-def check_output(folder: Path, resume: bool) -> None:
-    """Check the run's folder: empty for a new run, with a record for one that is resumed.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if resume and not (folder / RECORD).is_file():
-        raise ValueError(f"output={str(folder)!r} holds no run to resume (no {RECORD}): start one without --resume")
-    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = "another run" if (folder / RECORD).is_file() else "other files"
+    arguments = MetaTrainingArguments(output_dir=str(request.output), **fields)
+    started = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    if started != recipe.batch_size:
         raise ValueError(
-            f"output={str(folder)!r} holds {what}: choose another folder, or go on with the run there with --resume. "
-            "Nothing was overwritten."
+            f"batch_size={recipe.batch_size}, but {started} rows would be read per step: the devices of this machine "
+            "are not one process each; start the run with torchrun or accelerate launch, or hide devices from it"
         )
+    return arguments
 
 
-def prepare_data(request: TrainingRequest, source: ModelSource, vocabulary_size: int) -> TrainingData:
-    """Documents, tokenizer and rows of a run; from the cache what is there already.
-
-    Raises:
-        ValueError, OSError: there is too little data, it cannot be read, or the recipe asks for what it has not.
-    """
-    settings = request.recipe.data
-    if settings.streaming and settings.validation_every is not None:
-        raise ValueError(
-            "data.validation_every cannot split data.streaming documents: set it to null, and give --validation-data"
-        )
-
-    def load(name: str, streaming: bool):
-        return load_documents(
-            name,
-            cache_folder=request.cache,
-            text_column=settings.text_column,
-            split=settings.split if name == request.data else "train",
-            configuration=settings.configuration if name == request.data else None,
-            streaming=streaming,
-        )
-
-    documents, held_out = load(request.data, settings.streaming), None
-    if request.validation_data is not None:
-        held_out = load(request.validation_data, False)
-    elif settings.validation_every is not None:
-        documents, held_out = split_documents(documents, settings.validation_every)
-    named = request.tokenizer or source.folder
-    if named is None and settings.streaming:
-        raise ValueError("tokenizer: one cannot be trained on data.streaming documents; name one with --tokenizer")
-    tokenizer = load_tokenizer(named) if named else trained_tokenizer(documents, vocabulary_size, request.cache)
-    rows_of = DocumentRows if settings.one_document_per_row else PackedRows
-    identity = {"tokenizer": tokenizer_digest(tokenizer)}
-    if settings.streaming:
-        rows = PackedStream(documents, tokenizer, settings.sequence_length)
-    else:
-        store = tokenize_documents(documents, tokenizer, request.cache)
-        rows, identity["data"] = rows_of(store, settings.sequence_length), store.folder.name
-    validation = None
-    if held_out is not None:
-        store = tokenize_documents(held_out, tokenizer, request.cache)
-        validation, identity["validation"] = rows_of(store, settings.sequence_length), store.folder.name
-        if settings.validation_rows is not None:
-            validation = Subset(validation, range(min(settings.validation_rows, len(validation))))
-    return TrainingData(rows, validation, tokenizer, named is None, identity)
-
-
-def run_record(request: TrainingRequest, config: PreTrainedConfig, data: TrainingData) -> dict:
+def run_record(request: TrainingRequest, source: ModelSource, config: PreTrainedConfig, data: TrainingData) -> dict:
     """All that decides what a run computes, as plain values."""
     settings = json.loads(config.to_json_string(use_diff=False))
+    start = source.folder
+    if start is not None and Path(start).exists():
+        start = str(Path(start).resolve())  # however it was spelt
+    recipe = asdict(request.recipe)
+    del recipe["description"]
     return {
-        "model": {"source": request.model, **{k: v for k, v in settings.items() if k not in NOT_COMPARED}},
-        "recipe": asdict(request.recipe),
+        "model": {name: value for name, value in settings.items() if name not in NOT_COMPARED},
+        "start": start,
+        "recipe": recipe,
         "adapter": None if request.adapter is None else asdict(request.adapter),
-        "data": {"source": request.data, "validation_source": request.validation_data, **data.identity},
+        "data": data.identity,
     }
-
-
-def check_record(folder: Path, record: dict) -> None:
-    """Check that a run is resumed as it was begun.
-
-    Raises:
-        ValueError: naming the first difference.
-    """
-    begun = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(record))
-    difference = first_difference(begun, now)
-    if difference is not None:
-        name, before, after = difference
-        raise ValueError(
-            f"output={str(folder)!r}: its run was begun with {name}={before!r}, but now it is {after!r}. Resume it as "
-            "it was begun, or start a new run in another folder. Nothing was overwritten."
-        )
-
-
-def first_difference(one: dict, other: dict, above: str = "") -> tuple[str, object, object] | None:
-    """Where two nested mappings differ first: the dotted name and both values, None for a missing one."""
-    for name in sorted(one.keys() | other.keys()):
-        before, after = one.get(name), other.get(name)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found = first_difference(before, after, f"{above}{name}.")
-            if found is not None:
-                return found
-        elif before != after:
-            return f"{above}{name}", before, after
-    return None
 
 
 def save_run(trainer: MetaTrainer, folder: Path) -> None:

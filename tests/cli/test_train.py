@@ -1,8 +1,11 @@
 """`ttt-e2e train` from text to a saved model, at a size of seconds; and every mistake before any work."""
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 
 import pytest
@@ -304,6 +307,55 @@ def test_saved_model_needs_a_recipe_and_its_own_tokenizer(place):
     assert train(place, "--model", place / "larger.yaml", output="larger").exit_code == 0
     refused = refusal(train(place, "--model", place / "run", "--tokenizer", place / "larger" / "model", output="other"))
     assert "but the model only 300" in refused
+
+
+def test_finished_run_is_evaluated_again_and_not_trained_further(place):
+    assert train(place).exit_code == 0
+    weights = (place / "run" / "model" / "model.safetensors").read_bytes()
+    assert train(place, "--resume").exit_code == 0
+    assert (place / "run" / "model" / "model.safetensors").read_bytes() == weights
+    assert not (place / "run" / "checkpoint-7").exists()
+
+
+def test_recipes_that_go_on_refuse_random_weights(place):
+    assert "goes on with a saved model" in refusal(train(place, "--recipe", "extend-32k"))
+
+
+def test_validation_on_the_training_data_is_refused(place):
+    refused = refusal(train(place, "--validation-data", place / "texts", data__validation_every="null"))
+    assert "is the training data" in refused
+
+
+def test_misspelt_nested_field_is_refused(place):
+    assert "did you mean 'rope_theta'" in refusal(train(place, model__rope_parameters__rope_thetta=1e6))
+
+
+def test_dry_run_counts_adapters(place):
+    assert train(place).exit_code == 0
+    line = ["train", "--dry-run", "--model", str(place / "run"), "--recipe", "pretrain-tiny", "--lora", "prime"]
+    shown = CliRunner().invoke(app, [*line, "--lora-rank", "2", *("--set", "data.sequence_length=16")])
+    numbers = dict(row.split(": ") for row in shown.output.splitlines())
+    # Gate, up and down, each A [2, 16] and B [16, 2], in one suffix block.
+    assert int(numbers["trained_parameters"]) == 3 * 2 * 2 * 16 < int(numbers["parameters"])
+    assert CliRunner().invoke(app, ["train", "--dry-run", "--lora", "nonsense"]).exit_code == 2
+
+
+@pytest.mark.parametrize("processes", [2])
+def test_two_processes_train_as_one(place, processes):
+    """Started as the documentation says, with the same rows in each step."""
+    assert train(place).exit_code == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command += ["-m", "ttt_e2e.cli.main", "train", "--model", place / "small.yaml", "--recipe", "pretrain-tiny"]
+    command += ["--data", place / "texts", "--output", place / "two", "--cache", place / "cache"]
+    for name, value in SETTINGS.items():
+        command += ["--set", f"{name}={value}"]
+    subprocess.run(list(map(str, command)), check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    logs = [
+        [entry for entry in json.loads((place / name / "training_log.json").read_text()) if "learning_rate" in entry]
+        for name in ("run", "two")
+    ]
+    assert [entry["loss"] for entry in logs[1]] == pytest.approx([entry["loss"] for entry in logs[0]], rel=1e-5)
+    assert (place / "two" / "checkpoint-6" / "rng_state_1.pth").is_file(), "there were two"
 
 
 def test_full_disk_is_noticed_before_anything_is_written(place, monkeypatch):

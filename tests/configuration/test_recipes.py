@@ -33,7 +33,12 @@ def test_recipes_are_those_of_training():
 def test_recipe_fits_the_models(name, model):
     recipe = load_recipe(name, model)
     assert recipe.name == name and recipe.description == recipe_description(name) != ""
-    TTTE2EConfig(**(load_preset(model) | recipe.model))
+    assert recipe.starts_from_saved == (not name.startswith("pretrain"))
+    if name == "warm-start" and model.endswith("full-attention"):
+        with pytest.raises(ValueError, match="there is nothing to learn with"):
+            TTTE2EConfig(**(load_preset(model) | recipe.model))
+    else:
+        TTTE2EConfig(**(load_preset(model) | recipe.model))
 
 
 @pytest.mark.parametrize(

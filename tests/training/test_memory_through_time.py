@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import modeling_utils
 
+from ttt_e2e import checkpointing
+
 from ..modeling.helpers import BATCH, gradients, random_ids, small_model
 from ..modeling.test_memory import allocations
 
@@ -87,6 +89,19 @@ def test_groups_are_of_the_square_root_of_the_mini_batches():
 
 def test_offloading_costs_nothing_where_the_memory_is_the_same():
     assert peak(SHORT, inner_checkpoint_offload=True) == peak(SHORT)
+
+
+def test_offloading_stores_the_fast_weights_and_nothing_else(monkeypatch):
+    """On a CPU a copy would be the tensor itself, so that copies are recorded here instead."""
+    moved = []
+    monkeypatch.setattr(checkpointing, "_on_cpu", lambda tensor: moved.append(tensor.shape) or tensor.clone())
+    model = learner(dtype=torch.float64, inner_checkpoint_every=2, inner_checkpoint_offload=True)
+    found = gradients_of(model)
+    layers = model.model.layers[model.config.num_prefix_layers :]
+    shapes = [projection.weight.shape for layer in layers for projection in layer.inner_mlp.projections]
+    groups = len(moved) // len(shapes)
+    assert groups > 1 and [shape[1:] for shape in moved] == shapes * groups
+    assert_equal(found, gradients_of(learner(dtype=torch.float64, inner_checkpoint_every=2)))
 
 
 def test_horizon_costs_no_memory_beside_checkpointing():

@@ -180,6 +180,30 @@ def test_evaluation_reports_learning_on_and_off(tmp_path):
     assert metrics["eval_loss_learning_off"] == pytest.approx(off, rel=1e-5)
 
 
+def test_metrics_function_gets_the_logits(tmp_path):
+    seen = []
+    trainer = meta_trainer(tmp_path, evaluation=random_rows(4))
+    trainer.compute_metrics = lambda prediction: seen.append(prediction.predictions.shape) or {"seen": 1.0}
+    trainer.args.prediction_loss_only = False
+    metrics = trainer.evaluate()
+    assert seen == [(4, 17, 32)], "once, with learning on"
+    assert metrics["eval_seen"] == 1.0 and "eval_loss_learning_off" in metrics
+    arguments = MetaTrainingArguments(str(tmp_path), **ARGUMENTS)
+    asking = MetaTrainer(tiny_model(), arguments, eval_dataset=random_rows(4), compute_metrics=trainer.compute_metrics)
+    assert asking.evaluate()["eval_seen"] == 1.0
+    assert asking.predict(random_rows(4)).predictions.shape == (4, 17, 32)
+
+
+def test_fewer_rows_than_a_batch_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="train_dataset has 3 rows, fewer than the 4"):
+        meta_trainer(tmp_path, rows=random_rows(3), per_device_train_batch_size=4).train()
+
+
+def test_misspelt_argument_of_the_schedule_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'cosine_with_min_lr' has no 'min_rl'; did you mean 'min_lr'"):
+        MetaTrainingArguments(str(tmp_path), **ARGUMENTS, lr_scheduler_kwargs={"min_rl": 1e-5})
+
+
 @pytest.mark.parametrize("kind", ["plain", "mistral"])
 def test_models_that_do_not_learn_are_trained_too(tmp_path, kind):
     if kind == "plain":

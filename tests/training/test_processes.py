@@ -131,11 +131,15 @@ DDP = {
     "few-labels": DOUBLE | {"few_labels": True},
     "few-labels-accumulation": ACCUMULATION | {"few_labels": True},
     "first-order": DOUBLE | {"meta_gradient": "first_order"},
+    # Six rows, four in a batch: an epoch ends within one, and what is left is dropped.
+    "several-epochs": DOUBLE | {"row_count": 6},
 }
 
 
-def train_case(folder, world, dtype=torch.float32, few_labels=False, meta_gradient="second_order", **options):
-    rows = rows_with_few_labels() if few_labels else None
+def train_case(
+    folder, world, dtype=torch.float32, few_labels=False, meta_gradient="second_order", row_count=16, **options
+):
+    rows = rows_with_few_labels() if few_labels else random_rows(row_count)
     per_device = options.pop("per_device", ROWS // WORLD) * (WORLD // world)
     return trained(folder, model_of(dtype, meta_gradient=meta_gradient), rows, per_device, **options)
 
@@ -143,6 +147,16 @@ def train_case(folder, world, dtype=torch.float32, few_labels=False, meta_gradie
 def ddp_worker(folder):
     for name, options in DDP.items():
         store(folder, name, train_case, folder, WORLD, **options)
+    store(folder, "evaluation", evaluation_case, folder)
+
+
+def evaluation_case(folder):
+    """Metrics on seven rows, two at once in each process, of unequal numbers of labels."""
+    rows = rows_with_few_labels().select(range(7))
+    metrics = helpers.meta_trainer(
+        folder, model_of(torch.float64), evaluation=rows, per_device_eval_batch_size=2
+    ).evaluate()
+    return {name: value for name, value in metrics.items() if name.startswith("eval_loss")}
 
 
 def store(folder, name, case, *arguments, **options):
@@ -206,6 +220,19 @@ def test_ddp_resumes_bit_for_bit(tmp_path):
     for own, expected in zip(stored(tmp_path, "killed"), stored(tmp_path, "whole"), strict=True):
         assert own["log"] == expected["log"] and [entry["step"] for entry in own["log"]] == [2, 4]
         assert all(torch.equal(weight, expected["weights"][name]) for name, weight in own["weights"].items())
+
+
+def test_evaluation_counts_every_row_once(ddp_folder):
+    """Also where the last batch is not full, and processes are given rows twice to fill it."""
+    model, rows = model_of(torch.float64).eval(), rows_with_few_labels().select(range(7))
+    ids, labels = torch.tensor(rows["input_ids"]), torch.tensor(rows["labels"])
+    with torch.no_grad():
+        expected = {
+            "eval_loss": model(ids, labels=labels).loss.item(),
+            "eval_loss_learning_off": model(ids, labels=labels, test_time_training=False).loss.item(),
+        }
+    for found in stored(ddp_folder, "evaluation"):
+        assert found == pytest.approx(expected, rel=1e-9)
 
 
 # ---------------------------------------------------------------------------------------------------------------- FSDP2

@@ -9,13 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
-from ttt_e2e.training import checkpoints, meta_trainer
+from ttt_e2e.training import (
+    MetaTrainer,
+    MetaTrainingArguments,
+    PackedStream,
+    checkpoints,
+    collate_rows,
+    safe_trainer,
+)
 from ttt_e2e.training.checkpoints import checkpoint_bytes, checkpoint_folders, is_complete, last_complete_checkpoint
 
 from . import helpers
 from .helpers import random_rows, repeatable, tiny_model
+from .letters import letters_tokenizer
 from .processes import KILLED, kill_self, run_alone
 
 STEPS, EVERY = 12, 3  # a checkpoint and a log every three steps
@@ -38,7 +47,7 @@ SAVING = {
     "the optimizer": (Trainer, "_save_optimizer_and_scheduler"),
     "half of the optimizer": (torch, "save"),
     "the random state": (Trainer, "_save_rng_state"),
-    "the manifest": (meta_trainer, "write_manifest"),
+    "the manifest": (safe_trainer, "write_manifest"),
     "the name of the manifest": (os, "replace"),
 }
 Disk = namedtuple("Disk", ["total", "used", "free"])
@@ -447,3 +456,55 @@ def test_estimate_of_a_checkpoint_is_its_size(tmp_path):
     size = sum(path.stat().st_size for path in (tmp_path / "checkpoint-1").iterdir())
     estimate = checkpoint_bytes(trainer.model)
     assert size > 2**22 and size <= estimate <= 1.05 * size + 2**20
+
+
+# --------------------------------------------------------------------------------------------- finished, and half saved
+
+
+def test_finished_run_is_loaded_and_not_trained_further(run_folder, six_steps):
+    before, trainer = contents(run_folder), trainer_of(run_folder, max_steps=6)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 6
+    assert all(torch.equal(weight, six_steps[1][name]) for name, weight in trainer.model.state_dict().items())
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [3, 6]
+    assert contents(run_folder) == before
+
+
+def test_checkpoint_without_its_optimizer_is_not_resumed(tmp_path):
+    """It would go on with a fresh one and a schedule from the beginning."""
+    trainer_of(tmp_path, max_steps=3, save_only_model=True).train()
+    with pytest.raises(ValueError, match="saved without its optimizer"):
+        trainer_of(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_stream_is_resumed_exactly_over_several_passes(tmp_path):
+    """Nine rows in a pass and four in a batch: checkpoint and end lie in different passes, at no border of them."""
+    histories = []
+    for name, steps in (("whole", 12), ("cut", 6), ("cut", 12)):
+        trainer = MetaTrainer(
+            tiny_model(vocab_size=64),
+            MetaTrainingArguments(
+                str(tmp_path / name), **(helpers.ARGUMENTS | ARGUMENTS | {"gradient_accumulation_steps": 2})
+            ),
+            train_dataset=stream_of_letters(),
+            data_collator=collate_rows,
+        )
+        if steps == 6:
+            trainer.add_callback(StopAfter(6))
+        trainer.train(resume_from_checkpoint=(name, steps) == ("cut", 12))
+        histories.append([entry for entry in repeatable(trainer.state.log_history) if "loss" in entry])
+    assert histories[2] == histories[0] and len(histories[0]) == STEPS // EVERY
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **named):
+        control.should_training_stop = control.should_training_stop or state.global_step == self.step
+
+
+def stream_of_letters():
+    texts = ["abcdefgh" * 4, "hgfedcba" * 6, "aabbccdd" * 9]
+    documents = Dataset.from_dict({"text": texts}).to_iterable_dataset()
+    return PackedStream(documents, letters_tokenizer(), 4 * helpers.MINI_BATCH)

@@ -1,0 +1,70 @@
+"""What a run was asked for, as a file in its folder: so that it is resumed as it was begun, and nothing is mixed."""
+
+import json
+from pathlib import Path
+
+from .disk import write_text
+
+RECORD = "run.json"
+
+
+def check_output(folder: Path, resume: bool) -> None:
+    """Check the run's folder: empty for a new run, with a record for one that is resumed.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if resume and not (folder / RECORD).is_file():
+        raise ValueError(f"output={str(folder)!r} holds no run to resume (no {RECORD}): start one without --resume")
+    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "another run" if (folder / RECORD).is_file() else "other files"
+        raise ValueError(
+            f"output={str(folder)!r} holds {what}: choose another folder, or go on with the run there with --resume. "
+            "Nothing was overwritten."
+        )
+
+
+def write_record(folder: Path, record: dict, asked: dict) -> None:
+    """Write the record of a new run.
+
+    Args:
+        record: all that decides what the run computes, as plain values.
+        asked: how it was called; for the reader, never compared.
+    """
+    write_text(folder / RECORD, json.dumps({"asked": asked, **record}, indent=1) + "\n")
+
+
+def check_record(folder: Path, record: dict) -> None:
+    """Check that a run is resumed as it was begun.
+
+    Raises:
+        ValueError: naming the first difference, or the record is damaged.
+    """
+    try:
+        begun = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        begun.pop("asked")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"output={str(folder)!r}: its {RECORD} is damaged ({error!r}), so that the run cannot be resumed safely; "
+            "load the last checkpoint's folder as a model and begin a new run"
+        ) from error
+    difference = first_difference(begun, json.loads(json.dumps(record)))
+    if difference is not None:
+        name, before, after = difference
+        raise ValueError(
+            f"output={str(folder)!r}: its run was begun with {name}={before!r}, but now it is {after!r}. Resume it as "
+            "it was begun, or start a new run in another folder. Nothing was overwritten."
+        )
+
+
+def first_difference(one: dict, other: dict, above: str = "") -> tuple[str, object, object] | None:
+    """Where two nested mappings differ first: the dotted name and both values, None for a missing one."""
+    for name in sorted(one.keys() | other.keys()):
+        before, after = one.get(name), other.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found = first_difference(before, after, f"{above}{name}.")
+            if found is not None:
+                return found
+        elif before != after:
+            return f"{above}{name}", before, after
+    return None

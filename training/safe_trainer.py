@@ -1,0 +1,129 @@
+"""`SafeTrainer`: transformers' Trainer whose checkpoints are complete or not used.
+
+A run that is killed at any moment goes on from its last complete checkpoint. Nothing of another run is written over,
+and no process waits for one that has stopped because its disk is full.
+"""
+
+import shutil
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+
+from .checkpoints import (
+    BASE_CONFIG,
+    check_resumable,
+    check_same_model,
+    checkpoint_bytes,
+    last_complete_checkpoint,
+    write_manifest,
+)
+from .disk import check_disk_space
+
+STATE = "trainer_state.json"
+
+
+class SafeTrainer(Trainer):
+    """transformers' Trainer with a manifest in every checkpoint, written last; checkpoints without one are not used."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *others, **named):
+        """As transformers' Trainer; `resume_from_checkpoint=True` takes the last checkpoint that is complete.
+
+        A run that is resumed from its last step is only loaded, not trained further.
+
+        Raises:
+            ValueError: there is nothing to resume from, the checkpoint is incomplete or of another model, or the output
+                folder holds checkpoints of a run that is not resumed.
+            OSError: the disk has no room for a checkpoint.
+        """
+        folder = self._checkpoint_to_resume(resume_from_checkpoint)
+        if self.args.save_strategy.value != "no":
+            self._check_disk_space("a checkpoint")
+        if folder is not None and (finished := self._finished_state(folder)) is not None:
+            self._load_from_checkpoint(str(folder))
+            self.state = finished
+            return TrainOutput(finished.global_step, 0.0, {})
+        return super().train(None if folder is None else str(folder), *others, **named)
+
+    def _checkpoint_to_resume(self, asked: str | bool | None) -> Path | None:
+        output = Path(self.args.output_dir)
+        own = bool(asked) and (asked is True or Path(asked).resolve().parent == output.resolve())
+        last = last_complete_checkpoint(output)
+        if not own and self.args.save_strategy.value != "no" and last is not None:
+            raise ValueError(
+                f"output_dir={self.args.output_dir!r} holds {last.name} of another run: "
+                "resume it with resume_from_checkpoint=True, or choose another folder. Nothing was overwritten."
+            )
+        if not asked:
+            return None
+        if self.is_distributed_loading_by_transformers:
+            raise ValueError(
+                f"resume_from_checkpoint={asked!r}: transformers cannot resume a model that from_pretrained has "
+                "sharded (distributed_config): load the checkpoint's folder as a model and begin a new run."
+            )
+        folder = last if asked is True else Path(asked)
+        if folder is None:
+            raise ValueError(f"output_dir={self.args.output_dir!r} holds no complete checkpoint: start a new run.")
+        check_resumable(folder)
+        check_same_model(folder, self.model)
+        return folder
+
+    def _finished_state(self, folder: Path) -> TrainerState | None:
+        """The state of a checkpoint at the last step of its run; None for an earlier one."""
+        state = TrainerState.load_from_json(str(folder / STATE))
+        steps = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
+        return state if state.global_step >= steps else None
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        # A tied head is not in the file: it is the embedding.
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and hasattr(self.model, "peft_config"):
+            # An adapter does not say under which settings of its model it was trained.
+            folder = Path(output_dir or self.args.output_dir)
+            self.model.config.to_json_file(folder / BASE_CONFIG, use_diff=False)
+
+    def _save_checkpoint(self, model: nn.Module, trial: dict | None) -> None:
+        run_folder = Path(self._get_output_dir(trial))
+        folder = run_folder / f"checkpoint-{self.state.global_step}"
+        self._check_disk_space(folder.name)
+        if self.args.should_save:
+            # What an interrupted run left of the same step must not mix with the files of this one.
+            shutil.rmtree(folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        # Both come after the manifest: until the checkpoint is complete, no older one may go and nothing be published.
+        limit, push = self.args.save_total_limit, self.args.push_to_hub
+        self.args.save_total_limit, self.args.push_to_hub = None, False
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit, self.args.push_to_hub = limit, push
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_manifest(folder)
+            rotate_checkpoints(
+                output_dir=str(run_folder),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        if push:
+            self._push_from_checkpoint(str(folder))
+
+    def _check_disk_space(self, what: str) -> None:
+        """Every process stops where the one that saves has no room."""
+        problem = [None]
+        if self.args.should_save:
+            try:
+                check_disk_space(Path(self.args.output_dir), checkpoint_bytes(self.model), what)
+            except OSError as error:
+                problem = [str(error)]
+        broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise OSError(problem[0])
