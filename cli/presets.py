@@ -25,15 +25,18 @@ def presets(
     if name is None:
         _list_all()
         return
+    heading = ""
     try:
         if name in recipe_names():
             load_preset(model)  # a misspelt model would get the numbers of another one
             fields = dataclasses.asdict(load_recipe(name, model))
+            # As comments, so that the output can be a recipe's file.
+            heading = f"# {fields.pop('description')}\n# {fields.pop('name')}, as it is for {model}.\n"
         else:
             fields = load_preset(name)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    typer.echo(yaml.safe_dump(fields, sort_keys=False), nl=False)
+    typer.echo(heading + yaml.safe_dump(fields, sort_keys=False), nl=False)
 
 
 def _list_all() -> None:

@@ -51,10 +51,10 @@ def train(
 
     Try it (minutes, on a CPU): `ttt-e2e train --data standard-library --output runs/tiny`
 
-    Several GPUs: `accelerate launch -m ttt_e2e.cli.main train ...`. Several processes on a CPU:
-    `torchrun --nproc_per_node 2 -m ttt_e2e.cli.main train ...`. With the same command and `--resume` an interrupted run
-    goes on exactly where its last checkpoint was taken. To extend a trained model to longer text:
-    `ttt-e2e train --model runs/mine --recipe extend-32k ...`.
+    Several processes: `accelerate launch --multi_gpu --num_processes 2 -m ttt_e2e.cli.main train ...`, or with torchrun
+    (also on a CPU, where Accelerate starts a single process without `--multi_gpu`). With the same command and
+    `--resume` an interrupted run goes on exactly where its last checkpoint was taken. To extend a trained model to
+    longer text: `ttt-e2e train --model runs/mine --recipe extend-32k ...`.
 
     Written to the folder: `model/` (load it with `AutoModelForCausalLM.from_pretrained`), `checkpoint-N/`,
     `training.png`, `training_log.json`, `run.json`.
@@ -65,7 +65,7 @@ def train(
     from ..training.estimates import estimate_run
     from ..training.lora import check_lora
     from ..training.models import changed_config, find_model, fit_to_tokenizer
-    from ..training.run import Adapter, TrainingRequest, finish_run, prepare_run, process_state
+    from ..training.run import Adapter, TrainingRequest, finish_run, prepare_run, process_state, resumes_at
     from ..training.tokenizer import load_tokenizer
 
     try:
@@ -95,9 +95,19 @@ def train(
         if not process_state(chosen).is_main_process:
             logging.set_verbosity_error()
         trainer = prepare_run(request)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise_on_main_process(error)
-    metrics = finish_run(trainer, resume)
+    if trainer.is_world_process_zero():
+        begin = f"Going on after step {resumes_at(output)}" if resume else "Training"
+        typer.echo(
+            f"{begin}: {trainer.model.num_parameters():,} parameters, {chosen.batch_size} rows of "
+            f"{chosen.data.sequence_length} tokens in a step, {trainer.args.world_size} process(es)"
+        )
+    try:
+        metrics = finish_run(trainer, resume)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted. The same command with --resume goes on from the last checkpoint.", err=True)
+        raise typer.Exit(130) from None
     if trainer.is_world_process_zero():
         for name, value in metrics.items():
             typer.echo(f"{name}: {value:.6g}")

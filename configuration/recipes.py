@@ -219,6 +219,8 @@ def _check_values(recipe: Recipe, source: str) -> None:
     at_least["data.validation_rows"] = (recipe.data.validation_rows, 1)
     rows = recipe.training.get("per_device_train_batch_size")
     at_least["training.per_device_train_batch_size"] = (rows, 1)
+    if recipe.training.get("max_steps") != -1:  # which stands for epochs
+        at_least["training.max_steps"] = (recipe.training.get("max_steps"), 1)
     for field, (value, least) in at_least.items():
         if value is not None and value < least:
             raise ValueError(f"{source}: {field}={value} must be at least {least}")

@@ -58,7 +58,10 @@ def split_documents(
     by_size = sorted(candidates, key=lambda row: -sizes[row])
     validation = set(by_size[validation_every // 2 :: validation_every])
     if not validation:
-        raise ValueError(f"documents: {len(candidates)} are too few to keep each {validation_every}th for validation")
+        raise ValueError(
+            f"documents: {len(candidates)} are too few to keep each {validation_every}th for validation; give more "
+            "documents, or none for validation (--set data.validation_every=null, --validation-data for other ones)"
+        )
     training = [row for row in range(len(documents)) if row not in validation]
     return documents.select(training), documents.select(sorted(validation))
 

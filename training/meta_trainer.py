@@ -12,11 +12,14 @@ from collections.abc import Sized
 import torch
 from torch import nn
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
+from transformers.utils import logging
 
 from .arguments import MetaTrainingArguments, check_saves_follow_logs
 from .guards import check_arguments, check_collator, check_prepared, learning_models
 from .inner_logs import InnerLogs
 from .safe_trainer import SafeTrainer
+
+logger = logging.get_logger(__name__)
 
 NO_TARGET = -100  # transformers' label for "do not predict"
 
@@ -128,6 +131,12 @@ class MetaTrainer(SafeTrainer):
             model, arguments, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         if model.training:
+            losses = outputs.get("inner_loss")
+            if losses is not None and losses.shape[1] == 0:
+                logger.warning_once(
+                    "No inner step was taken: no row has a whole mini-batch and the token after it. Give longer rows, "
+                    "or a smaller `mini_batch_size`."
+                )
             if self.args.logging_strategy.value != "no":
                 self._inner_logs.add(outputs, inputs, models[0].config.inner_max_grad_norm or 0.0 if models else 0.0)
         elif self._evaluated is not None and outputs.get("token_nll") is not None:

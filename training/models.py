@@ -12,8 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import RopeParameters
 
-from .. import TTTE2EConfig, TTTE2EForCausalLM
-from ..configuration import load_preset, preset_names
+from ..configuration import load_config, load_preset, preset_names
 from ..configuration.reading import check_field_names, merged
 from .tokenizer import separator_id
 
@@ -22,7 +21,9 @@ CHANGEABLE = (
     "inner_max_grad_norm meta_gradient meta_gradient_horizon inner_checkpoint_every inner_checkpoint_offload "
     "test_time_training"
 ).split()
-SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_suffix_layers layer_types".split()
+SIZES = (
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_suffix_layers layer_types mixer_types"
+).split()
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,15 @@ def find_model(model: str) -> ModelSource:
     """
     path = Path(model).expanduser()
     if model in preset_names():  # also where a folder of that name happens to be here
-        return ModelSource(model, None, TTTE2EConfig, load_preset(model))
+        return ModelSource(model, None, type(load_config(model)), load_preset(model))
     if path.is_dir():
         return _saved_model(path)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise FileNotFoundError(f"model={model!r}: there is no such file")
-        return ModelSource(path.stem, None, TTTE2EConfig, load_preset(str(path)))
+        return ModelSource(path.stem, None, type(load_config(str(path))), load_preset(str(path)))
     if "/" not in model:
-        return ModelSource(model, None, TTTE2EConfig, load_preset(model))
+        load_preset(model)  # raises, with the names of those that there are
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
@@ -83,17 +84,16 @@ def _saved_model(path: Path) -> ModelSource:
             "or ttt-e2e train has written to its end"
         )
     config = AutoConfig.from_pretrained(folder)
-    return ModelSource(preset_of(config) or path.name, str(folder), type(config), config.to_dict())
+    # Resolved, because an adapter remembers where its model is.
+    return ModelSource(preset_of(config) or path.name, str(folder.resolve()), type(config), config.to_dict())
 
 
 def preset_of(config: PreTrainedConfig) -> str | None:
     """The preset of the same sizes, whose numbers a recipe then takes; None where there is none."""
     for name in preset_names():
-        fields = load_preset(name)
-        if fields.get("model_type", TTTE2EConfig.model_type) != config.model_type:
-            continue
-        preset = type(config)(**fields)
-        if all(getattr(config, size, None) == getattr(preset, size) for size in SIZES):
+        preset = load_config(name)
+        alike = (getattr(config, size, None) == getattr(preset, size, None) for size in SIZES)
+        if preset.model_type == config.model_type and all(alike):
             return name
     return None
 
@@ -160,4 +160,4 @@ def build_model(source: ModelSource, config: PreTrainedConfig) -> PreTrainedMode
     """The model to train, in float32: new with random weights, or the saved one under a changed configuration."""
     if source.folder is not None:
         return AutoModelForCausalLM.from_pretrained(source.folder, config=config, dtype=torch.float32)
-    return TTTE2EForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -1,6 +1,7 @@
 """What a run was asked for, as a file in its folder: so that it is resumed as it was begun, and nothing is mixed."""
 
 import json
+import os
 from pathlib import Path
 
 from .disk import write_text
@@ -17,11 +18,15 @@ def check_output(folder: Path, resume: bool) -> None:
     if resume and not (folder / RECORD).is_file():
         raise ValueError(f"output={str(folder)!r} holds no run to resume (no {RECORD}): start one without --resume")
     if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = "another run" if (folder / RECORD).is_file() else "other files"
+        is_run = (folder / RECORD).is_file()
+        remedy = "choose another folder" + (", or go on with the run there with --resume" if is_run else "")
         raise ValueError(
-            f"output={str(folder)!r} holds {what}: choose another folder, or go on with the run there with --resume. "
-            "Nothing was overwritten."
+            f"output={str(folder)!r} holds {'another run' if is_run else 'other files'}: {remedy}. Nothing was "
+            "overwritten."
         )
+    above = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"output={str(folder)!r}: {above} is no folder that can be written to; choose another one")
 
 
 def write_record(folder: Path, record: dict, asked: dict) -> None:
@@ -51,6 +56,8 @@ def check_record(folder: Path, record: dict) -> None:
     difference = first_difference(begun, json.loads(json.dumps(record)))
     if difference is not None:
         name, before, after = difference
+        if name.startswith("data."):
+            before, after = "other texts", "these (or their tokenizer)"
         raise ValueError(
             f"output={str(folder)!r}: its run was begun with {name}={before!r}, but now it is {after!r}. Resume it as "
             "it was begun, or start a new run in another folder. Nothing was overwritten."

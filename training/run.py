@@ -138,6 +138,22 @@ def check_start(request: TrainingRequest, source: ModelSource) -> None:
         check_lora(request.adapter.targets, request.adapter.rank, request.adapter.alpha)
 
 
+def resumes_at(folder: Path) -> int:
+    """The outer step after which a resumed run goes on; 0 where it was interrupted before any complete checkpoint."""
+    last = last_complete_checkpoint(folder)
+    return 0 if last is None else int(last.name.removeprefix("checkpoint-"))
+
+
+def last_evaluation(trainer: MetaTrainer) -> dict[str, float]:
+    """Metrics after the last step, evaluated now unless they were then; empty without validation rows."""
+    if trainer.eval_dataset is None:
+        return {}
+    for entry in reversed(trainer.state.log_history):
+        if "eval_loss" in entry and entry["step"] == trainer.state.global_step:
+            return {name: value for name, value in entry.items() if name.startswith("eval_")}
+    return trainer.evaluate()
+
+
 def finish_run(trainer: MetaTrainer, resume: bool) -> dict[str, float]:
     """Train to the end, evaluate, and save the model, the log and its picture.
 
@@ -150,7 +166,7 @@ def finish_run(trainer: MetaTrainer, resume: bool) -> dict[str, float]:
     folder = Path(trainer.args.output_dir)
     last = last_complete_checkpoint(folder) if resume else None
     trainer.train(str(last) if last else None)
-    metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    metrics = last_evaluation(trainer)
     save_run(trainer, folder)
     return metrics
 
@@ -187,14 +203,11 @@ def training_arguments(request: TrainingRequest, processes: int) -> MetaTraining
 def run_record(request: TrainingRequest, source: ModelSource, config: PreTrainedConfig, data: TrainingData) -> dict:
     """All that decides what a run computes, as plain values."""
     settings = json.loads(config.to_json_string(use_diff=False))
-    start = source.folder
-    if start is not None and Path(start).exists():
-        start = str(Path(start).resolve())  # however it was spelt
     recipe = asdict(request.recipe)
     del recipe["description"]
     return {
         "model": {name: value for name, value in settings.items() if name not in NOT_COMPARED},
-        "start": start,
+        "start": source.folder,
         "recipe": recipe,
         "adapter": None if request.adapter is None else asdict(request.adapter),
         "data": data.identity,
