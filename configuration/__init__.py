@@ -1,18 +1,23 @@
-"""Presets as data: one small YAML file per model size (`models/`) and per recipe (`recipes/`), and their loader."""
+"""Presets as data: YAML files per model size (`models/`), recipe (`recipes/`) and compared system, with loaders."""
 
 from .demo_recipe import DemoRecipe, load_demo_recipe
-from .presets import load_preset, preset_description, preset_names
+from .presets import load_config, load_preset, preset_description, preset_names
 from .recipes import DataRecipe, Recipe, load_recipe, recipe_description, recipe_names
+from .systems import System, load_systems, system_preset
 
 __all__ = [
     "DataRecipe",
     "DemoRecipe",
     "Recipe",
+    "System",
+    "load_config",
     "load_demo_recipe",
     "load_preset",
     "load_recipe",
+    "load_systems",
     "preset_description",
     "preset_names",
     "recipe_description",
     "recipe_names",
+    "system_preset",
 ]

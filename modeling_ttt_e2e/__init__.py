@@ -1,11 +1,28 @@
 """End-to-End Test-Time Training for transformers: importing this package registers the Auto classes."""
 
 from .cache_ttt_e2e import TTTE2ECache
+from .configuration_recurrent_hybrid import RecurrentHybridConfig
 from .configuration_ttt_e2e import TTTE2EConfig
+from .modeling_recurrent_hybrid import (
+    RecurrentHybridForCausalLM,
+    RecurrentHybridModel,
+    RecurrentHybridPreTrainedModel,
+)
 from .modeling_ttt_e2e import TTTE2EForCausalLM, TTTE2EModel, TTTE2EPreTrainedModel
 from .registration import register
 
 register("ttt_e2e", TTTE2EConfig, TTTE2EModel, TTTE2EForCausalLM)
+register("recurrent_hybrid", RecurrentHybridConfig, RecurrentHybridModel, RecurrentHybridForCausalLM)
 
 __version__ = "0.1.0"
-__all__ = ["TTTE2ECache", "TTTE2EConfig", "TTTE2EForCausalLM", "TTTE2EModel", "TTTE2EPreTrainedModel"]
+__all__ = [
+    "RecurrentHybridConfig",
+    "RecurrentHybridForCausalLM",
+    "RecurrentHybridModel",
+    "RecurrentHybridPreTrainedModel",
+    "TTTE2ECache",
+    "TTTE2EConfig",
+    "TTTE2EForCausalLM",
+    "TTTE2EModel",
+    "TTTE2EPreTrainedModel",
+]

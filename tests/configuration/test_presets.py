@@ -2,16 +2,19 @@
 
 import pytest
 import torch
+import yaml
+from transformers import AutoModelForCausalLM
 
-from ttt_e2e import TTTE2EConfig, TTTE2EForCausalLM
-from ttt_e2e.configuration import load_preset, preset_description, preset_names
+from ttt_e2e import RecurrentHybridConfig, TTTE2EConfig
+from ttt_e2e.configuration import load_config, load_preset, preset_description, preset_names
 
 SIZES = ("tiny", "125m", "350m", "760m", "1b", "3b")
+BASELINES = ("full-attention", "sliding-window", "hybrid", "mamba2", "gated-delta-net")
 
 
 def meta_model(name):
     with torch.device("meta"):
-        return TTTE2EForCausalLM(TTTE2EConfig(**load_preset(name)))
+        return AutoModelForCausalLM.from_config(load_config(name))
 
 
 def millions(model):
@@ -22,18 +25,21 @@ def millions(model):
 @pytest.mark.parametrize("name", preset_names())
 def test_preset_builds_the_configuration_that_it_describes(name):
     fields = load_preset(name)
-    config = TTTE2EConfig(**fields)
+    config = load_config(name)
+    recurrent = name.endswith(("-mamba2", "-gated-delta-net"))
+    assert type(config) is (RecurrentHybridConfig if recurrent else TTTE2EConfig)
     assert {field: getattr(config, field) for field in fields} == fields
     assert preset_description(name)
 
 
-def test_every_size_has_both_baselines():
-    twins = ("", "-sliding-window", "-full-attention")
-    assert set(preset_names()) == {size + twin for size in SIZES for twin in twins}
+def test_every_size_has_every_baseline():
+    assert set(preset_names()) == {*SIZES, *(f"{size}-{baseline}" for size in SIZES for baseline in BASELINES)}
 
 
-def test_default_configuration_is_the_125m_preset():
-    assert TTTE2EConfig(**load_preset("125m")).to_dict() == TTTE2EConfig().to_dict()
+@pytest.mark.parametrize("preset", ["125m", "125m-gated-delta-net"])
+def test_default_configuration_is_the_125m_preset(preset):
+    config = load_config(preset)
+    assert config.to_dict() == type(config)().to_dict()
 
 
 @pytest.mark.parametrize(
@@ -57,13 +63,40 @@ def test_parameters_are_those_of_the_paper(size, total, fast, baseline):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("twin", "layer_type"), [("sliding-window", "sliding"), ("full-attention", "full")])
 def test_baselines_differ_only_in_what_they_are_named_after(size, twin, layer_type):
-    ours, baseline = TTTE2EConfig(**load_preset(size)), TTTE2EConfig(**load_preset(f"{size}-{twin}"))
+    ours, baseline = load_config(size), load_config(f"{size}-{twin}")
     assert set(baseline.layer_types) == {f"{layer_type}_attention"}
     assert not baseline.test_time_training and baseline.num_suffix_layers == 0
     same = "vocab_size hidden_size num_hidden_layers num_attention_heads head_dim sliding_window".split()
     assert [getattr(baseline, name) for name in same] == [getattr(ours, name) for name in same]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_baselines_have_as_many_parameters(size):
     count = meta_model(size).num_parameters()
-    assert meta_model(f"{size}-{twin}").num_parameters() == pytest.approx(count, rel=0.02)
+    for baseline in BASELINES:
+        assert meta_model(f"{size}-{baseline}").num_parameters() == pytest.approx(count, rel=0.02), baseline
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_hybrid_has_full_attention_in_every_sixth_block(size):
+    config = load_config(f"{size}-hybrid")
+    period = 4 if size == "tiny" else 6  # tiny has no six blocks
+    full = [index for index, name in enumerate(config.layer_types) if name == "full_attention"]
+    assert full == list(range(period - 1, config.num_hidden_layers, period))
+    assert not config.test_time_training and config.num_suffix_layers == 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("mixer", ["mamba2", "gated-delta-net"])
+def test_recurrent_baselines_attend_in_every_fourth_block(size, mixer):
+    ours, baseline = load_config(size), load_config(f"{size}-{mixer}")
+    pattern = [mixer.replace("-", "_")] * 3 + ["sliding_attention"]
+    assert baseline.mixer_types == pattern * (ours.num_hidden_layers // 4)
+    same = "vocab_size hidden_size num_attention_heads head_dim sliding_window rope_parameters eos_token_id".split()
+    assert [getattr(baseline, name) for name in same] == [getattr(ours, name) for name in same]
+    assert not baseline.linear_allow_neg_eigval
+    keys = baseline.linear_num_key_heads * baseline.linear_key_head_dim
+    assert mixer == "mamba2" or keys == 0.75 * baseline.hidden_size
 
 
 def test_tiny_baselines_have_as_many_parameters():
@@ -89,9 +122,33 @@ def test_file_of_the_user_varies_a_preset(tmp_path):
     assert preset_description(path) == "mine"
 
 
+def test_printed_preset_is_a_preset(tmp_path):
+    """What `ttt-e2e presets` prints can be kept as a file."""
+    path = preset_file(tmp_path, yaml.safe_dump(load_preset("tiny-mamba2")))
+    assert load_config(path).to_dict() == load_config("tiny-mamba2").to_dict()
+
+
+def test_types_by_block_may_be_a_pattern(tmp_path):
+    path = preset_file(tmp_path, "base: tiny-mamba2\n")
+    with pytest.raises(ValueError, match="base='tiny-mamba2' has a base itself"):
+        load_preset(path)
+    text = (
+        "model_type: recurrent_hybrid\nbase: tiny\nmixer_types: {repeat: [mamba2, full_attention, gated_delta_net]}\n"
+    )
+    mixers = ["mamba2", "full_attention", "gated_delta_net", "mamba2"]
+    assert load_config(preset_file(tmp_path, text)).mixer_types == mixers
+    text = "num_hidden_layers: 3\nmodel_type: recurrent_hybrid\nmixer_types: sliding_attention\n"
+    assert load_config(preset_file(tmp_path, text)).mixer_types == ["sliding_attention"] * 3
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("model_type: recurent_hybrid\n", r"mine.yaml: model_type='recurent_hybrid' is unknown; .*recurrent_hybrid"),
+        ("model_type: recurrent_hybrid\nmini_batch_size: 8\n", r"unknown field 'mini_batch_size'"),
+        ("mixer_types: mamba2\n", r"unknown field 'mixer_types'"),
+        ("layer_types: {repeat: []}\n", r"layer_types: .* must be a list, one type, or \{repeat: \[type, \.\.\.\]\}"),
+        ("layer_types: {cycle: [full_attention]}\n", r"layer_types: .* must be a list, one type, or"),
         ("hiden_size: 32\n", r"mine.yaml: unknown field 'hiden_size'; did you mean 'hidden_size'"),
         ("base: 126m\n", r"base='126m' is no model preset; choose one of .*125m"),
         ("base: 125m-full-attention\n", r"has a base itself; use that one, '125m'"),

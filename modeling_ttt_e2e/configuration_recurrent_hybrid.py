@@ -1,0 +1,213 @@
+"""Configuration of the recurrent baselines: sliding-window attention with Mamba 2 or Gated DeltaNet blocks.
+
+Their mixers are those of transformers; this page only says which block has which one, and how large they are.
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import Mamba2Config, PreTrainedConfig
+
+ATTENTION_MIXERS = ("sliding_attention", "full_attention")
+RECURRENT_MIXERS = ("mamba2", "gated_delta_net")
+# RoPE variants whose frequencies change with the length of the text would contradict the keys in the cache.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@strict
+class RecurrentHybridConfig(PreTrainedConfig):
+    """Sizes of a [`RecurrentHybridModel`]. `RecurrentHybridConfig()` is the preset 125m-gated-delta-net.
+
+    Args:
+        vocab_size: number of token ids.
+        hidden_size, num_hidden_layers, num_attention_heads: the usual sizes of a decoder.
+        intermediate_size: width of the gated MLPs.
+        num_key_value_heads: key and value heads of attention (default: as many as query heads).
+        head_dim: channels of one attention head (default: `hidden_size // num_attention_heads`).
+        hidden_act: activation of the gated MLPs and of the mixers' short convolutions.
+        rms_norm_eps: epsilon of the RMSNorms.
+        rope_parameters: of the attention blocks; recurrent blocks have no positions. Types `default`, `linear`,
+            `llama3`, `yarn`.
+        max_position_embeddings: a hint for tools that need a length; the model itself reads any length.
+        sliding_window: keys that a query of a `sliding_attention` block sees, itself included.
+        mixer_types: per block `"sliding_attention"`, `"full_attention"`, `"mamba2"` or `"gated_delta_net"`, at least
+            one of them attention (default: three `gated_delta_net`, then one `sliding_attention`, and so on).
+        attention_bias: biases on the four attention projections.
+        attention_dropout: dropout of the attention weights while training.
+        post_norm: a second RMSNorm after each mixer and each MLP, before the residual addition.
+        mamba_expand: channels of a Mamba 2 mixer, as a multiple of `hidden_size`.
+        mamba_head_dim: channels of one of its heads.
+        mamba_state_size: state per channel.
+        mamba_num_groups: groups of heads that share their input and output maps (B and C).
+        mamba_conv_kernel: width of its short convolution.
+        mamba_chunk_size: tokens that its scan handles at once; changes speed and memory, not the result.
+        linear_num_key_heads: heads of a Gated DeltaNet mixer.
+        linear_num_value_heads: its value heads, a multiple of the former (default: as many).
+        linear_key_head_dim: channels of a query or key head.
+        linear_value_head_dim: channels of a value head (default: twice those of a key head).
+        linear_conv_kernel_dim: width of its short convolution.
+        linear_allow_neg_eigval: let the state's transition have negative eigenvalues (not in the paper).
+
+    Raises:
+        ValueError: a value is out of range or contradicts another one.
+        StrictDataclassFieldValidationError: a value has the wrong type.
+    """
+
+    model_type = "recurrent_hybrid"
+    keys_to_ignore_at_inference = ["past_key_values", "token_nll"]
+    default_theta = 500000.0
+    # Ranges of the initial decay and time step of Gated DeltaNet, read by its mixer in transformers.
+    linear_a_log_min = 0.0
+    linear_a_log_max = 16.0
+    linear_dt_min = 0.001
+    linear_dt_max = 0.1
+    linear_dt_init_floor = 1e-4
+
+    vocab_size: int = 128256
+    hidden_size: int = 768
+    intermediate_size: int = 1664
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    rope_parameters: dict | None = None
+    max_position_embeddings: int = 131072
+    sliding_window: int | None = 8192
+    mixer_types: list[str] | None = None
+    attention_bias: bool = False
+    attention_dropout: int | float = 0.0
+    post_norm: bool = True
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 128000
+    eos_token_id: int | list[int] | None = 128001
+
+    mamba_expand: int = 2
+    mamba_head_dim: int = 64
+    mamba_state_size: int = 128
+    mamba_num_groups: int = 1
+    mamba_conv_kernel: int = 4
+    mamba_chunk_size: int = 256
+
+    linear_num_key_heads: int = 9
+    linear_num_value_heads: int | None = None
+    linear_key_head_dim: int = 64
+    linear_value_head_dim: int | None = None
+    linear_conv_kernel_dim: int = 4
+    linear_allow_neg_eigval: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.linear_num_value_heads is None:
+            self.linear_num_value_heads = self.linear_num_key_heads
+        if self.linear_value_head_dim is None:
+            self.linear_value_head_dim = 2 * self.linear_key_head_dim
+        if self.mixer_types is None:
+            pattern = ["gated_delta_net"] * 3 + ["sliding_attention"]
+            self.mixer_types = [pattern[index % 4] for index in range(self.num_hidden_layers)]
+            self.mixer_types[-1:] = ["sliding_attention"]
+        if "layer_types" in kwargs:
+            raise ValueError("`layer_types` follows from `mixer_types`: leave it out and set `mixer_types`.")
+        self._check_mixers()  # transformers would rename or refuse types that it does not know
+        super().__post_init__(**kwargs)
+        self.check()
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Per block the name by which transformers chooses its cache and its mask."""
+        return ["linear_attention" if name in RECURRENT_MIXERS else name for name in self.mixer_types]
+
+    def mamba2_config(self) -> Mamba2Config:
+        """The configuration from which transformers builds a Mamba 2 mixer."""
+        return Mamba2Config(
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            hidden_act=self.hidden_act,
+            layer_norm_epsilon=self.rms_norm_eps,
+            expand=self.mamba_expand,
+            num_heads=self.mamba_expand * self.hidden_size // self.mamba_head_dim,
+            head_dim=self.mamba_head_dim,
+            state_size=self.mamba_state_size,
+            n_groups=self.mamba_num_groups,
+            conv_kernel=self.mamba_conv_kernel,
+            chunk_size=self.mamba_chunk_size,
+        )
+
+    def check(self) -> None:
+        """Check that the settings fit together.
+
+        Raises:
+            ValueError: naming the argument, its value and the remedy.
+        """
+        self._check_sizes()
+        self._check_mixers()
+        self._check_heads()
+
+    def _check_sizes(self):
+        positive = (
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+            "head_dim mamba_expand mamba_head_dim mamba_state_size mamba_num_groups mamba_conv_kernel "
+            "mamba_chunk_size linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim "
+            "linear_conv_kernel_dim"
+        )
+        for name in positive.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"`sliding_window` must be at least 1, or None, got {self.sliding_window}.")
+        rope_type = self.rope_parameters.get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(f"`rope_parameters` has rope_type {rope_type!r}; supported are {list(ROPE_TYPES)}.")
+
+    def _check_mixers(self):
+        if len(self.mixer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"`mixer_types` has {len(self.mixer_types)} entries, but `num_hidden_layers` is "
+                f"{self.num_hidden_layers}: give one per block."
+            )
+        known = (*ATTENTION_MIXERS, *RECURRENT_MIXERS)
+        unknown = sorted(set(self.mixer_types) - set(known))
+        if unknown:
+            raise ValueError(f"`mixer_types` has {unknown}; the known types are {list(known)}.")
+        if not set(self.mixer_types) & set(ATTENTION_MIXERS):
+            raise ValueError(
+                "`mixer_types` has no attention block, which is where transformers' cache counts tokens: make at "
+                f"least one block one of {list(ATTENTION_MIXERS)}."
+            )
+        if "sliding_attention" in self.mixer_types and self.sliding_window is None:
+            raise ValueError("`sliding_window` is None but `mixer_types` has 'sliding_attention': set the window.")
+
+    def _check_heads(self):
+        if self.head_dim % 2:
+            raise ValueError(f"`head_dim` must be even, because RoPE rotates pairs of channels, got {self.head_dim}.")
+        wholes = [("num_attention_heads", "num_key_value_heads")]
+        if "gated_delta_net" in self.mixer_types:
+            wholes.append(("linear_num_value_heads", "linear_num_key_heads"))
+        for whole, part in wholes:
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(
+                    f"`{whole}` ({getattr(self, whole)}) must be a multiple of `{part}` ({getattr(self, part)})."
+                )
+        if "mamba2" in self.mixer_types:
+            self._check_mamba_heads()
+
+    def _check_mamba_heads(self):
+        channels = self.mamba_expand * self.hidden_size
+        if channels % self.mamba_head_dim:
+            raise ValueError(
+                f"`mamba_head_dim` ({self.mamba_head_dim}) must divide `mamba_expand * hidden_size` ({channels})."
+            )
+        heads = channels // self.mamba_head_dim
+        if heads % self.mamba_num_groups:
+            raise ValueError(
+                f"`mamba_num_groups` ({self.mamba_num_groups}) must divide the number of Mamba 2 heads ({heads}), "
+                "which is `mamba_expand * hidden_size / mamba_head_dim`."
+            )
+
+
+__all__ = ["RecurrentHybridConfig"]

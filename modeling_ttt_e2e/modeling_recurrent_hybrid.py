@@ -1,0 +1,309 @@
+"""The recurrent baselines: a decoder whose blocks mix tokens by attention, Mamba 2 or Gated DeltaNet.
+
+Attention, MLP and RMSNorm are those of Qwen3, the recurrent mixers those of Mamba 2 and OLMo Hybrid, all from
+transformers: pure PyTorch, or fused kernels where mamba-ssm, causal-conv1d and flash-linear-attention are installed.
+
+A block, with a residual around each line (`post_` norms only with `post_norm`):
+
+    x += post_attention_norm(mixer(input_norm(x)))
+    x += post_feedforward_norm(mlp(pre_feedforward_norm(x)))
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+from transformers.models.olmo_hybrid.modeling_olmo_hybrid import OlmoHybridGatedDeltaNet
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_recurrent_hybrid import RecurrentHybridConfig
+from .recurrent_inputs import check_cache, check_padding, check_positions, create_recurrent_mask
+
+MASKS: dict[str, Callable] = {
+    "sliding_attention": create_sliding_window_causal_mask,
+    "full_attention": create_causal_mask,
+    "linear_attention": create_recurrent_mask,
+}
+LOSS_SEGMENT = 1024  # positions whose logits are held at once when the caller wants none
+
+
+@dataclass
+class RecurrentHybridCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """Transformers' fields, then:
+
+    Args:
+        token_nll: [batch, length - 1], at least float32: -log p(label of t+1) at position t, 0 where that label is
+            -100. Only with `skip_logits=True` and labels. Differentiable. (With `shift_labels`: [batch, length].)
+    """
+
+    token_nll: torch.Tensor | None = None
+
+
+class RecurrentHybridRotaryEmbedding(Qwen3RotaryEmbedding):
+    """RoPE with float64 angles: exact at any position, where float32 loses 0.01 rad at 128K tokens."""
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """position_ids [1 or batch, length] -> cosines and sines [1 or batch, length, head_dim] in x's dtype."""
+        angles = position_ids[..., None].double() * self.inv_freq.to(x.device).double()
+        angles = torch.cat([angles, angles], dim=-1)
+        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+
+
+class RecurrentHybridDecoderLayer(GradientCheckpointingLayer):
+    """One block; its mixer is `self_attn`, `mamba` or `linear_attn`, named as elsewhere in transformers."""
+
+    def __init__(self, config: RecurrentHybridConfig, layer_idx: int):
+        super().__init__()
+        norm = partial(Qwen3RMSNorm, config.hidden_size, eps=config.rms_norm_eps)
+        optional_norm = norm if config.post_norm else nn.Identity
+        self.mixer_type = config.mixer_types[layer_idx]
+        if self.mixer_type == "mamba2":
+            self.mamba = Mamba2Mixer(config.mamba2_config(), layer_idx)
+        elif self.mixer_type == "gated_delta_net":
+            self.linear_attn = OlmoHybridGatedDeltaNet(config, layer_idx)
+        else:
+            self.self_attn = Qwen3Attention(config, layer_idx)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = norm()
+        self.post_attention_layernorm = optional_norm()
+        self.pre_feedforward_layernorm = norm()
+        self.post_feedforward_layernorm = optional_norm()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """[batch, length, hidden_size] -> the same shape."""
+        x = self.input_layernorm(hidden_states)
+        if self.mixer_type == "mamba2":
+            x = self.mamba(x, cache_params=past_key_values, attention_mask=attention_mask, **kwargs)
+        elif self.mixer_type == "gated_delta_net":
+            x = self.linear_attn(x, cache_params=past_key_values, attention_mask=attention_mask, **kwargs)
+        else:
+            x, _ = self.self_attn(
+                x,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        hidden_states = hidden_states + self.post_attention_layernorm(x)
+        x = self.mlp(self.pre_feedforward_layernorm(hidden_states))
+        return hidden_states + self.post_feedforward_layernorm(x)
+
+
+class RecurrentHybridPreTrainedModel(PreTrainedModel):
+    config: RecurrentHybridConfig
+    config_class = RecurrentHybridConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RecurrentHybridDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _is_stateful = True  # a recurrent state cannot be rolled back, as assisted decoding would
+    _can_record_outputs = {"hidden_states": RecurrentHybridDecoderLayer, "attentions": Qwen3Attention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The parameters that only the recurrent mixers have, as Mamba 2 and OLMo Hybrid initialise them."""
+        super()._init_weights(module)
+        if isinstance(module, Mamba2Mixer):
+            module.init_mamba2_weights()
+            init.kaiming_uniform_(module.conv1d.weight, a=math.sqrt(5))
+            init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
+        elif isinstance(module, OlmoHybridGatedDeltaNet):
+            config = self.config
+            decay = torch.empty_like(module.A_log).uniform_(config.linear_a_log_min, config.linear_a_log_max)
+            init.copy_(module.A_log, decay.log())
+            low, high = math.log(config.linear_dt_min), math.log(config.linear_dt_max)
+            step = torch.empty_like(module.dt_bias).uniform_(low, high).exp().clamp_min(config.linear_dt_init_floor)
+            init.copy_(module.dt_bias, step + torch.log(-torch.expm1(-step)))  # softplus turns it into the step
+
+
+class RecurrentHybridModel(RecurrentHybridPreTrainedModel):
+    """The decoder without its head."""
+
+    def __init__(self, config: RecurrentHybridConfig):
+        config.check()
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            RecurrentHybridDecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = RecurrentHybridRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Read tokens.
+
+        Args:
+            input_ids: [batch, length].
+            attention_mask: [batch, columns in the cache + length], 0 for padding, on the left; on the right only
+                where nothing comes after it. Attention alone can skip padding elsewhere.
+            position_ids: [1 or batch, length]; None counts columns.
+            past_key_values: a `DynamicCache(config=model.config)` to go on from, updated in place.
+            inputs_embeds: [batch, length, hidden_size] instead of `input_ids`.
+            use_cache: return the cache (default: `config.use_cache` except when training).
+            kwargs: passed on to the mixers; packed documents need `seq_idx` and `cu_seq_lens_q`, and fused kernels.
+
+        Raises:
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`; a cache of another model; padding between
+                tokens or packed documents, which would leak through the recurrent state.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if "linear_attention" in self.config.layer_types and not torch.compiler.is_compiling():
+            check_cache(past_key_values, self.config.layer_types)
+            check_padding(attention_mask)
+            if kwargs.get("seq_idx") is None or kwargs.get("cu_seq_lens_q") is None:
+                check_positions(position_ids, attention_mask)
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen
+        masks = attention_mask
+        if not isinstance(masks, dict):  # `generate` prepares them itself when it compiles the forward pass
+            arguments = {
+                "config": self.config,
+                "inputs_embeds": inputs_embeds,
+                "attention_mask": attention_mask,
+                "past_key_values": past_key_values,
+                "position_ids": position_ids,
+            }
+            masks = {name: MASKS[name](**arguments) for name in set(self.config.layer_types)}
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks[layer_type],
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+
+class RecurrentHybridForCausalLM(RecurrentHybridPreTrainedModel, GenerationMixin):
+    """The decoder with logits, the loss and `generate`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: RecurrentHybridConfig):
+        super().__init__(config)
+        self.model = RecurrentHybridModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
+        **kwargs,
+    ) -> RecurrentHybridCausalLMOutputWithPast:
+        """As [`RecurrentHybridModel.forward`], with logits and the loss.
+
+        Args:
+            labels: [batch, length]; position t is compared with label t+1, -100 is skipped.
+            logits_to_keep: positions whose logits are returned: 0 all, an int the last ones, or a tensor of positions.
+            skip_logits: return `token_nll` instead of logits, and never hold those of more than 1024 positions when
+                gradients are off or activation checkpointing is on.
+            kwargs: `num_items_in_batch`, `shift_labels` and whatever else the loss function of transformers takes.
+
+        Returns:
+            `loss` (the mean over labelled tokens), `logits` [batch, kept positions, vocab_size] or None, `token_nll`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        loss = logits = token_nll = None
+        if not skip_logits:
+            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        elif labels is not None:
+            hidden, targets = outputs.last_hidden_state[:, :-1], labels[:, 1:]
+            if kwargs.get("shift_labels") is not None:
+                hidden, targets = outputs.last_hidden_state, kwargs["shift_labels"]
+            token_nll = self._token_nll(hidden, targets)
+            items = kwargs.get("num_items_in_batch")
+            items = (targets != -100).sum().clamp_min(1) if items is None else items
+            loss = token_nll.sum() / (items.to(token_nll.device) if torch.is_tensor(items) else items)
+        return RecurrentHybridCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            token_nll=token_nll,
+        )
+
+    def _token_nll(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """hidden [batch, length, hidden_size] and the labels [batch, length] of the same positions -> their losses."""
+
+        def nll(part: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            logits = self.lm_head(part)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return nn.functional.cross_entropy(logits.mT, targets.to(logits.device), reduction="none")
+
+        if torch.is_grad_enabled() and self.training and self.is_activation_checkpointing:
+            nll = partial(checkpoint, nll, use_reentrant=False)
+        parts = zip(hidden.split(LOSS_SEGMENT, dim=1), labels.split(LOSS_SEGMENT, dim=1), strict=True)
+        return torch.cat([nll(part, targets) for part, targets in parts], dim=1)
+
+
+__all__ = ["RecurrentHybridForCausalLM", "RecurrentHybridModel", "RecurrentHybridPreTrainedModel"]
