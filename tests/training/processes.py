@@ -47,7 +47,7 @@ def run_alone(target: Callable, *arguments) -> int:
 
 
 def run_together(target: Callable, *arguments) -> None:
-    """Run `target(*arguments)` in `WORLD` processes that can talk to one another, as torchrun and `accelerate launch` start them.
+    """Run `target(*arguments)` in `WORLD` processes that can talk to one another, as torchrun starts them.
 
     Raises:
         RuntimeError: with the errors of all processes.
