@@ -124,10 +124,11 @@ def test_padding_changes_no_gradient(tmp_path, kind):
     assert moved == list(start)
 
 
-def test_bf16_keeps_float32_weights(tmp_path):
+@both_trainers
+def test_bf16_keeps_float32_weights(tmp_path, kind):
     rows = rows_of(*[17] * 8)
     arguments = {"per_device_train_batch_size": 8, "max_steps": 12, "learning_rate": 0.01}
-    full, half = (train("meta", tmp_path, rows, bf16=enabled, **arguments) for enabled in (False, True))
+    full, half = (train(kind, tmp_path, rows, bf16=enabled, **arguments) for enabled in (False, True))
     assert {parameter.dtype for parameter in half.model.parameters()} == {torch.float32}
     moments = [value for state in half.optimizer.state.values() for value in state.values() if value.dim()]
     assert {value.dtype for value in moments} == {torch.float32}
