@@ -135,7 +135,8 @@ def test_bf16_keeps_float32_weights(tmp_path, kind):
     assert losses(half)[0] != losses(full)[0], "it computes in bfloat16"
     assert losses(half)[0] == pytest.approx(losses(full)[0], rel=1e-2)
     assert losses(half)[-1] < losses(half)[0] - 0.5
-    assert losses(half)[-1] == pytest.approx(losses(full)[-1], rel=0.1)
+    falls = [losses(trainer)[0] - losses(trainer)[-1] for trainer in (full, half)]
+    assert falls[1] > 0.8 * falls[0], "as well as in float32, apart from what rounding does within twelve steps"
 
 
 def test_checkpointing_changes_no_training(tmp_path):
