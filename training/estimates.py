@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, fields, replace
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .. import TTTE2EConfig, TTTE2EForCausalLM
 from ..configuration import Recipe
@@ -96,7 +96,8 @@ class RunEstimate:
         steps: outer steps; None when the recipe counts epochs.
         tokens: steps x batch size x sequence length; None when the steps are unknown.
         mini_batches_per_sequence: inner loop's mini-batches in a row; 0 without test-time training.
-        memory_parts: bytes of one process at the peak of an outer step, by name (see `estimate_run`).
+        memory_parts: bytes of one process at the peak of an outer step, by name (see `estimate_run`); empty where they
+            are not known.
     """
 
     parameters: int
@@ -108,9 +109,9 @@ class RunEstimate:
     memory_parts: dict[str, int]
 
     @property
-    def peak_memory_bytes(self) -> int:
-        """Sum of `memory_parts`."""
-        return sum(self.memory_parts.values())
+    def peak_memory_bytes(self) -> int | None:
+        """Sum of `memory_parts`; None where there are none."""
+        return sum(self.memory_parts.values()) if self.memory_parts else None
 
     def lines(self) -> list[str]:
         """ "name: value" lines with all digits; the parts of the peak follow it as peak_memory_bytes.PART."""
@@ -144,29 +145,29 @@ def estimate_run(
         processes: data-parallel processes, each with a whole copy of the model.
         lora: targets and rank of adapters, which alone are trained then; None: everything is.
 
-    Raises:
-        ValueError: the model is of another kind.
+    Returns:
+        The estimate; without `memory_parts` for a model that is none of ours.
     """
-    if not isinstance(config, TTTE2EConfig):
-        raise ValueError(f"There is no estimate for a model with a {type(config).__name__}, only for a TTTE2EConfig.")
     with torch.device("meta"):
-        model = TTTE2EForCausalLM(config)
-    sizes = _Sizes.of(model, recipe, processes)
+        model = AutoModelForCausalLM.from_config(config)
+    sizes = _Sizes.of(model, recipe, processes) if isinstance(config, TTTE2EConfig) else None
+    parameters = trained = model.num_parameters()
     if lora is not None:
         with torch.device("meta"):
             adapted = add_lora(model, *lora, alpha=1)
-        sizes = replace(sizes, trained=sum(p.numel() for p in adapted.parameters() if p.requires_grad))
+        trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     steps = recipe.training.get("max_steps")
     steps = steps if steps is not None and steps > 0 else None
     tokens = None if steps is None else steps * recipe.batch_size * recipe.data.sequence_length
+    memory_parts = {} if sizes is None else _memory_parts(replace(sizes, trained=trained), processes)
     return RunEstimate(
-        parameters=sizes.parameters,
-        trained_parameters=sizes.trained,
-        fast_weight_bytes_per_sequence=FLOAT32 * sizes.fast_weights,
+        parameters=parameters,
+        trained_parameters=trained,
+        fast_weight_bytes_per_sequence=0 if sizes is None else FLOAT32 * sizes.fast_weights,
         steps=steps,
         tokens=tokens,
-        mini_batches_per_sequence=sizes.mini_batches,
-        memory_parts={name: round(count) for name, count in _memory_parts(sizes, processes).items()},
+        mini_batches_per_sequence=0 if sizes is None else sizes.mini_batches,
+        memory_parts={name: round(count) for name, count in memory_parts.items()},
     )
 
 

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM
 
 from ttt_e2e import TTTE2EConfig, TTTE2EForCausalLM
-from ttt_e2e.configuration import load_preset, load_recipe
+from ttt_e2e.configuration import load_config, load_preset, load_recipe
 from ttt_e2e.training.estimates import estimate_run
 
 MINI_BATCH, STEPS = 16, 2
@@ -140,3 +141,12 @@ def test_lines_have_all_digits_and_say_what_is_unknown():
     )
     epochs = dataclasses.replace(recipe, training={"num_train_epochs": 3.0})
     assert {"steps: unknown", "tokens: unknown"} <= set(estimate_run(config, epochs).lines())
+
+
+def test_models_of_another_kind_have_counts_without_memory():
+    config = load_config("tiny-mamba2")
+    estimate = estimate_run(config, load_recipe("pretrain-tiny", "tiny-mamba2"))
+    with torch.device("meta"):
+        assert estimate.parameters == AutoModelForCausalLM.from_config(config).num_parameters()
+    assert estimate.fast_weight_bytes_per_sequence == 0 and estimate.tokens == 240 * 8 * 512
+    assert "peak_memory_bytes: unknown" in estimate.lines()
