@@ -35,7 +35,8 @@ setup(
     packages=list(PACKAGE_FOLDERS),
     package_dir=PACKAGE_FOLDERS,
     package_data={
-        "ttt_e2e.configuration": ["*.yaml", "models/*.yaml", "recipes/*.yaml"],
+        "ttt_e2e.configuration": ["*.yaml", "models/*.yaml", "recipes/*.yaml", "experiments/*.yaml"],
+        "ttt_e2e.evaluation": ["*.yaml", "metrics/*/*.py", "harness/*"],
         "ttt_e2e.model_cards": ["*.md"],
     },
     entry_points={"console_scripts": ["ttt-e2e = ttt_e2e.cli.main:app"]},
@@ -58,6 +59,7 @@ setup(
     ],
     extras_require={
         "dev": ["pytest", "pytest-xdist", "ruff", "tensorstore", "peft", "trl"],
+        "evaluation": ["lm_eval"],
         "flash": ["flash-attn"],
         "jax": ["jax", "orbax-checkpoint"],
         "peft": ["peft"],

@@ -6,8 +6,11 @@ import typer
 
 from .bench import bench
 from .demo import demo
+from .harness import PASS_THROUGH, lm_eval
+from .measure import measure
 from .merge import merge
 from .presets import presets
+from .reproduce import reproduce
 from .train import train
 
 app = typer.Typer(
@@ -21,6 +24,9 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(train)
+app.command()(reproduce)
+app.command("evaluate")(measure)
+app.command("lm-eval", context_settings=PASS_THROUGH)(lm_eval)
 app.command()(presets)
 app.command()(merge)
 app.command()(bench)

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import MISSING
 from pathlib import Path
 
 import yaml
@@ -158,7 +159,7 @@ def build_strictly(kind: type, fields: object, source: str):
     if not isinstance(fields, Mapping):
         raise ValueError(f"{source} must hold a mapping of fields to values, but holds {fields!r}")
     declared = {field.name: field for field in dataclasses.fields(kind)}
-    required = [name for name, field in declared.items() if field.default is dataclasses.MISSING]
+    required = [name for name, field in declared.items() if field.default is field.default_factory is MISSING]
     check_field_names(fields, declared, source=source, required=required)
     values = {}
     for name, value in fields.items():

@@ -9,10 +9,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .subject import Subject, token_losses
 
-@torch.no_grad()
+
 def loss_by_position(
-    model: PreTrainedModel,
+    subject: Subject | PreTrainedModel,
     documents: torch.Tensor,
     batch_size: int,
     description: str = "Evaluating",
@@ -21,27 +22,32 @@ def loss_by_position(
     """Negative log-likelihood of every token given all tokens before it, each document read once from its beginning.
 
     Args:
-        model: a TTT-E2E model, or a baseline of the same class.
+        subject: any causal language model of transformers, or a `Subject`.
         documents: token ids, int64 [documents, length]; no padding.
         batch_size: documents read side by side.
         description: shown at the progress bar.
-        forward_arguments: passed to the model's forward, for example `test_time_training=False`.
+        forward_arguments: passed to the model's forward, for example `test_time_training=False`; they come over
+            those of the subject.
 
     Returns:
         Nats, float32 [documents, length - 1], on the CPU: column t is the loss of token t + 1.
 
     Raises:
-        ValueError: `documents` is not [documents, length] with a length of at least 2.
+        ValueError: `documents` is not [documents, length] with a length of at least 2, or has an id that the model
+            does not know; `batch_size` is not positive.
     """
-    if documents.ndim != 2 or documents.shape[1] < 2:
+    if documents.ndim != 2 or not len(documents) or documents.shape[1] < 2:
         raise ValueError(f"documents: shape {list(documents.shape)}; must be [documents, length], length at least 2")
-    model.eval()
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be at least 1")
+    if isinstance(subject, Subject):
+        subject = Subject(subject.label, subject.model, subject.tokenizer, subject.arguments | forward_arguments)
+    else:
+        subject = Subject(type(subject).__name__, subject, arguments=forward_arguments)
     losses = []
     with tqdm(total=documents[:, 1:].numel(), desc=description, unit=" tokens", unit_scale=True) as progress:
         for batch in documents.split(batch_size):
-            batch = batch.to(model.device)
-            output = model(batch, labels=batch, use_cache=False, skip_logits=True, **forward_arguments)
-            losses.append(output.token_nll.float().cpu())
+            losses.append(token_losses(subject, batch))
             progress.update(losses[-1].numel())
     return torch.cat(losses)
 

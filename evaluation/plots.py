@@ -2,7 +2,8 @@
 
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
@@ -12,7 +13,25 @@ import matplotlib.pyplot as plt
 import torch
 
 # Colour-blind safe (Okabe and Ito), the system under study first.
-COLOURS = ["#0072B2", "#56B4E9", "#E69F00", "#555555", "#CC79A7", "#009E73"]
+COLOURS = ["#0072B2", "#56B4E9", "#E69F00", "#555555", "#CC79A7", "#009E73", "#D55E00"]
+LINES = ["-", "--", ":", "-."]  # one after the other, when the colours are used up
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot of a picture.
+
+    Attributes:
+        title: above it; x_label, y_label: of its axes.
+        curves: by name, as long as each other: where, and how much. Values that are nan leave a gap.
+        ticks: of the horizontal axis, which is then logarithmic; without them it is linear.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    ticks: Sequence[int] = field(default=())
 
 
 def plot_loss_by_position(
@@ -50,6 +69,37 @@ def plot_loss_by_position(
     plt.close(figure)
 
 
+def plot_panels(rows: Sequence[Sequence[Panel]], path: Path, title: str = "") -> list[Path]:
+    """Draw panels as one picture, PNG and SVG; a curve has the same colour in all of them.
+
+    Args:
+        rows: the panels of each row, as many in every row.
+        path: of the picture without its suffix; its folder is made where it is missing.
+        title: above the picture.
+
+    Returns:
+        The files that were written, each whole or not at all.
+    """
+    figure, grid = plt.subplots(
+        len(rows), len(rows[0]), figsize=(6.5 * len(rows[0]), 4.2 * len(rows)), layout="constrained", squeeze=False
+    )
+    names = dict.fromkeys(name for row in rows for panel in row for name in panel.curves)
+    styles = {
+        name: {"color": COLOURS[n % len(COLOURS)], "linestyle": LINES[n // len(COLOURS) % len(LINES)]}
+        for n, name in enumerate(names)
+    }
+    for axes, panel in zip(grid.flat, itertools.chain.from_iterable(rows), strict=True):
+        _draw_panel(axes, panel, styles)
+    handles = [plt.Line2D([], [], linewidth=2, **style) for style in styles.values()]
+    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False)
+    figure.suptitle(title)
+    files = [path.with_name(f"{path.name}.{suffix}") for suffix in ("png", "svg")]
+    for file in files:
+        _save(figure, file)
+    plt.close(figure)
+    return files
+
+
 def smoothed_curve(nll: torch.Tensor, smooth: int) -> tuple[list[float], list[float]]:
     """Mean over documents and over `smooth` neighbouring positions, and the middle of those positions.
 
@@ -63,8 +113,22 @@ def smoothed_curve(nll: torch.Tensor, smooth: int) -> tuple[list[float], list[fl
     return positions, [piece.mean().item() for piece in pieces]
 
 
+def _draw_panel(axes: plt.Axes, panel: Panel, styles: Mapping[str, dict]) -> None:
+    for name, (positions, values) in panel.curves.items():
+        # One point alone makes no line.
+        marker = "o" if len(panel.ticks) or len(positions) == 1 else None
+        axes.plot(positions, values, linewidth=2, marker=marker, markersize=4, label=name, **styles[name])
+    axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+    if panel.ticks:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(panel.ticks, [f"{tick:,}" for tick in panel.ticks])
+        axes.minorticks_off()
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def _save(figure: plt.Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
-    figure.savefig(temporary, dpi=150, format="png")
+    figure.savefig(temporary, dpi=150, format=path.suffix.removeprefix("."))
     os.replace(temporary, path)

@@ -1,0 +1,137 @@
+"""`ttt-e2e evaluate`: what models make of long context, as numbers, tables and a picture."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .train import DEFAULT_CACHE
+
+# Of `ttt_e2e.evaluation.tasks`, which is not imported before it is needed, because that takes seconds.
+TASK_LINES = {
+    "loss-by-position": "loss of each token by its position: what the context before it is worth",
+    "perplexity": "of the first tokens of each document",
+    "context-length": "mean loss against context length: does a longer context keep helping?",
+    "decoding": "loss of what a model writes after a long context, under a stronger model (--judge)",
+    "latency": "seconds to read, milliseconds per written token, memory; needs no --data",
+    "needle": "share of needles found again in a long text (RULER's S-NIAH 1 to 3); --data is optional",
+}
+TASK_LIST = "\n\n".join(f"- **{name}**: {line}" for name, line in TASK_LINES.items())
+
+
+def measure(
+    task: Annotated[str, typer.Argument(help="What to measure; the list is above.")],
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            metavar="[LABEL=]SPEC",
+            help="A saved model's folder, a run's folder, an id of the Hub or a preset; @learning-off behind it reads "
+            "without learning. Give it several times to compare.",
+        ),
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of context, as 1024,4096,16384.")] = "1024",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the results: new, or of the same evaluation.", file_okay=False)
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="A text file, a folder, .jsonl or .parquet files, the name of a data set, or standard-library. For "
+            "needles: the text around them, or ruler-essays."
+        ),
+    ] = None,
+    documents: Annotated[int, typer.Option(help="Documents that are read, of those that are long enough.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Documents side by side; changes only speed and memory.")] = 1,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="LABEL", help="Show the difference to this model as well.")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="For decoding: the model that scores what the others write.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A folder or an id of the Hub, for models that have none of their own.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto (as saved), float32, bfloat16, float16.")] = "auto",
+    split: Annotated[str, typer.Option(help="Of a data set.")] = "train",
+    text_column: Annotated[str, typer.Option(help="Of the records of --data.")] = "text",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Override a setting of the task, as new_tokens=64."),
+    ] = None,
+    cache: Annotated[Path, typer.Option(help="Where prepared data is kept.", file_okay=False)] = DEFAULT_CACHE,
+) -> None:
+    # The docstring of the command is put together below, because it names the tasks.
+    from rich.console import Console
+
+    from ..evaluation.runs import EvaluationRequest, measure_missing, prepare_evaluation, write_comparison
+
+    try:
+        if output is None:
+            raise ValueError("--output is missing: give it, as in --output results/first")
+        request = EvaluationRequest(
+            task=task,
+            models=models or (),
+            lengths=parse_lengths(lengths),
+            output=output,
+            cache=cache,
+            data=data,
+            documents=documents,
+            batch_size=batch_size,
+            baseline=baseline,
+            judge=judge,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            text_column=text_column,
+            split=split,
+            settings=overrides or (),
+        )
+        evaluation = prepare_evaluation(request)
+        if evaluation.data.documents is not None:
+            found, longest = evaluation.data.documents.shape
+            typer.echo(f"{found} documents of at least {longest:,} tokens ({documents} were asked for)")
+        measured = measure_missing(evaluation)
+    except (ValueError, OSError, ImportError) as error:
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        raise typer.BadParameter(f"{error}{notes}") from error
+    except KeyboardInterrupt:
+        typer.echo("Interrupted. The same command goes on after the last point that was measured.", err=True)
+        raise typer.Exit(130) from None
+    if not measured:
+        typer.echo("All points were measured before; nothing was measured again.")
+    tables, files = write_comparison(evaluation)
+    console = Console()
+    for table in tables:
+        console.print(table.rich())
+    typer.echo(f"Look at {', '.join(map(str, files))}; the numbers are in {evaluation.results.path}.")
+
+
+measure.__doc__ = f"""Measure models on long text and compare them.
+
+Tasks:
+
+{TASK_LIST}
+
+Try it: `ttt-e2e evaluate context-length --model runs/mine --model runs/mine@learning-off --data standard-library
+--lengths 1024,2048,4096 --output results/context --baseline 'mine, learning off'`
+
+Every measured point is written at once: the same command goes on after an interruption, and one with further models, or
+with lengths up to the longest, adds to what is there. All points in the folder appear in its tables and its picture.
+
+Written to the folder: `results.jsonl`, `results.md`, `results.png`, `results.svg`.
+"""
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Numbers of tokens from "1024,4096".
+
+    Raises:
+        ValueError: a part is no number.
+    """
+    lengths = []
+    for part in text.split(","):
+        try:
+            lengths.append(int(part))
+        except ValueError as error:
+            raise ValueError(f"--lengths {text!r}: {part!r} is no number of tokens; give some, as 1024,4096") from error
+    return lengths

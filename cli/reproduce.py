@@ -1,0 +1,40 @@
+"""`ttt-e2e reproduce`: experiments of the paper, at the size of a laptop."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .train import DEFAULT_CACHE
+
+
+def reproduce(
+    experiment: Annotated[
+        str | None, typer.Argument(help="An experiment, or a YAML file of yours. Without it: a list of all.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write. [default: runs/EXPERIMENT]", file_okay=False)
+    ] = None,
+    cache: Annotated[Path, typer.Option(help="Where prepared data is kept.", file_okay=False)] = DEFAULT_CACHE,
+) -> None:
+    """Train the systems of an experiment, measure them, and compare with what the paper found.
+
+    Interrupted, the same command goes on: finished models and points are kept. A disagreement with the paper is shown
+    as one. The experiments named -full have the sizes of the paper.
+
+    Written to the folder: `runs/` (the models), one folder per measurement with its tables and pictures, `report.md`.
+    """
+    from rich.console import Console
+
+    from ..configuration.experiments import experiment_description, experiment_names, load_experiment
+    from .reproduce_steps import run_experiment
+
+    if experiment is None:
+        for name in experiment_names():
+            typer.echo(f"{name:22}{experiment_description(name)}")
+        return
+    try:
+        chosen = load_experiment(experiment)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    run_experiment(chosen, output or Path("runs") / chosen.name, cache, Console())

@@ -1,0 +1,138 @@
+"""The steps behind `ttt-e2e reproduce`: train every row, measure, compare with the paper."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+from rich.console import Console
+
+from ..configuration import load_recipe, load_systems, system_preset
+from ..configuration.experiments import Experiment, Measured, Number, Trained
+from ..configuration.reading import merged
+from ..evaluation.results import Point
+from ..evaluation.runs import EvaluationRequest, measure_missing, prepare_evaluation, write_comparison
+from ..training.corpus import split_documents
+from ..training.disk import write_text
+from ..training.record import RECORD
+from ..training.run import MODEL, TrainingRequest, finish_run, prepare_run
+from ..training.sources import load_documents
+
+VALIDATION = "validation.jsonl"
+
+
+def run_experiment(experiment: Experiment, folder: Path, cache: Path, console: Console) -> list[tuple[str, bool]]:
+    """Train, measure and compare; what is there already is kept.
+
+    Returns:
+        Each claim, and whether this run agrees with it.
+    """
+    console.print(f"[bold]{experiment.description}[/bold]", "Paper:", experiment.paper, sep="\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    models = {}
+    for label, row in experiment.rows.items():
+        if not row.of:
+            console.rule(f"Training: {label}")
+            models[label] = train_row(experiment, row, folder / "runs" / file_name(label), cache)
+    models |= {label: models[row.of] for label, row in experiment.rows.items() if row.of}
+    held_out = write_held_out(experiment, folder, cache)
+    points = []
+    for number, measured in enumerate(experiment.measured):
+        console.rule(f"Measuring: {measured.task}")
+        request = evaluation_request(experiment, measured, models, held_out, cache)
+        request = dataclasses.replace(request, output=folder / f"{number}-{measured.task}")
+        evaluation = prepare_evaluation(request)
+        measure_missing(evaluation)
+        for table in write_comparison(evaluation)[0]:
+            console.print(table.rich())
+        points += evaluation.results.points
+    verdicts = [(claim.text, *verdict(claim.smaller, claim.larger, points)) for claim in experiment.claims]
+    report = report_text(experiment, verdicts)
+    write_text(folder / "report.md", report)
+    console.print(report)
+    return [(text, agrees) for text, agrees, _ in verdicts]
+
+
+def train_row(experiment: Experiment, row: Trained, folder: Path, cache: Path) -> Path:
+    """The trained model of a row; each further recipe goes on from the model before."""
+    model = system_preset(row.system, experiment.size)
+    preset, changes = model, merged(load_systems()[row.system].training, row.model)
+    for recipe_name in experiment.recipes:
+        run = folder / recipe_name
+        if not (run / MODEL).is_dir():
+            recipe = load_recipe(recipe_name, preset, row.overrides)
+            data = dataclasses.replace(recipe.data, validation_every=experiment.validation_every)
+            model_changes = merged(recipe.model, changes if model == preset else {})
+            recipe = dataclasses.replace(recipe, model=model_changes, data=data)
+            resume = (run / RECORD).is_file()
+            request = TrainingRequest(model, recipe, experiment.data, run, cache, resume=resume)
+            finish_run(prepare_run(request), resume)
+        model = str(run / MODEL)
+    return Path(model)
+
+
+def write_held_out(experiment: Experiment, folder: Path, cache: Path) -> Path:
+    """The documents that no row was trained on, as a file."""
+    path = folder / VALIDATION
+    if not path.is_file():
+        documents = load_documents(experiment.data, cache_folder=cache)
+        _, held_out = split_documents(documents, experiment.validation_every)
+        temporary = path.with_name(f".{path.name}.part")
+        held_out.select_columns(["text"]).to_json(temporary)
+        temporary.replace(path)
+    return path
+
+
+def evaluation_request(
+    experiment: Experiment, measured: Measured, models: dict[str, Path], held_out: Path, cache: Path
+) -> EvaluationRequest:
+    """What is to be measured, but for the folder to write to."""
+    systems = load_systems()
+    specs = []
+    for label, row in experiment.rows.items():
+        learning = (systems[row.system].evaluation | row.evaluation).get("test_time_training")
+        suffix = "" if learning is None else f"@learning-{'on' if learning else 'off'}"
+        specs.append(f"{label}={models[label]}{suffix}")
+    reads_documents = measured.task not in ("latency", "needle")
+    return EvaluationRequest(
+        task=measured.task,
+        models=specs,
+        lengths=measured.lengths,
+        output=held_out.parent,
+        cache=cache,
+        data=str(held_out) if reads_documents else None,
+        documents=measured.documents,
+        baseline=experiment.baseline or None,
+        settings=[f"{name}={value}" for name, value in measured.settings.items()],
+    )
+
+
+def verdict(smaller: Number, larger: Number, points: list[Point]) -> tuple[bool, str]:
+    """Whether two numbers are in the paper's order, and both in words."""
+    low, high = measured_number(smaller, points), measured_number(larger, points)
+    return low < high, f"{smaller.row} {low:.3f}, {larger.row} {high:.3f}"
+
+
+def measured_number(number: Number, points: list[Point]) -> float:
+    """The number that a claim speaks of."""
+    found = next(
+        point.numbers[number.name]
+        for point in points
+        if point.label == number.row and point.length == number.length and number.name in point.numbers
+    )
+    if isinstance(found, list):
+        part = found[number.first : number.end or len(found)]
+        return sum(part) / len(part)
+    return found
+
+
+def report_text(experiment: Experiment, verdicts: list[tuple[str, bool, str]]) -> str:
+    """What the paper found, what this run found, and whether they agree, as Markdown."""
+    lines = [f"# {experiment.description}", "", f"Paper: {experiment.paper.strip()}", ""]
+    lines += ["| claim | this run | agrees with the paper |", "| --- | --- | --- |"]
+    lines += [f"| {text} | {numbers} | {'yes' if agrees else '**no**'} |" for text, agrees, numbers in verdicts]
+    return "\n".join(lines) + "\n"
+
+
+def file_name(label: str) -> str:
+    """A label as the name of a folder."""
+    return re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")

@@ -1,0 +1,169 @@
+"""Experiments: what is trained, what is measured, and what the paper found, in one YAML file each.
+
+`NAME.yaml` is the toy twin, for two CPU cores; `NAME-full.yaml` beside it has the paper's sizes.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub.dataclasses import strict
+
+from .presets import preset_names
+from .reading import build_strictly, file_names, first_comment, named_file, read_mapping
+from .recipes import recipe_names
+from .systems import load_systems, system_preset
+
+EXPERIMENT_FOLDER = Path(__file__).with_name("experiments")
+
+
+@strict
+@dataclass
+class Trained:
+    """One row of an experiment: a system, and how it differs from its preset and recipe.
+
+    Attributes:
+        system: a name of the registry of systems.
+        model: fields of the configuration that differ.
+        overrides: of the recipe, as on a command line, for example "training.learning_rate=1e-3".
+        of: the row whose trained model is evaluated; empty for one of its own.
+        evaluation: arguments of the model's forward in evaluation, over those of the system.
+    """
+
+    system: str
+    model: dict = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
+    of: str = ""
+    evaluation: dict = field(default_factory=dict)
+
+
+@strict
+@dataclass
+class Measured:
+    """What is measured of every row.
+
+    Attributes:
+        task: a task of `ttt-e2e evaluate`.
+        lengths: tokens of context, one point each.
+        documents: validation documents per point.
+        settings: further settings of the task.
+    """
+
+    task: str
+    lengths: list[int]
+    documents: int
+    settings: dict = field(default_factory=dict)
+
+
+@strict
+@dataclass
+class Number:
+    """One measured number.
+
+    Attributes:
+        row: of which row; length: at which length; name: under which name.
+        first, end: of a list of numbers, the mean of those from `first` up to `end`.
+    """
+
+    row: str
+    length: int
+    name: str
+    first: int = 0
+    end: int = 0
+
+
+@strict
+@dataclass
+class Claim:
+    """What the paper found, as a comparison of two numbers.
+
+    Attributes:
+        text: in words.
+        smaller, larger: the number that is smaller in the paper, and the larger one.
+    """
+
+    text: str
+    smaller: Number
+    larger: Number
+
+
+@strict
+@dataclass
+class Experiment:
+    """A toy twin, or the full-size one, of an experiment of the paper.
+
+    Attributes:
+        name: of the file.
+        description: first comment line of the file.
+        paper: what the paper found, with its numbers.
+        size: of the presets.
+        recipes: one after the other: the first from random weights, each further one from the model before.
+        data: as `ttt-e2e train --data` takes it; validation_every: each n-th document is kept for the measurements.
+        rows: by the label in tables and pictures.
+        baseline: the row to which differences are shown; empty for none.
+        measured: the measurements.
+        claims: what is checked.
+    """
+
+    name: str
+    description: str
+    paper: str
+    size: str
+    recipes: list[str]
+    data: str
+    validation_every: int
+    rows: dict[str, Trained]
+    baseline: str
+    measured: list[Measured]
+    claims: list[Claim]
+
+
+def experiment_names() -> list[str]:
+    """Names that `load_experiment` knows, sorted."""
+    return file_names(EXPERIMENT_FOLDER)
+
+
+def experiment_description(name: str) -> str:
+    """First comment line of an experiment's file."""
+    return first_comment(named_file(name, EXPERIMENT_FOLDER, "experiment"))
+
+
+def load_experiment(name_or_path: str) -> Experiment:
+    """Read and check an experiment.
+
+    Raises:
+        ValueError: no such experiment; a field is unknown, missing or of the wrong type; a name in it is unknown.
+    """
+    path = named_file(name_or_path, EXPERIMENT_FOLDER, "experiment")
+    source, fields = str(path), read_mapping(path)
+    fields = {"name": path.stem, "description": first_comment(path), "baseline": ""} | fields
+    fields["rows"] = {
+        label: build_strictly(Trained, row, source=f"{source}, row {label!r}")
+        for label, row in (fields.get("rows") or {}).items()
+    }
+    fields["measured"] = [
+        build_strictly(Measured, part, source=f"{source}, measured") for part in fields.get("measured") or []
+    ]
+    fields["claims"] = [build_strictly(Claim, part, source=f"{source}, claims") for part in fields.get("claims") or []]
+    experiment = build_strictly(Experiment, fields, source=source)
+    _check_names(experiment, source)
+    return experiment
+
+
+def _check_names(experiment: Experiment, source: str) -> None:
+    for label, row in experiment.rows.items():
+        system_preset(row.system, experiment.size)
+        if row.of and row.of not in experiment.rows:
+            raise ValueError(f"{source}, row {label!r}: of={row.of!r} is no row of this experiment")
+    known = {"recipe": recipe_names(), "preset": preset_names(), "system": load_systems()}
+    for recipe in experiment.recipes:
+        if recipe not in known["recipe"]:
+            raise ValueError(f"{source}: recipes has {recipe!r}; choose from {', '.join(known['recipe'])}")
+    lengths = {length for part in experiment.measured for length in part.lengths}
+    for claim in experiment.claims:
+        for number in (claim.smaller, claim.larger):
+            if number.row not in experiment.rows:
+                raise ValueError(f"{source}, claim {claim.text!r}: row={number.row!r} is no row of this experiment")
+            if number.length not in lengths:
+                raise ValueError(f"{source}, claim {claim.text!r}: length={number.length} is not measured")
+    if experiment.baseline and experiment.baseline not in experiment.rows:
+        raise ValueError(f"{source}: baseline={experiment.baseline!r} is no row of this experiment")

@@ -1,0 +1,160 @@
+"""Needle in a haystack: does a model still know one sentence of a long text? (arXiv 2512.23675, Table 2)"""
+
+import copy
+from collections.abc import Sequence
+from statistics import fmean
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+
+from .needle_data import NeedlePrompt, needle_prompts
+from .subject import Subject, check_positions, token_losses
+
+DEPTH_BUCKETS = 5
+
+
+def measure_needle(
+    subject: Subject,
+    task: int,
+    length: int,
+    samples: int,
+    seed: int,
+    haystack: Sequence[str] | None = None,
+    *,
+    depth: float | None = None,
+    distractors: int = 9,
+    answer_tokens: int = 128,
+    batch_size: int = 8,
+) -> dict[str, float | list[float]]:
+    """A single-needle task of RULER, scored by what the model writes and by what it holds more likely.
+
+    Writing the value is too much for a small model, so that its accuracy is 0 even where it remembers; there the
+    likelihood of the right value against wrong ones of the same kind tells more.
+
+    Args:
+        subject: with a tokenizer.
+        task: 1 repeated noise sentences and a 7-digit number, 2 a text and a number, 3 a text and a UUID.
+        length: tokens at most, prompt and answer together.
+        samples: how many prompts.
+        seed: of keys, values and places in the haystack.
+        haystack: documents for tasks 2 and 3; None takes `documentation_texts()`, `ruler_essays()` are RULER's own.
+        depth: of the needle, 0 to 1; None spreads the samples evenly.
+        distractors: wrong values that the likelihood of the right one is compared with.
+        answer_tokens: tokens that the model may write (RULER: 128).
+        batch_size: prompts that are answered side by side; changes nothing but speed and memory.
+
+    Returns:
+        `accuracy`: share of answers, decoded greedily, that contain the value. `likelihood_accuracy`: share of
+        samples whose right value is more likely than every distractor, `chance` for a model that remembers nothing.
+        `margin`: nats by which the right value is more likely than the mean distractor, 0 by chance.
+        `prompt_tokens`: on average. `depth`: mean depth of the samples in each fifth of the haystack that has any,
+        and with one number each `accuracy_by_depth`, `likelihood_accuracy_by_depth` and `margin_by_depth`.
+
+    Raises:
+        ValueError: no tokenizer, a length beyond the model's learned positions, or an argument that `needle_prompts`
+            refuses.
+    """
+    if subject.tokenizer is None:
+        raise ValueError(f"subject: {subject.label!r} has no tokenizer, which text needs; give one")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be at least 1")
+    check_positions(subject.model, length)
+    prompts = needle_prompts(
+        subject.tokenizer,
+        task,
+        length,
+        samples,
+        seed,
+        haystack,
+        depth=depth,
+        distractors=distractors,
+        answer_tokens=answer_tokens,
+    )
+    progress = tqdm(total=2 * samples, desc=f"{subject.label}, needle {task}, {length:,} tokens", unit=" readings")
+    with progress:
+        answers = []
+        for start in range(0, samples, batch_size):
+            batch = prompts[start : start + batch_size]
+            answers += written_answers(subject, batch, answer_tokens)
+            progress.update(len(batch))
+        margins, best = [], []
+        for prompt in prompts:
+            right, *wrong = value_losses(subject, prompt)
+            margins.append(fmean(wrong) - right)
+            best.append(float(right < min(wrong)))
+            progress.update()
+    found = [float(prompt.values[0] in answer.lower()) for prompt, answer in zip(prompts, answers, strict=True)]
+    scores = {"accuracy": found, "likelihood_accuracy": best, "margin": margins}
+    return {
+        **{name: fmean(values) for name, values in scores.items()},
+        "chance": 1 / (1 + distractors),
+        "prompt_tokens": fmean(len(prompt.ids) for prompt in prompts),
+        **_by_depth([prompt.depth for prompt in prompts], scores),
+    }
+
+
+def written_answers(subject: Subject, prompts: Sequence[NeedlePrompt], answer_tokens: int) -> list[str]:
+    """What the model writes after each prompt, decoded greedily; the prompts are padded on the left to one batch."""
+    tokenizer, device = subject.tokenizer, subject.model.device
+    rows = [torch.tensor(prompt.ids) for prompt in prompts]
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    # Masked columns may hold any id; with neither kind of token no row ends early, and generate needs none either.
+    fill = 0 if padding is None else padding
+    ids = pad_sequence(rows, batch_first=True, padding_value=fill, padding_side="left").to(device)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left").to(device)
+    sequences = subject.model.generate(
+        ids,
+        attention_mask=mask,
+        do_sample=False,
+        repetition_penalty=1.0,  # a penalty of the model's own settings would forbid copying
+        max_new_tokens=answer_tokens,
+        pad_token_id=padding,
+        **subject.arguments,
+    )
+    return tokenizer.batch_decode(sequences[:, ids.shape[1] :], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def value_losses(subject: Subject, prompt: NeedlePrompt) -> list[float]:
+    """Negative log-likelihood in nats of each of the prompt's values, all of its tokens, right after the prompt.
+
+    The prompt is read once; each value goes on from a copy of the cache. A model that returns no
+    `past_key_values` reads prompt and value together, once per value.
+    """
+    model, device = subject.model, subject.model.device
+    ids = torch.tensor([prompt.ids], device=device)
+    memory = model(ids[:, :-1], use_cache=True, logits_to_keep=1, **subject.arguments)
+    memory = getattr(memory, "past_key_values", None)
+    losses = []
+    for value in prompt.values:
+        tokens = torch.tensor([continuation_ids(subject.tokenizer, prompt.question, f" {value}")], device=device)
+        if memory is None:
+            nll = token_losses(subject, torch.cat([ids, tokens], dim=1))[:, -tokens.shape[1] :].sum()
+        else:
+            read = torch.cat([ids[:, -1:], tokens[:, :-1]], dim=1)
+            forked = copy.deepcopy(memory)
+            logits = model(read, past_key_values=forked, use_cache=True, **subject.arguments).logits
+            nll = cross_entropy(logits[0].float(), tokens[0], reduction="sum")
+        losses.append(nll.item())
+    return losses
+
+
+def continuation_ids(tokenizer, before: str, after: str) -> list[int]:
+    """Tokens of `after` where it follows `before`; only the end of a long text needs to be given as `before`."""
+    start = len(tokenizer(before, add_special_tokens=False).input_ids)
+    return tokenizer(before + after, add_special_tokens=False).input_ids[start:]
+
+
+def _by_depth(depths: Sequence[float], scores: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Means over the samples in each fifth of the haystack, empty ones left out."""
+    buckets = [min(int(depth * DEPTH_BUCKETS), DEPTH_BUCKETS - 1) for depth in depths]
+
+    def means(values: Sequence[float]) -> list[float]:
+        return [
+            fmean(value for value, at in zip(values, buckets, strict=True) if at == bucket)
+            for bucket in sorted(set(buckets))
+        ]
+
+    return {"depth": means(depths), **{f"{name}_by_depth": means(values) for name, values in scores.items()}}

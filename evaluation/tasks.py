@@ -1,0 +1,259 @@
+"""What can be measured: the tasks of `ttt-e2e evaluate`, their settings and the numbers that they give."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from huggingface_hub.dataclasses import strict
+
+from ..configuration.reading import build_strictly, parse_yaml
+from .comparison import Quantity
+from .context_length import measure_loss_at_context
+from .decoding_loss import measure_decoding_loss
+from .latency import measure_latency
+from .loss_by_position import loss_by_position
+from .needle import measure_needle
+from .perplexity import measure_perplexity
+from .subject import Subject
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """What a task reads; each task uses its own part.
+
+    Attributes:
+        documents: token ids, int64 [documents, longest length]; None where the task makes its own text.
+        haystack: texts to hide needles in, or None.
+        judge: scores what the others write, or None.
+        batch_size: documents read side by side.
+    """
+
+    documents: torch.Tensor | None = None
+    haystack: Sequence[str] | None = None
+    judge: Subject | None = None
+    batch_size: int = 1
+
+
+@strict
+@dataclass
+class NoSettings:
+    """A task without settings."""
+
+
+@strict
+@dataclass
+class DecodingSettings:
+    """Attributes: tokens written after each document's beginning, and how they are sampled; temperature 0 is greedy."""
+
+    new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 0.95
+    top_k: int = 0
+    repetition_penalty: float = 1.1
+    seed: int = 0
+
+    def sampling(self) -> dict:
+        """Arguments of `generate`."""
+        if self.temperature == 0:
+            return {"do_sample": False, "repetition_penalty": self.repetition_penalty}
+        names = ("temperature", "top_p", "top_k", "repetition_penalty")
+        return {"do_sample": True} | {name: getattr(self, name) for name in names}
+
+
+@strict
+@dataclass
+class LatencySettings:
+    """Attributes: tokens written, sequences side by side, and measurements of which the median counts.
+
+    For a model that learns, `new_tokens` should be a multiple of its mini-batch, so that writing bears its share of the
+    inner steps.
+    """
+
+    new_tokens: int = 32
+    rows: int = 1
+    repeats: int = 3
+
+
+@strict
+@dataclass
+class NeedleSettings:
+    """Attributes: as `measure_needle` takes them; `task` 1, 2 or 3 is RULER's S-NIAH-1, -2 or -3."""
+
+    task: int = 1
+    samples: int = 100
+    seed: int = 0
+    depth: float | None = None
+    distractors: int = 9
+    answer_tokens: int = 128
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of measurement.
+
+    Attributes:
+        name: on the command line, where it is also described.
+        settings: a strict dataclass with a default for every field.
+        quantities: what tables and pictures show.
+        measure: one point: of a subject, its data, the length, settings and so on; plain JSON values.
+        needs_data: it reads documents; takes_haystack: it may read one; needs_judge: it has what is written scored.
+        needs_tokenizer: it reads text.
+        depends_on_device: its numbers are only comparable on the same device.
+        least: the smallest length.
+    """
+
+    name: str
+    settings: type
+    quantities: tuple[Quantity, ...]
+    measure: Callable[[Subject, TaskData, int, object], dict]
+    needs_data: bool = True
+    takes_haystack: bool = False
+    needs_judge: bool = False
+    needs_tokenizer: bool = True
+    depends_on_device: bool = False
+    least: int = 2
+
+
+def _by_position(subject: Subject, data: TaskData, length: int, settings: NoSettings) -> dict:
+    losses = loss_by_position(subject, data.documents[:, :length], data.batch_size, description=subject.label)
+    means = losses.double().mean(dim=0)
+    return {"loss": means.mean().item(), "tokens": losses.numel(), "loss_by_position": means.tolist()}
+
+
+def _perplexity(subject: Subject, data: TaskData, length: int, settings: NoSettings) -> dict:
+    return measure_perplexity(subject, data.documents, length, batch_size=data.batch_size)
+
+
+def _context_length(subject: Subject, data: TaskData, length: int, settings: NoSettings) -> dict:
+    return measure_loss_at_context(subject, data.documents, length, batch_size=data.batch_size)
+
+
+def _decoding(subject: Subject, data: TaskData, length: int, settings: DecodingSettings) -> dict:
+    numbers = measure_decoding_loss(
+        subject,
+        data.judge,
+        data.documents,
+        length,
+        settings.new_tokens,
+        settings.sampling(),
+        settings.seed,
+        batch_size=data.batch_size,
+        buckets=settings.new_tokens,  # one for each token: tables and pictures average on their own
+    )
+    return {"loss": numbers["loss"], "tokens": numbers["tokens"], "loss_by_position": numbers["loss_by_bucket"]}
+
+
+def _latency(subject: Subject, data: TaskData, length: int, settings: LatencySettings) -> dict:
+    return measure_latency(subject, length, settings.new_tokens, rows=settings.rows, repeats=settings.repeats)
+
+
+def _needle(subject: Subject, data: TaskData, length: int, settings: NeedleSettings) -> dict:
+    return measure_needle(
+        subject, length=length, haystack=data.haystack, batch_size=data.batch_size, **dataclasses.asdict(settings)
+    )
+
+
+MAY_BE_ZERO = ("seed", "temperature", "top_k", "depth")
+LOSS = Quantity("loss", "Loss", "nats per token")
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "loss-by-position",
+            NoSettings,
+            (Quantity("loss_by_position", "Loss", "nats per token", by_position=True),),
+            _by_position,
+        ),
+        Task(
+            "perplexity",
+            NoSettings,
+            (Quantity("perplexity", "Perplexity", "per token"), LOSS),
+            _perplexity,
+        ),
+        Task(
+            "context-length",
+            NoSettings,
+            (Quantity("loss", "Loss", "nats per token", by_document="loss_by_document"),),
+            _context_length,
+        ),
+        Task(
+            "decoding",
+            DecodingSettings,
+            (LOSS, Quantity("loss_by_position", "Loss of written tokens", "nats per token", by_position=True, first=0)),
+            _decoding,
+            needs_judge=True,
+            least=1,
+        ),
+        Task(
+            "latency",
+            LatencySettings,
+            (
+                Quantity("prefill_seconds_per_1k_tokens", "Reading", "seconds per 1K tokens", decimals=4),
+                Quantity("decode_milliseconds_per_token", "Writing", "milliseconds per token", decimals=2),
+                Quantity("peak_memory_bytes", "Memory at the peak, beyond the model", "MiB", scale=2**-20),
+                Quantity("cache_bytes", "Memory kept of the context", "MiB", scale=2**-20),
+            ),
+            _latency,
+            needs_data=False,
+            needs_tokenizer=False,
+            depends_on_device=True,
+            least=1,
+        ),
+        Task(
+            "needle",
+            NeedleSettings,
+            (
+                Quantity("accuracy", "Needles written", "share of samples"),
+                Quantity("likelihood_accuracy", "Needles likelier than wrong values", "share of samples"),
+                Quantity("margin", "Margin of the needle over wrong values", "nats"),
+            ),
+            _needle,
+            needs_data=False,
+            takes_haystack=True,
+        ),
+    )
+}
+
+
+def find_task(name: str) -> Task:
+    """The task of a name.
+
+    Raises:
+        ValueError: there is none; the message names the nearest.
+    """
+    if name not in TASKS:
+        similar = difflib.get_close_matches(name, TASKS, n=1)
+        nearest = f"did you mean {similar[0]!r}? The tasks are" if similar else "choose one of"
+        raise ValueError(f"task={name!r}: there is no such task; {nearest} {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def task_settings(task: Task, overrides: Sequence[str]):
+    """The settings of a task, with some of them replaced.
+
+    Args:
+        overrides: such as "new_tokens=64".
+
+    Raises:
+        ValueError: one is not FIELD=VALUE, the task has no such field, or the value is of the wrong type or range.
+    """
+    values = {}
+    for override in overrides:
+        field, separator, value = override.partition("=")
+        if not separator:
+            raise ValueError(f"--set {override}: must be FIELD=VALUE")
+        values[field.strip()] = parse_yaml(value, source=f"--set {override}")
+    if values and not dataclasses.fields(task.settings):
+        raise ValueError(f"--set {overrides[0]}: the task {task.name!r} has no settings; leave it out")
+    for field in dataclasses.fields(task.settings):
+        if type(values.get(field.name)) is int and field.type in (float, float | None):
+            values[field.name] = float(values[field.name])
+    settings = build_strictly(task.settings, values, source="--set")
+    for name, value in dataclasses.asdict(settings).items():
+        least = 0 if name in MAY_BE_ZERO else 1 if isinstance(value, int) else None
+        if least is not None and value is not None and value < least:
+            raise ValueError(f"--set {name}={value}: must be at least {least}")
+    return settings
