@@ -102,7 +102,7 @@ def needle_prompts(
     depths = [depth if depth is not None else (index + 0.5) / samples for index in range(samples)]
     prompts = []
     for index, place in enumerate(depths):
-        # A generator per sample: more samples, or another length, change none of the others.
+        # A generator per sample: how much one draws, or another length, changes no other sample.
         generator = random.Random(f"needle {seed} {task} {index}")
         key = f"{generator.choice(settings['adjectives'])}-{generator.choice(settings['nouns'])}"
         values = _different_values(kind, 1 + distractors, generator)
