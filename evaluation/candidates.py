@@ -123,7 +123,7 @@ def find_judge(judge: str | None, tokenizer: str | None, task: Task) -> Candidat
         return None
     if judge is None:
         raise ValueError(f"--judge is missing: the task {task.name!r} needs a model that scores what the others write")
-    return find_candidate(judge, tokenizer, task.needs_tokenizer)
+    return find_candidate(judge, tokenizer, needs_tokenizer=True)
 
 
 def check_same_tokenizer(candidates: Sequence[Candidate]) -> None:
@@ -132,11 +132,11 @@ def check_same_tokenizer(candidates: Sequence[Candidate]) -> None:
     Raises:
         ValueError: two models cut a text into different tokens.
     """
-    digests = {candidate.label: tokenizer_digest(candidate.tokenizer) for candidate in candidates}
-    (first, expected), *others = digests.items()
-    for label, found in others:
-        if found != expected:
+    first, *others = candidates
+    expected = tokenizer_digest(first.tokenizer)
+    for other in others:
+        if tokenizer_digest(other.tokenizer) != expected:
             raise ValueError(
-                f"--model: {label!r} has another tokenizer than {first!r}, so that their losses per token cannot be "
-                "compared; evaluate them in separate folders"
+                f"--model: {other.label!r} has another tokenizer than {first.label!r}, so that their losses per token "
+                "cannot be compared; evaluate them in separate folders, and name a judge with the same tokenizer"
             )

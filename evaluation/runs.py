@@ -20,7 +20,7 @@ from ..training.disk import write_text
 from ..training.record import check_output
 from ..training.sources import load_documents
 from ..training.token_store import tokenize_documents
-from .candidates import DTYPES, Candidate, find_candidates, find_judge, load_candidate
+from .candidates import DTYPES, Candidate, check_same_tokenizer, find_candidates, find_judge, load_candidate
 from .comparison import comparison_panels, comparison_tables
 from .needle_data import documentation_texts, ruler_essays
 from .plots import plot_panels
@@ -101,6 +101,8 @@ def prepare_evaluation(request: EvaluationRequest) -> Evaluation:
     check_numbers(request, task)
     candidates = find_candidates(request.models, request.tokenizer, task)
     judge = find_judge(request.judge, request.tokenizer, task)
+    if judge is not None:
+        check_same_tokenizer([*candidates, judge])
     results = open_results(request.output, task)
     check_baseline(request, candidates, results)
     data, data_digest = read_data(request, task, candidates, judge)
