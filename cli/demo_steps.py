@@ -1,14 +1,12 @@
 """The five steps behind `ttt-e2e demo`."""
 
 import json
-import os
 import platform
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import transformers
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
@@ -25,6 +23,7 @@ from ..evaluation import (
     plot_loss_by_position,
     read_tokens,
 )
+from ..evaluation.results import environment
 from ..model_cards import write_model_card
 from ..training import (
     PackedRows,
@@ -195,7 +194,7 @@ def save_model(model: TTTE2EForCausalLM, data: DemoData, run: TrainingRun, table
     facts = {
         "parameters": f"{model.num_parameters():,}",
         "tokens": f"{run.tokens:,}",
-        "time": f"{run.seconds:.0f} s on {environment()['processor']}",
+        "time": f"{run.seconds:.0f} s on {environment()['device']}",
     }
     source = (
         f"{data.facts['training_files']} source files of the standard library of Python {platform.python_version()}."
@@ -248,14 +247,3 @@ def show_continuation(console: Console, title: str, prompt: str, continuation: s
     """Show the last lines of a prompt and, in another colour, what the model wrote after it."""
     text = Text("".join(prompt.splitlines(keepends=True)[-6:])).append(continuation, style="bold cyan")
     console.print(Panel(text, title=title))
-
-
-def environment() -> dict[str, str | int]:
-    """What the numbers depend on besides the recipe."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
-        "threads": torch.get_num_threads(),
-    }
