@@ -12,7 +12,7 @@ from ..configuration.reading import merged
 from ..evaluation.results import Point
 from ..evaluation.runs import EvaluationRequest, measure_missing, prepare_evaluation, write_comparison
 from ..training.corpus import split_documents
-from ..training.disk import write_text
+from ..training.disk import write_text, written_whole
 from ..training.record import RECORD
 from ..training.run import MODEL, TrainingRequest, finish_run, prepare_run
 from ..training.sources import load_documents
@@ -76,9 +76,8 @@ def write_held_out(experiment: Experiment, folder: Path, cache: Path) -> Path:
     if not path.is_file():
         documents = load_documents(experiment.data, cache_folder=cache)
         _, held_out = split_documents(documents, experiment.validation_every)
-        temporary = path.with_name(f".{path.name}.part")
-        held_out.select_columns(["text"]).to_json(temporary)
-        temporary.replace(path)
+        with written_whole(path) as temporary:
+            held_out.select_columns(["text"]).to_json(temporary)
     return path
 
 

@@ -1,7 +1,6 @@
 """Pictures of evaluation results."""
 
 import itertools
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,8 @@ import matplotlib
 matplotlib.use("Agg")  # files only: works without a display
 import matplotlib.pyplot as plt
 import torch
+
+from ..training.disk import written_whole
 
 # Colour-blind safe (Okabe and Ito), the system under study first.
 COLOURS = ["#0072B2", "#56B4E9", "#E69F00", "#555555", "#CC79A7", "#009E73", "#D55E00"]
@@ -128,7 +129,5 @@ def _draw_panel(axes: plt.Axes, panel: Panel, styles: Mapping[str, dict]) -> Non
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    figure.savefig(temporary, dpi=150, format=path.suffix.removeprefix("."))
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=150, format=path.suffix.removeprefix("."))

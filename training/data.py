@@ -16,11 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
+from ..inner_loop import NO_TARGET
 from .texts import text_batches
 from .token_store import TokenStore
 from .tokenizer import encode_documents, separator_id
-
-NOT_PREDICTED = -100
 
 
 class PackedRows(Dataset):
@@ -135,7 +134,7 @@ def collate_rows(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
     ids = [row["input_ids"] for row in rows]
     batch = {
         "input_ids": pad_sequence(ids, batch_first=True),
-        "labels": pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=NOT_PREDICTED),
+        "labels": pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=NO_TARGET),
     }
     if len({len(row) for row in ids}) > 1:
         batch["attention_mask"] = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
@@ -178,7 +177,7 @@ def longest_reading(store: TokenStore, length: int) -> tuple[list[str], torch.Te
 
 def _row(tokens: np.ndarray, separator: int) -> dict[str, torch.Tensor]:
     input_ids = torch.from_numpy(tokens.astype(np.int64))
-    return {"input_ids": input_ids, "labels": input_ids.masked_fill(input_ids == separator, NOT_PREDICTED)}
+    return {"input_ids": input_ids, "labels": input_ids.masked_fill(input_ids == separator, NO_TARGET)}
 
 
 def _check_sequence_length(sequence_length: int) -> None:

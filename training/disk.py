@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -27,9 +29,19 @@ def check_disk_space(folder: Path, needed: int, what: str) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all; it is on the disk when this returns. Its folder is made where it is missing."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, which takes the name `path` when all of it is on the disk.
+
+    The folder is made where it is missing. After an exception `path` is as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
+    yield temporary
     flush_to_disk(temporary)
     os.replace(temporary, path)
     flush_to_disk(path.parent)

@@ -14,14 +14,13 @@ from torch import nn
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers.utils import logging
 
+from ..inner_loop import NO_TARGET
 from .arguments import MetaTrainingArguments, check_saves_follow_logs
 from .guards import check_arguments, check_collator, check_prepared, learning_models
 from .inner_logs import InnerLogs
 from .safe_trainer import SafeTrainer
 
 logger = logging.get_logger(__name__)
-
-NO_TARGET = -100  # transformers' label for "do not predict"
 
 
 def inner_warmup_multiplier(step: int, learning_rate: float, init: float, warmup_steps: int) -> float:

@@ -18,7 +18,7 @@ from ..configuration import Recipe
 from .arguments import MetaTrainingArguments
 from .checkpoints import NOT_COMPARED, checkpoint_bytes, last_complete_checkpoint
 from .data import collate_rows
-from .disk import check_disk_space, write_text
+from .disk import check_disk_space, write_text, written_whole
 from .lora import add_lora, check_lora
 from .meta_trainer import MetaTrainer
 from .models import ModelSource, build_model, changed_config, find_model, fit_to_tokenizer
@@ -228,6 +228,5 @@ def save_run(trainer: MetaTrainer, folder: Path) -> None:
     shutil.rmtree(folder / MODEL, ignore_errors=True)
     os.replace(part, folder / MODEL)
     write_text(folder / LOG, json.dumps(trainer.state.log_history, indent=1) + "\n")
-    temporary = folder / f".{PICTURE}.part"
-    plot_training(trainer.state.log_history, temporary)
-    os.replace(temporary, folder / PICTURE)
+    with written_whole(folder / PICTURE) as temporary:
+        plot_training(trainer.state.log_history, temporary)
