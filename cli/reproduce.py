@@ -15,6 +15,9 @@ def reproduce(
     output: Annotated[
         Path | None, typer.Option(help="Where to write. [default: runs/EXPERIMENT]", file_okay=False)
     ] = None,
+    models: Annotated[
+        Path, typer.Option(help="Where trained models are kept; experiments share them.", file_okay=False)
+    ] = Path("runs/models"),
     cache: Annotated[Path, typer.Option(help="Where prepared data is kept.", file_okay=False)] = DEFAULT_CACHE,
 ) -> None:
     """Train the systems of an experiment, measure them, and compare with what the paper found.
@@ -22,7 +25,7 @@ def reproduce(
     Interrupted, the same command goes on: finished models and points are kept. A disagreement with the paper is shown
     as one. The experiments named -full have the sizes of the paper.
 
-    Written to the folder: `runs/` (the models), one folder per measurement with its tables and pictures, `report.md`.
+    Written to the folder: one folder per measurement with its tables and pictures, and `report.md`.
     """
     from rich.console import Console
 
@@ -37,4 +40,4 @@ def reproduce(
         chosen = load_experiment(experiment)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    run_experiment(chosen, output or Path("runs") / chosen.name, cache, Console())
+    run_experiment(chosen, output or Path("runs") / chosen.name, models, cache, Console())

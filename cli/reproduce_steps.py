@@ -1,27 +1,32 @@
 """The steps behind `ttt-e2e reproduce`: train every row, measure, compare with the paper."""
 
 import dataclasses
-import re
 from pathlib import Path
 
 from rich.console import Console
 
-from ..configuration import load_recipe, load_systems, system_preset
+from ..configuration import Recipe, load_recipe, load_systems, system_preset
 from ..configuration.experiments import Experiment, Measured, Number, Trained
 from ..configuration.reading import merged
-from ..evaluation.results import Point
+from ..evaluation.results import Point, digest
 from ..evaluation.runs import EvaluationRequest, measure_missing, prepare_evaluation, write_comparison
 from ..training.corpus import split_documents
 from ..training.disk import write_text, written_whole
 from ..training.record import RECORD
 from ..training.run import MODEL, TrainingRequest, finish_run, prepare_run
-from ..training.sources import load_documents
+from ..training.sources import load_documents, source_state
 
 VALIDATION = "validation.jsonl"
 
 
-def run_experiment(experiment: Experiment, folder: Path, cache: Path, console: Console) -> list[tuple[str, bool]]:
+def run_experiment(
+    experiment: Experiment, folder: Path, models_folder: Path, cache: Path, console: Console
+) -> list[tuple[str, bool]]:
     """Train, measure and compare; what is there already is kept.
+
+    Args:
+        folder: of the measurements; models_folder: of the trained models, which experiments share where they train the
+            same.
 
     Returns:
         Each claim, and whether this run agrees with it.
@@ -32,7 +37,7 @@ def run_experiment(experiment: Experiment, folder: Path, cache: Path, console: C
     for label, row in experiment.rows.items():
         if not row.of:
             console.rule(f"Training: {label}")
-            models[label] = train_row(experiment, row, folder / "runs" / file_name(label), cache)
+            models[label] = train_row(experiment, row, models_folder, cache)
     models |= {label: models[row.of] for label, row in experiment.rows.items() if row.of}
     held_out = write_held_out(experiment, folder, cache)
     points = []
@@ -52,17 +57,15 @@ def run_experiment(experiment: Experiment, folder: Path, cache: Path, console: C
     return [(text, agrees) for text, agrees, _ in verdicts]
 
 
-def train_row(experiment: Experiment, row: Trained, folder: Path, cache: Path) -> Path:
+def train_row(experiment: Experiment, row: Trained, models_folder: Path, cache: Path) -> Path:
     """The trained model of a row; each further recipe goes on from the model before."""
-    model = system_preset(row.system, experiment.size)
-    preset, changes = model, merged(load_systems()[row.system].training, row.model)
-    for recipe_name in experiment.recipes:
-        run = folder / recipe_name
+    preset = system_preset(row.system, experiment.size)
+    model, recipes = preset, row_recipes(experiment, row, preset)
+    identity = [preset, experiment.data, source_state(experiment.data)]
+    for recipe in recipes:
+        identity.append(dataclasses.asdict(recipe))
+        run = models_folder / f"{preset}-{recipe.name}-{digest(identity)[:8]}"
         if not (run / MODEL).is_dir():
-            recipe = load_recipe(recipe_name, preset, row.overrides)
-            data = dataclasses.replace(recipe.data, validation_every=experiment.validation_every)
-            model_changes = merged(recipe.model, changes if model == preset else {})
-            recipe = dataclasses.replace(recipe, model=model_changes, data=data)
             resume = (run / RECORD).is_file()
             request = TrainingRequest(model, recipe, experiment.data, run, cache, resume=resume)
             finish_run(prepare_run(request), resume)
@@ -70,12 +73,25 @@ def train_row(experiment: Experiment, row: Trained, folder: Path, cache: Path) -
     return Path(model)
 
 
+def row_recipes(experiment: Experiment, row: Trained, preset: str) -> list[Recipe]:
+    """The recipes of a row, one after the other; what the row changes in the model is in the first one."""
+    changes, recipes = merged(load_systems()[row.system].training, row.model), []
+    for name in experiment.recipes:
+        recipe = load_recipe(name, preset, row.overrides)
+        data = dataclasses.replace(
+            recipe.data, validation_every=experiment.validation_every, training_only=experiment.training_only
+        )
+        recipes.append(dataclasses.replace(recipe, model=merged(recipe.model, changes), data=data))
+        changes = {}
+    return recipes
+
+
 def write_held_out(experiment: Experiment, folder: Path, cache: Path) -> Path:
     """The documents that no row was trained on, as a file."""
     path = folder / VALIDATION
     if not path.is_file():
         documents = load_documents(experiment.data, cache_folder=cache)
-        _, held_out = split_documents(documents, experiment.validation_every)
+        _, held_out = split_documents(documents, experiment.validation_every, experiment.training_only)
         with written_whole(path) as temporary:
             held_out.select_columns(["text"]).to_json(temporary)
     return path
@@ -130,8 +146,3 @@ def report_text(experiment: Experiment, verdicts: list[tuple[str, bool, str]]) -
     lines += ["| claim | this run | agrees with the paper |", "| --- | --- | --- |"]
     lines += [f"| {text} | {numbers} | {'yes' if agrees else '**no**'} |" for text, agrees, numbers in verdicts]
     return "\n".join(lines) + "\n"
-
-
-def file_name(label: str) -> str:
-    """A label as the name of a folder."""
-    return re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")

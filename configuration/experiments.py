@@ -97,7 +97,8 @@ class Experiment:
         paper: what the paper found, with its numbers.
         size: of the presets.
         recipes: one after the other: the first from random weights, each further one from the model before.
-        data: as `ttt-e2e train --data` takes it; validation_every: each n-th document is kept for the measurements.
+        data: as `ttt-e2e train --data` takes it; validation_every: each n-th document is kept for the measurements;
+            training_only: folders whose documents never are, because they hold near-copies of one another.
         rows: by the label in tables and pictures.
         baseline: the row to which differences are shown; empty for none.
         measured: the measurements.
@@ -115,6 +116,7 @@ class Experiment:
     baseline: str
     measured: list[Measured]
     claims: list[Claim]
+    training_only: list[str] = field(default_factory=list)
 
 
 def experiment_names() -> list[str]:

@@ -59,6 +59,8 @@ class DataRecipe:
         configuration: its configuration, where it has several.
         validation_split: the part of a data set of the Hub that is named as validation data.
         validation_every: each n-th document is kept for validation; None: none is.
+        training_only: folders whose documents are never kept for validation, for example because they hold near-copies
+            of one another.
         validation_rows: at most so many rows for validation; None: all.
     """
 
@@ -70,6 +72,7 @@ class DataRecipe:
     configuration: str | None = None
     validation_split: str = "train"
     validation_every: int | None = None
+    training_only: list[str] = dataclasses.field(default_factory=list)
     validation_rows: int | None = None
 
 

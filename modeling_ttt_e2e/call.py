@@ -108,6 +108,11 @@ def make_request(model: torch.nn.Module, arguments: CallArguments, unknown: dict
     if use_cache is None:
         use_cache = cache is not None or (config.use_cache and not model.training and not has_labels)
     keep = arguments.logits_to_keep
+    if not config.use_attention and _default(arguments.output_attentions, config.output_attentions):
+        raise ValueError(
+            "`output_attentions=True`, but this model has no attention (`use_attention=False` in its "
+            "configuration): leave the argument out."
+        )
     wanted = Wanted(
         hidden=keep is not None,
         layers=_default(arguments.output_hidden_states, config.output_hidden_states),

@@ -14,8 +14,9 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 CONTEXT_SETTINGS = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "hidden_act rms_norm_eps rope_parameters sliding_window layer_types attention_bias qk_norm post_norm bos_token_id "
-    "num_suffix_layers use_prime_mlp prime_intermediate_size mini_batch_size inner_learning_rate inner_max_grad_norm"
+    "hidden_act rms_norm_eps rope_parameters sliding_window layer_types use_attention attention_bias qk_norm post_norm "
+    "bos_token_id num_suffix_layers use_prime_mlp prime_intermediate_size mini_batch_size inner_learning_rate "
+    "inner_max_grad_norm"
 ).split()
 
 
@@ -35,6 +36,8 @@ class TTTE2EConfig(PreTrainedConfig):
         max_position_embeddings: a hint for tools that need a length; the model itself reads any length.
         sliding_window: keys that a query of a `sliding_attention` layer sees, itself included.
         layer_types: per block `"sliding_attention"` or `"full_attention"` (default: all sliding).
+        use_attention: `False` leaves the attention out of every block, as in the paper's toy example (Appendix A): a
+            token then sees others through the fast weights alone, and windows and layer types mean nothing.
         attention_bias: biases on the four attention projections.
         qk_norm: RMSNorm over the channels of each query and key head, before RoPE.
         post_norm: a second RMSNorm after attention and after each MLP, before the residual addition.
@@ -78,6 +81,7 @@ class TTTE2EConfig(PreTrainedConfig):
     max_position_embeddings: int = 131072
     sliding_window: int | None = 8192
     layer_types: list[str] | None = None
+    use_attention: bool = True
     attention_bias: bool = False
     qk_norm: bool = True
     post_norm: bool = True
@@ -193,7 +197,7 @@ class TTTE2EConfig(PreTrainedConfig):
                 "`num_suffix_layers` is 0, so there is nothing to learn with: set it to at least 1, or "
                 "`test_time_training=False`."
             )
-        slides = "sliding_attention" in self.layer_types[self.num_prefix_layers :]
+        slides = self.use_attention and "sliding_attention" in self.layer_types[self.num_prefix_layers :]
         if slides and self.mini_batch_size > self.sliding_window:
             raise ValueError(
                 f"`mini_batch_size` ({self.mini_batch_size}) is larger than `sliding_window` "

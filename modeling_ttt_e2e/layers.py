@@ -147,6 +147,24 @@ class TTTE2EAttention(nn.Module):
         return attend(self, query, keys, values, mask, scaling=self.scaling, sliding_window=self.sliding_window)
 
 
+class NoAttention(nn.Module):
+    """Stands in for attention in a model without it: adds nothing, and remembers keys and values of no channels."""
+
+    sliding_window = 1
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.layer_type = config.layer_types[layer_idx]
+        self.num_key_value_heads = config.num_key_value_heads
+
+    def forward(
+        self, x: torch.Tensor, attention: AttentionInputs, history: KeysValues | None
+    ) -> tuple[torch.Tensor, KeysValues, None]:
+        """x [B, T, D] -> zeros, empty keys and values [B, key/value heads, T, 0], and no weights."""
+        empty = x.new_empty(x.shape[0], self.num_key_value_heads, x.shape[1], 0)
+        return torch.zeros_like(x), (empty, empty), None
+
+
 class Block(nn.Module):
     """Attention and MLP, with what both kinds of blocks share."""
 
@@ -154,10 +172,10 @@ class Block(nn.Module):
         super().__init__()
         norm = lambda: TTTE2ERMSNorm(config.hidden_size, config.rms_norm_eps)  # noqa: E731
         optional_norm = norm if config.post_norm else nn.Identity
-        self.self_attn = TTTE2EAttention(config, layer_idx)
+        self.self_attn = (TTTE2EAttention if config.use_attention else NoAttention)(config, layer_idx)
         self.mlp = TTTE2EMLP(config, config.intermediate_size)
-        self.input_layernorm = norm()
-        self.post_attention_layernorm = optional_norm()
+        self.input_layernorm = norm() if config.use_attention else nn.Identity()
+        self.post_attention_layernorm = optional_norm() if config.use_attention else nn.Identity()
         self.pre_feedforward_layernorm = norm()
         self.post_feedforward_layernorm = optional_norm()
 

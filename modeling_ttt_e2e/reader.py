@@ -140,7 +140,7 @@ class Reader:
         """Angles and masks for `length` new tokens; history columns as in block `layer` and others of its kind."""
         device = position_ids.device
         masks = {}
-        for index in range(layer, len(self.model.layers)):
+        for index in range(layer, len(self.model.layers) if self.config.use_attention else 0):
             layer_type = self.config.layer_types[index]
             if layer_type in masks:
                 continue

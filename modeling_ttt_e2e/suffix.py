@@ -110,7 +110,7 @@ class Suffix:
         if not self.forget or sliding_window is None:
             return chunks
         columns = sum(keys.shape[2] for keys, _ in chunks)
-        while columns - chunks[0][0].shape[2] >= sliding_window - 1:
+        while chunks and columns - chunks[0][0].shape[2] >= sliding_window - 1:
             columns -= chunks[0][0].shape[2]
             chunks = chunks[1:]
         return chunks

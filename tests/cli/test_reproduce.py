@@ -1,6 +1,7 @@
 """An experiment from its file to a verdict, at a size of seconds."""
 
 import random
+from pathlib import Path
 
 import pytest
 import yaml
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 
 from ttt_e2e.cli import reproduce_steps
 from ttt_e2e.cli.main import app
-from ttt_e2e.cli.reproduce_steps import measured_number, run_experiment, verdict
+from ttt_e2e.cli.reproduce_steps import measured_number, run_experiment, verdict, write_held_out
 from ttt_e2e.configuration.experiments import Number, experiment_names, load_experiment
 from ttt_e2e.evaluation.results import Point
 
@@ -53,7 +54,8 @@ def experiment(tmp_path):
 
 def test_experiment_is_trained_measured_and_judged_once(tmp_path, experiment, monkeypatch):
     output, cache = tmp_path / "out", tmp_path / "cache"
-    verdicts = run_experiment(experiment, output, cache, Console(quiet=True))
+    models = tmp_path / "models"
+    verdicts = run_experiment(experiment, output, models, cache, Console(quiet=True))
     assert [text for text, _ in verdicts] == ["learning changes something"]
     report = (output / "report.md").read_text()
     assert "Nothing at this size." in report and ("| yes |" in report) == verdicts[0][1]
@@ -61,8 +63,25 @@ def test_experiment_is_trained_measured_and_judged_once(tmp_path, experiment, mo
     # What is there is kept: nothing is trained or measured again.
     monkeypatch.setattr(reproduce_steps, "prepare_run", None)
     lines = (output / "0-loss-by-position" / "results.jsonl").read_text()
-    assert run_experiment(experiment, output, cache, Console(quiet=True)) == verdicts
+    assert run_experiment(experiment, output, models, cache, Console(quiet=True)) == verdicts
     assert (output / "0-loss-by-position" / "results.jsonl").read_text() == lines
+    # Another experiment takes the models that it would train alike, and only those.
+    assert run_experiment(experiment, tmp_path / "other", models, cache, Console(quiet=True)) == verdicts
+    experiment.rows["TTT-E2E"].overrides.append("training.seed=1")
+    with pytest.raises(TypeError, match="NoneType"):
+        run_experiment(experiment, tmp_path / "third", models, cache, Console(quiet=True))
+
+
+def test_training_only_documents_are_never_measured(tmp_path, experiment):
+    tables = Path(experiment.data) / "tables"
+    tables.mkdir()
+    for number in range(12):
+        (tables / f"{number:02}.txt").write_text(f"table {number} " * 300)
+    held_out = write_held_out(experiment, tmp_path / "all", tmp_path / "cache").read_text()
+    assert "table" in held_out
+    experiment.training_only = ["tables"]
+    held_out = write_held_out(experiment, tmp_path / "some", tmp_path / "cache").read_text()
+    assert held_out and "table" not in held_out
 
 
 def test_verdict_is_the_order_of_the_numbers():

@@ -28,7 +28,7 @@ def test_rows_have_equal_parameters(name):
     experiment = load_experiment(name)
     assert experiment_description(name) and experiment.paper and experiment.claims
     counts = {}
-    for label, row in experiment.rows.items():
+    for label, row in ((label, experiment.rows[row.of or label]) for label, row in experiment.rows.items()):
         config = load_config(system_preset(row.system, experiment.size))
         config = type(config).from_dict(merged(config.to_dict(), load_systems()[row.system].training | row.model))
         with torch.device("meta"):

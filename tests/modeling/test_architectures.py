@@ -29,6 +29,7 @@ ARCHITECTURES = {
     "whole model learns": {"num_suffix_layers": 4},
     "gelu untied": {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": False},
     "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+    "no attention": {"use_attention": False, "mini_batch_size": 4, "sliding_window": 2, "use_prime_mlp": False},
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
 }
 
@@ -50,6 +51,29 @@ def test_reading_in_parts_is_reading_at_once(changes, learning):
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-9, atol=1e-10)
     plain = model(ids, test_time_training=False).logits
     assert ((whole - plain).abs().max() > 1e-3) == learning
+
+
+def test_without_attention_a_token_sees_others_only_through_what_was_learned(tmp_path):
+    """A bigram model with learning off; padding, batch rows, files and mini-batches of one token as in any model."""
+    model = small_model(torch.float64, use_attention=False, mini_batch_size=1, num_suffix_layers=4)
+    assert not [name for name, _ in model.named_parameters() if "attn" in name or "input_layernorm" in name]
+    ids = random_ids(2, LENGTH)
+    plain = model(ids, test_time_training=False).logits
+    alone = model(ids[:, 5:6], test_time_training=False).logits
+    torch.testing.assert_close(plain[:, 5:6], alone, rtol=1e-12, atol=1e-12)
+    learned = model(ids).logits
+    torch.testing.assert_close(learned[:, :1], plain[:, :1], rtol=1e-12, atol=1e-12)
+    assert (learned[:, 1:] - plain[:, 1:]).abs().amax(dim=(0, 2)).min() > 1e-6, "every token but the first"
+    ids, mask, lengths = padded("left")
+    together = model(ids, attention_mask=mask).logits
+    for row, length in enumerate(lengths):
+        own = model(ids[row : row + 1, LENGTH - length :]).logits
+        torch.testing.assert_close(together[row : row + 1, LENGTH - length :], own, rtol=1e-9, atol=1e-10)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype=torch.float64)
+    torch.testing.assert_close(again(ids, attention_mask=mask).logits, together)
+    with pytest.raises(ValueError, match="`output_attentions=True`, but this model has no attention"):
+        model(ids, output_attentions=True)
 
 
 LLAMA3 = {

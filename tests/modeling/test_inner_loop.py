@@ -47,8 +47,16 @@ def group_of(name: str) -> str:
         {"inner_max_grad_norm": 0.0, "inner_learning_rate": 0.3},
         {"use_prime_mlp": False, "num_key_value_heads": 2, "num_suffix_layers": 3},
         {"layer_types": ["sliding_attention", "full_attention"] * 2, "attention_bias": True},
+        {"use_attention": False},
     ],
-    ids=["tied", "untied-odd-window", "no-clipping", "no-prime-grouped", "full-attention-in-the-suffix"],
+    ids=[
+        "tied",
+        "untied-odd-window",
+        "no-clipping",
+        "no-prime-grouped",
+        "full-attention-in-the-suffix",
+        "no-attention",
+    ],
 )
 def test_outer_gradient_equals_finite_differences(changes):
     """Through four mini-batches, the last of them incomplete, in a random direction per group of parameters."""
@@ -105,8 +113,9 @@ def loss_of_everything(model, ids, mask):
         ("layers.3.prime_mlp", {}),
         ("layers.2.mlp.up_proj", {"use_prime_mlp": False}),
         ("model.norm", {}),
+        ("", {"use_attention": False}),
     ],
-    ids=["all-untied", "first-order", "horizon-full", "prefix-only", "prime-only", "one-inner-matrix", "norm-only"],
+    ids="all-untied first-order horizon-full prefix-only prime-only one-inner-matrix norm-only no-attention".split(),
 )
 def test_checkpointing_and_its_grouping_change_nothing(every, trained, changes, monkeypatch):
     """Same loss and gradients, also when most parameters are frozen, as under an adapter."""
