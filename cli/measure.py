@@ -12,6 +12,7 @@ TASK_LINES = {
     "loss-by-position": "loss of each token by its position: what the context before it is worth",
     "perplexity": "of the first tokens of each document",
     "context-length": "mean loss against context length: does a longer context keep helping?",
+    "bits-per-byte": "loss that models with unlike tokenizers share; lengths count bytes",
     "decoding": "loss of what a model writes after a long context, under a stronger model (--judge)",
     "latency": "seconds to read, milliseconds per written token, memory; needs no --data",
     "needle": "share of needles found again in a long text (RULER's S-NIAH 1 to 3); --data is optional",
@@ -90,6 +91,9 @@ def measure(
         if evaluation.data.documents is not None:
             found, longest = evaluation.data.documents.shape
             typer.echo(f"{found} documents of at least {longest:,} tokens ({documents} were asked for)")
+        if evaluation.data.texts is not None:
+            found, longest = len(evaluation.data.texts), max(request.lengths)
+            typer.echo(f"{found} documents of at least {longest:,} bytes ({documents} were asked for)")
         measured = measure_missing(evaluation)
     except (ValueError, OSError, ImportError) as error:
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))

@@ -10,6 +10,7 @@ from ..configuration.experiments import Experiment, Measured, Number, Trained
 from ..configuration.reading import merged
 from ..evaluation.results import Point, digest
 from ..evaluation.runs import EvaluationRequest, measure_missing, prepare_evaluation, write_comparison
+from ..evaluation.tasks import TASKS
 from ..training.corpus import split_documents
 from ..training.disk import write_text, written_whole
 from ..training.record import RECORD
@@ -57,8 +58,11 @@ def run_experiment(
     return [(text, agrees) for text, agrees, _ in verdicts]
 
 
-def train_row(experiment: Experiment, row: Trained, models_folder: Path, cache: Path) -> Path:
-    """The trained model of a row; each further recipe goes on from the model before."""
+def train_row(experiment: Experiment, row: Trained, models_folder: Path, cache: Path) -> str:
+    """The folder of a row's trained model, or its preset where nothing is trained.
+
+    Each further recipe goes on from the model before.
+    """
     preset = system_preset(row.system, experiment.size)
     model, recipes = preset, row_recipes(experiment, row, preset)
     identity = [preset, experiment.data, source_state(experiment.data)]
@@ -67,10 +71,12 @@ def train_row(experiment: Experiment, row: Trained, models_folder: Path, cache: 
         run = models_folder / f"{preset}-{recipe.name}-{digest(identity)[:8]}"
         if not (run / MODEL).is_dir():
             resume = (run / RECORD).is_file()
-            request = TrainingRequest(model, recipe, experiment.data, run, cache, resume=resume)
+            request = TrainingRequest(
+                model, recipe, experiment.data, run, cache, tokenizer=experiment.tokenizer or None, resume=resume
+            )
             finish_run(prepare_run(request), resume)
         model = str(run / MODEL)
-    return Path(model)
+    return model
 
 
 def row_recipes(experiment: Experiment, row: Trained, preset: str) -> list[Recipe]:
@@ -98,25 +104,25 @@ def write_held_out(experiment: Experiment, folder: Path, cache: Path) -> Path:
 
 
 def evaluation_request(
-    experiment: Experiment, measured: Measured, models: dict[str, Path], held_out: Path, cache: Path
+    experiment: Experiment, measured: Measured, models: dict[str, str], held_out: Path, cache: Path
 ) -> EvaluationRequest:
     """What is to be measured, but for the folder to write to."""
     systems = load_systems()
-    specs = []
+    specs = {}
     for label, row in experiment.rows.items():
         learning = (systems[row.system].evaluation | row.evaluation).get("test_time_training")
         suffix = "" if learning is None else f"@learning-{'on' if learning else 'off'}"
-        specs.append(f"{label}={models[label]}{suffix}")
-    reads_documents = measured.task not in ("latency", "needle")
+        specs[label] = f"{models[label]}{suffix}"
     return EvaluationRequest(
         task=measured.task,
-        models=specs,
+        models=[f"{label}={spec}" for label, spec in specs.items() if label != measured.judge],
         lengths=measured.lengths,
         output=held_out.parent,
         cache=cache,
-        data=str(held_out) if reads_documents else None,
+        data=str(held_out) if TASKS[measured.task].needs_data else None,
         documents=measured.documents,
         baseline=experiment.baseline or None,
+        judge=specs.get(measured.judge, measured.judge) or None,
         settings=[f"{name}={value}" for name, value in measured.settings.items()],
     )
 

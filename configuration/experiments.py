@@ -46,12 +46,14 @@ class Measured:
         lengths: tokens of context, one point each.
         documents: validation documents per point.
         settings: further settings of the task.
+        judge: for the task that has one, the row that scores what the others write, or a model of the Hub.
     """
 
     task: str
     lengths: list[int]
     documents: int
     settings: dict = field(default_factory=dict)
+    judge: str = ""
 
 
 @strict
@@ -96,8 +98,10 @@ class Experiment:
         description: first comment line of the file.
         paper: what the paper found, with its numbers.
         size: of the presets.
-        recipes: one after the other: the first from random weights, each further one from the model before.
+        recipes: one after the other: the first from random weights, each further one from the model before. None at
+            all leaves the weights random, which is enough to measure time.
         data: as `ttt-e2e train --data` takes it; validation_every: each n-th document is kept for the measurements;
+            tokenizer: a folder or an id of the Hub; empty for one that is trained on the data;
             training_only: folders whose documents never are, because they hold near-copies of one another.
         rows: by the label in tables and pictures.
         baseline: the row to which differences are shown; empty for none.
@@ -116,6 +120,7 @@ class Experiment:
     baseline: str
     measured: list[Measured]
     claims: list[Claim]
+    tokenizer: str = ""
     training_only: list[str] = field(default_factory=list)
 
 

@@ -68,7 +68,7 @@ def find_candidates(models: Sequence[str], tokenizer: str | None, task: Task) ->
             f"--model: {times} models have the label {label!r}; give each its own, as in --model "
             f"'first={candidates[0].spec}'"
         )
-    if task.needs_data:
+    if task.needs_data and not task.own_tokens:
         check_same_tokenizer(candidates)
     return candidates
 
@@ -138,5 +138,5 @@ def check_same_tokenizer(candidates: Sequence[Candidate]) -> None:
         if tokenizer_digest(other.tokenizer) != expected:
             raise ValueError(
                 f"--model: {other.label!r} has another tokenizer than {first.label!r}, so that their losses per token "
-                "cannot be compared; evaluate them in separate folders, and name a judge with the same tokenizer"
+                "cannot be compared; compare them by the task bits-per-byte, or evaluate them in separate folders"
             )

@@ -29,10 +29,12 @@ def measure_decoding_loss(
 ) -> dict[str, float | int | list]:
     """Loss, under a judge, of what a model writes after the first `length` tokens of every document.
 
-    Every row gets exactly `new_tokens` tokens: the end of the text and padding are never written.
+    Every row gets exactly `new_tokens` tokens: the end of the text and padding are never written. A judge with another
+    tokenizer reads the text that they stand for; its loss is still counted per token that the model wrote, and placed
+    where in the written text its own tokens begin.
 
     Args:
-        judge: scores the continuation given the prompt; reads the same token ids as `subject`.
+        judge: scores the continuation given the prompt.
         documents: token ids, int64 [documents, at least length]; no padding.
         length: tokens of the prompt, at least 1.
         new_tokens: tokens written after it.
@@ -46,14 +48,16 @@ def measure_decoding_loss(
         the prompt's end) and `tokens` (how many were written).
 
     Raises:
-        ValueError: the two have different vocabularies, a number is not positive, or the documents are too short.
+        ValueError: the two have different vocabularies and no tokenizers that relate them, a number is not positive,
+            or the documents are too short.
     """
     prompts = first_tokens(documents, length, least=1)
     for name, value in (("new_tokens", new_tokens), ("batch_size", batch_size), ("buckets", buckets)):
         if value < 1:
             raise ValueError(f"{name}={value}: must be at least 1")
-    _check_vocabularies(subject, judge)
-    check_positions(judge.model, length + new_tokens)
+    same_tokens = _check_vocabularies(subject, judge)
+    if same_tokens:
+        check_positions(judge.model, length + new_tokens)
     sampling = SAMPLING if sampling is None else sampling
     device = subject.model.device
     losses = []
@@ -64,8 +68,11 @@ def measure_decoding_loss(
         torch.manual_seed(seed)
         for batch in prompts.split(batch_size):
             sequences = write_tokens(subject, batch, new_tokens, **sampling).sequences
-            losses.append(token_losses(judge, sequences)[:, length - 1 :].double())
-            progress.update(losses[-1].numel())
+            if same_tokens:
+                losses.append(token_losses(judge, sequences)[:, length - 1 :].double())
+            else:
+                losses += [text_losses(subject, judge, row, length)[None] for row in sequences]
+            progress.update(len(batch) * new_tokens)
     by_position = torch.cat(losses).mean(dim=0)
     parts = by_position.tensor_split(min(buckets, new_tokens))
     starts = torch.tensor([0] + [len(part) for part in parts[:-1]]).cumsum(0)
@@ -75,6 +82,25 @@ def measure_decoding_loss(
         "bucket_starts": starts.tolist(),
         "tokens": len(prompts) * new_tokens,
     }
+
+
+def text_losses(subject: Subject, judge: Subject, ids: torch.Tensor, length: int) -> torch.Tensor:
+    """A judge's losses of the written part of a text that it cuts into tokens of its own.
+
+    Args:
+        ids: [tokens] of the subject's tokenizer, of which the first `length` were given.
+
+    Returns:
+        Nats, float64 [tokens - length]: each loss stands where, in the written characters, the judge's token begins.
+    """
+    given, text = (subject.tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:length], ids))
+    encoded = judge.tokenizer(text, return_offsets_mapping=True, verbose=False)
+    losses = token_losses(judge, torch.tensor([encoded.input_ids]))[0].double()
+    starts = torch.tensor([start for start, _ in encoded.offset_mapping[1:]]) - len(given)
+    new_tokens, characters = len(ids) - length, max(1, len(text) - len(given))
+    written = starts >= 0
+    places = (starts[written] * new_tokens // characters).clamp(max=new_tokens - 1)
+    return torch.zeros(new_tokens, dtype=torch.float64).index_add(0, places, losses[written])
 
 
 def write_tokens(
@@ -115,13 +141,26 @@ def _ends_of_text(model: PreTrainedModel) -> list[int]:
     return sorted({int(token) for ids in lists for token in ids})
 
 
-def _check_vocabularies(subject: Subject, judge: Subject) -> None:
-    remedy = "the judge reads the same token ids, so name one with the same tokenizer"
-    sizes = subject.vocabulary_size, judge.vocabulary_size
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"judge={judge.label!r}: it knows {sizes[1]} tokens, but {subject.label!r} {sizes[0]}; {remedy}"
-        )
+def _check_vocabularies(subject: Subject, judge: Subject) -> bool:
+    """Whether the two read the same token ids.
+
+    Raises:
+        ValueError: they do not, and there are no tokenizers to go by way of the text.
+    """
     tokenizers = subject.tokenizer, judge.tokenizer
-    if None not in tokenizers and tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
-        raise ValueError(f"judge={judge.label!r}: its tokens are not those of {subject.label!r}; {remedy}")
+    if None in tokenizers:
+        sizes = subject.vocabulary_size, judge.vocabulary_size
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"judge={judge.label!r}: it knows {sizes[1]} tokens, but {subject.label!r} {sizes[0]}; give both their "
+                "tokenizers, or name a judge with the same one"
+            )
+        return True
+    if tokenizers[0].get_vocab() == tokenizers[1].get_vocab():
+        return True
+    if not judge.tokenizer.is_fast:
+        raise ValueError(
+            f"judge={judge.label!r}: its tokenizer is not that of {subject.label!r}, and does not tell where its "
+            "tokens stand in a text; give it a fast tokenizer, or name a judge with the same one"
+        )
+    return False

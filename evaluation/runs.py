@@ -19,8 +19,10 @@ from ..training.data import document_prefixes
 from ..training.disk import write_text
 from ..training.record import check_output
 from ..training.sources import load_documents
+from ..training.texts import text_batches
 from ..training.token_store import tokenize_documents
-from .candidates import DTYPES, Candidate, check_same_tokenizer, find_candidates, find_judge, load_candidate
+from .bits_per_byte import first_bytes
+from .candidates import DTYPES, Candidate, find_candidates, find_judge, load_candidate
 from .comparison import comparison_panels, comparison_tables
 from .needle_data import documentation_texts, ruler_essays
 from .plots import plot_panels
@@ -101,11 +103,9 @@ def prepare_evaluation(request: EvaluationRequest) -> Evaluation:
     check_numbers(request, task)
     candidates = find_candidates(request.models, request.tokenizer, task)
     judge = find_judge(request.judge, request.tokenizer, task)
-    if judge is not None:
-        check_same_tokenizer([*candidates, judge])
     results = open_results(request.output, task)
     check_baseline(request, candidates, results)
-    data, data_digest = read_data(request, task, candidates, judge)
+    data, data_digest = read_data(request, task, candidates)
     recorded = dataclasses.asdict(settings) | {"dtype": request.dtype}
     if judge is not None:
         recorded["judge"] = judge.digest()
@@ -215,9 +215,7 @@ def check_baseline(request: EvaluationRequest, candidates: Sequence[Candidate], 
         raise ValueError(f"--baseline {request.baseline!r}: no model has this label; did you mean {nearest!r}?")
 
 
-def read_data(
-    request: EvaluationRequest, task: Task, candidates: Sequence[Candidate], judge: Candidate | None
-) -> tuple[TaskData, str]:
+def read_data(request: EvaluationRequest, task: Task, candidates: Sequence[Candidate]) -> tuple[TaskData, str]:
     """What a task reads, and its digest.
 
     Raises:
@@ -233,8 +231,11 @@ def read_data(
         return TaskData(batch_size=request.batch_size), digest(None)
     if request.data is None:
         raise ValueError(f"--data is missing: the task {task.name!r} reads documents, as in --data standard-library")
+    if task.own_tokens:
+        texts = read_texts(request)
+        return TaskData(texts=texts), digest(texts)
     documents = read_documents(request, candidates[0].tokenizer)
-    for candidate in [*candidates, *filter(None, [judge])]:
+    for candidate in candidates:
         known, highest = candidate.source.fields.get("vocab_size"), int(documents.max())
         if known is not None and highest >= known:
             raise ValueError(
@@ -251,6 +252,26 @@ def haystack(request: EvaluationRequest) -> list[str] | None:
     return load_documents(
         request.data, cache_folder=request.cache, text_column=request.text_column, split=request.split
     )["text"][: request.documents]
+
+
+def read_texts(request: EvaluationRequest) -> list[str]:
+    """The beginnings of the first documents that are as long as the longest length, which counts bytes."""
+    documents = load_documents(
+        request.data, cache_folder=request.cache, text_column=request.text_column, split=request.split
+    )
+    longest, available, texts = max(request.lengths), 0, []
+    for batch in text_batches(documents):
+        sizes = [len(text.encode()) for text in batch]
+        available = max([available, *sizes])
+        texts += [first_bytes(text, longest) for text, size in zip(batch, sizes, strict=True) if size >= longest]
+        if len(texts) >= request.documents:
+            return texts[: request.documents]
+    if not texts:
+        raise ValueError(
+            f"--lengths: {longest} is beyond the data, whose longest document has {available} bytes; give smaller "
+            "lengths or longer documents"
+        )
+    return texts
 
 
 def read_documents(request: EvaluationRequest, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:

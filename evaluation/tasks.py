@@ -9,6 +9,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 
 from ..configuration.reading import build_strictly, parse_yaml
+from .bits_per_byte import measure_bits_per_byte
 from .comparison import Quantity
 from .context_length import measure_loss_at_context
 from .decoding_loss import measure_decoding_loss
@@ -24,13 +25,15 @@ class TaskData:
     """What a task reads; each task uses its own part.
 
     Attributes:
-        documents: token ids, int64 [documents, longest length]; None where the task makes its own text.
+        documents: token ids, int64 [documents, longest length]; None where the task reads none.
+        texts: documents of at least the longest length, in bytes; None where the task reads none.
         haystack: texts to hide needles in, or None.
         judge: scores what the others write, or None.
         batch_size: documents read side by side.
     """
 
     documents: torch.Tensor | None = None
+    texts: Sequence[str] | None = None
     haystack: Sequence[str] | None = None
     judge: Subject | None = None
     batch_size: int = 1
@@ -98,7 +101,8 @@ class Task:
         settings: a strict dataclass with a default for every field.
         quantities: what tables and pictures show.
         measure: one point: of a subject, its data, the length, settings and so on; plain JSON values.
-        needs_data: it reads documents; takes_haystack: it may read one; needs_judge: it has what is written scored.
+        needs_data: it reads documents, as tokens or (`own_tokens`) as text that each model cuts into tokens of its own,
+            with lengths in bytes; takes_haystack: it may read one; needs_judge: it has what is written scored.
         needs_tokenizer: it reads text.
         depends_on_device: its numbers are only comparable on the same device.
         least: the smallest length.
@@ -109,6 +113,7 @@ class Task:
     quantities: tuple[Quantity, ...]
     measure: Callable[[Subject, TaskData, int, object], dict]
     needs_data: bool = True
+    own_tokens: bool = False
     takes_haystack: bool = False
     needs_judge: bool = False
     needs_tokenizer: bool = True
@@ -128,6 +133,10 @@ def _perplexity(subject: Subject, data: TaskData, length: int, settings: NoSetti
 
 def _context_length(subject: Subject, data: TaskData, length: int, settings: NoSettings) -> dict:
     return measure_loss_at_context(subject, data.documents, length, batch_size=data.batch_size)
+
+
+def _bits_per_byte(subject: Subject, data: TaskData, length: int, settings: NoSettings) -> dict:
+    return measure_bits_per_byte(subject, data.texts, length)
 
 
 def _decoding(subject: Subject, data: TaskData, length: int, settings: DecodingSettings) -> dict:
@@ -178,6 +187,14 @@ TASKS = {
             NoSettings,
             (Quantity("loss", "Loss", "nats per token", by_document="loss_by_document"),),
             _context_length,
+        ),
+        Task(
+            "bits-per-byte",
+            NoSettings,
+            (Quantity("bits_per_byte", "Loss", "bits per byte", by_document="bits_per_byte_by_document"),),
+            _bits_per_byte,
+            own_tokens=True,
+            least=1,
         ),
         Task(
             "decoding",

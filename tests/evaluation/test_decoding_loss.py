@@ -81,11 +81,33 @@ def test_a_judge_with_another_vocabulary_is_an_error():
         measure_decoding_loss(subject("mistral"), judge, random_documents(1, 5), 5, 3)
 
 
-def test_a_judge_with_other_tokens_is_an_error():
+def test_a_judge_with_other_tokens_reads_the_text():
+    """Its total loss of the written text is what it gives that text when it cuts it itself."""
     first, second = (train_tokenizer([text], 280) for text in ("some text some text", "another thing another thing"))
-    one, two = (Subject(name, learner(), tokens) for name, tokens in (("one", first), ("two", second)))
-    with pytest.raises(ValueError, match="judge='two': its tokens are not those of 'one'"):
-        measure_decoding_loss(one, two, random_documents(1, 5), 5, 3)
+    one, two = (Subject(name, learner(vocab_size=280), tokens) for name, tokens in (("one", first), ("two", second)))
+    given = "some text"
+    documents = torch.tensor([first(given, add_special_tokens=False).input_ids])
+    length, new_tokens = documents.shape[1], 12
+    measured = measure_decoding_loss(one, two, documents, length, new_tokens, sampling=GREEDY, buckets=new_tokens)
+    written = written_greedily(one.model, documents, new_tokens)
+    text = first.decode(written[0], skip_special_tokens=True)
+    encoded = second(text, return_offsets_mapping=True)
+    losses = losses_by_hand(two.model, torch.tensor([encoded.input_ids]))[0]
+    behind = [start >= len(given) for start, _ in encoded.offset_mapping[1:]]
+    assert measured["loss"] * new_tokens == pytest.approx(losses[behind].sum().item(), rel=1e-4)
+    assert sum(measured["loss_by_bucket"]) == pytest.approx(measured["loss"] * new_tokens, rel=1e-6)
+
+
+def test_a_judge_that_cannot_say_where_its_tokens_stand_is_an_error():
+    class Slow:
+        is_fast = False
+
+        def get_vocab(self):
+            return {}
+
+    one = Subject("one", learner(), train_tokenizer(["some text some text"], 280))
+    with pytest.raises(ValueError, match="judge='two': its tokenizer is not that of 'one', and does not tell"):
+        measure_decoding_loss(one, Subject("two", learner(), Slow()), random_documents(1, 5), 5, 3)
 
 
 @pytest.mark.parametrize("wrong", [{"length": 0}, {"length": 6}, {"new_tokens": 0}, {"buckets": 0}, {"batch_size": 0}])

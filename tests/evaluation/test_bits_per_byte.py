@@ -1,0 +1,52 @@
+"""Bits per byte count every byte once, whatever the tokens."""
+
+import math
+
+import pytest
+import torch
+
+from ttt_e2e.evaluation import Subject
+from ttt_e2e.evaluation.bits_per_byte import first_bytes, measure_bits_per_byte
+from ttt_e2e.training.tokenizer import train_tokenizer
+
+from .subjects import learner, losses_by_hand
+
+TEXTS = ["some text about something, and än umlaut", "another text that is longer than the first one"]
+
+
+def reader(text: str, seed: int = 0, **changes) -> Subject:
+    tokenizer = train_tokenizer([text], 280)
+    torch.manual_seed(seed)
+    return Subject("reader", learner(vocab_size=len(tokenizer), **changes), tokenizer)
+
+
+def test_bits_per_byte_by_hand():
+    tested, bits = reader("some text some text"), []
+    for text in ("some text about ", "another text tha"):
+        ids = tested.tokenizer(text, add_special_tokens=False).input_ids
+        row = torch.tensor([[tested.tokenizer.bos_token_id, *ids]])
+        bits.append(losses_by_hand(tested.model, row).sum().item() / math.log(2) / 16)
+    measured = measure_bits_per_byte(tested, TEXTS, 16)
+    assert measured["bits_per_byte_by_document"] == pytest.approx(bits, rel=1e-5)
+    assert measured["bits_per_byte"] == pytest.approx(sum(bits) / 2, rel=1e-5) and measured["bytes"] == 32
+
+
+def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary_per_token():
+    """Whatever its tokenizer: few tokens with many bytes each, or a token per byte."""
+    for text in ("some text about something", "zzzz"):
+        tested = reader(text)
+        torch.nn.init.zeros_(tested.model.model.embed_tokens.weight)
+        measured = measure_bits_per_byte(tested, TEXTS, 20)
+        expected = measured["tokens"] * math.log2(tested.vocabulary_size) / measured["bytes"]
+        assert measured["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_character_is_not_cut():
+    assert first_bytes("aän", 2) == "a" and first_bytes("aän", 3) == "aä"
+    with pytest.raises(ValueError, match="one has 4 bytes, but length=5"):
+        first_bytes("aän", 5)
+
+
+def test_a_subject_without_tokenizer_is_an_error():
+    with pytest.raises(ValueError, match="'bare' has no tokenizer"):
+        measure_bits_per_byte(Subject("bare", learner()), TEXTS, 8)
