@@ -15,10 +15,16 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.ttt-e2e-installed$(subst /,-,$(CURDIR))
 INSTALLED_DEV := $(INSTALLED)-dev
 
+# The small trained model of the repository: its name, where it is trained, and for how many steps.
+CHECKPOINT ?= tiny-standard-library
+CHECKPOINT_RUNS ?= runs/checkpoint
+CHECKPOINT_FOLDER ?= model_cards/checkpoints
+CHECKPOINT_STEPS ?= 2400
+
 # Threads that wait for one another by spinning bring torch to a crawl on a machine that does other work besides.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-all lint bench install install-dev
+.PHONY: help demo test test-all lint bench checkpoint install install-dev
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -39,6 +45,24 @@ lint: $(INSTALLED_DEV) ## linter and formatter, changing nothing
 
 bench: $(INSTALLED) ## time and memory of training, reading and decoding against the plain model
 	$(BIN)/ttt-e2e bench $(ARGS)
+
+# The same files are kept from training as are measured. encodings holds near-copies of one another.
+HELD_OUT = from ttt_e2e.training import split_documents, standard_library_documents as documents; \
+	split_documents(documents(), 8, ["encodings"])[1].select_columns(["text"]).to_json("$(RESULTS)/held-out.jsonl")
+RUN = $(CHECKPOINT_RUNS)/$(CHECKPOINT)
+RESULTS = $(CHECKPOINT_RUNS)/results
+MEASURED = --model $(RUN) --model $(RUN)@learning-off --data $(RESULTS)/held-out.jsonl --documents 24 --dtype bfloat16
+READ = held-out files of the standard library
+
+checkpoint: $(INSTALLED) ## train, evaluate and export the small model of model_cards/checkpoints
+	$(BIN)/ttt-e2e train --model tiny --recipe pretrain-tiny --data standard-library --output $(RUN) \
+		--set data.validation_every=8 --set "data.training_only=[encodings]" \
+		--set training.max_steps=$(CHECKPOINT_STEPS) $(if $(wildcard $(RUN)/run.json),--resume)
+	@mkdir -p $(RESULTS) && $(BIN)/python -c '$(HELD_OUT)'
+	$(BIN)/ttt-e2e evaluate context-length --lengths 512,1024,2048,4096 --output $(RESULTS)/context-length $(MEASURED)
+	$(BIN)/ttt-e2e evaluate loss-by-position --lengths 4096 --output $(RESULTS)/loss-by-position $(MEASURED)
+	$(BIN)/ttt-e2e export --model $(RUN) --dtype bfloat16 --license apache-2.0 --output $(CHECKPOINT_FOLDER)/$(CHECKPOINT) \
+		--results "$(READ)=$(RESULTS)/context-length" --results "$(READ)=$(RESULTS)/loss-by-position"
 
 install: $(INSTALLED) ## only the set-up
 install-dev: $(INSTALLED_DEV) ## only the set-up, with what the tests need

@@ -16,6 +16,7 @@ PACKAGE_FOLDERS = {
     "ttt_e2e.evaluation": "evaluation",
     "ttt_e2e.model_cards": "model_cards",
     "ttt_e2e.cli": "cli",
+    "ttt_e2e.serving": "serving",
     "ttt_e2e.benchmarks": "benchmarks",
 }
 
@@ -47,6 +48,7 @@ setup(
         "datasets",
         "evaluate",
         "filelock",
+        "fsspec",
         "numpy",
         "pyarrow",
         "safetensors",
@@ -58,10 +60,10 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-xdist", "ruff", "tensorstore", "peft", "trl"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "tensorstore", "peft", "trl", "openai", "transformers[serving]"],
         "evaluation": ["lm_eval"],
         "flash": ["flash-attn"],
-        "jax": ["jax", "orbax-checkpoint"],
+        "jax": ["tensorstore", "gcsfs"],
         "peft": ["peft"],
         "serve": ["transformers[serving]"],
     },

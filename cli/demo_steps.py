@@ -24,7 +24,7 @@ from ..evaluation import (
     read_tokens,
 )
 from ..evaluation.results import environment
-from ..model_cards import write_model_card
+from ..model_cards import ModelCardContents, ResultsSection, TrainingHistory, write_model_card
 from ..training import (
     PackedRows,
     TokenStore,
@@ -192,14 +192,21 @@ def save_model(model: TTTE2EForCausalLM, data: DemoData, run: TrainingRun, table
     model.save_pretrained(folder)
     data.tokenizer.save_pretrained(folder)
     facts = {
-        "parameters": f"{model.num_parameters():,}",
         "tokens": f"{run.tokens:,}",
         "time": f"{run.seconds:.0f} s on {environment()['device']}",
     }
     source = (
         f"{data.facts['training_files']} source files of the standard library of Python {platform.python_version()}."
     )
-    write_model_card(folder, model.config, "TTT-E2E demo", source, facts, table)
+    contents = ModelCardContents(
+        name="TTT-E2E demo",
+        config=model.config,
+        parameters=model.num_parameters(),
+        dtype=model.dtype,
+        training=TrainingHistory(source, facts),
+        results=[ResultsSection("Measured by `ttt-e2e demo`; all systems read the same rows in training.", [table])],
+    )
+    write_model_card(folder, contents)
 
 
 def continue_document(recipe: DemoRecipe, data: DemoData, model_folder: Path, console: Console) -> None:

@@ -5,13 +5,16 @@ from importlib.metadata import version
 import typer
 
 from .bench import bench
+from .convert import convert
 from .demo import demo
+from .export import export
 from .harness import PASS_THROUGH, lm_eval
 from .measure import measure
 from .merge import merge
 from .presets import presets
 from .reproduce import reproduce
 from .train import train
+from .warm_start import transformer, tune_inner_lr
 
 app = typer.Typer(
     name="ttt-e2e",
@@ -29,6 +32,10 @@ app.command("evaluate")(measure)
 app.command("lm-eval", context_settings=PASS_THROUGH)(lm_eval)
 app.command()(presets)
 app.command()(merge)
+convert.command()(transformer)
+app.add_typer(convert, name="convert")
+app.command("tune-inner-lr")(tune_inner_lr)
+app.command()(export)
 app.command()(bench)
 
 

@@ -19,6 +19,7 @@ from transformers import AutoConfig
 
 from ..training.checkpoints import MANIFEST
 from ..training.disk import write_text
+from ..training.models import ModelSource, find_model
 from ..training.tokenizer import tokenizer_digest
 from .candidates import Candidate, find_candidate, load_candidate
 from .comparison import difference_to, measured, standard_errors
@@ -146,9 +147,10 @@ def prepare_sweep(request: SweepRequest) -> Sweep:
     """
     if split_spec(request.model)[1] is not None:
         raise ValueError(f"model={request.model!r}: leave the suffix out; learning on and off are both measured")
+    source = find_model(request.model)
+    check_model(source, request.write)
+    grid = sweep_grid(source, request.learning_rates, request.mini_batch_sizes)
     candidate = find_candidate(request.model, request.tokenizer, needs_tokenizer=True)
-    check_model(candidate, request.write)
-    grid = sweep_grid(candidate, request.learning_rates, request.mini_batch_sizes)
     largest = max(setting.mini_batch_size for setting in grid[1:])
     length = DEFAULT_MINI_BATCHES * largest if request.length is None else request.length
     if length < largest + 2:
@@ -171,7 +173,7 @@ def prepare_sweep(request: SweepRequest) -> Sweep:
     )
     check_numbers(evaluation, SWEEP)
     results = open_results(request.output, SWEEP)
-    data, data_digest = read_data(evaluation, SWEEP, [candidate], None)
+    data, data_digest = read_data(evaluation, SWEEP, [candidate])
     settings = {"dtype": request.dtype}
     identity = {"model": model_digest(candidate), "data": data_digest, "settings": digest(settings)}
     models = {setting.label: identity["model"] for setting in grid}
@@ -218,18 +220,17 @@ def write_sweep(sweep: Sweep) -> tuple[Verdict, Table, list[Path]]:
     return verdict, table, files
 
 
-def check_model(candidate: Candidate, write: bool) -> None:
+def check_model(source: ModelSource, write: bool) -> None:
     """Check that a model can learn, has weights and, to be written to, is a folder that no run goes on from.
 
     Raises:
         ValueError: it does not.
     """
-    source = candidate.source
     if source.folder is None:
-        raise ValueError(f"model={candidate.spec!r} is a preset with random weights: name a saved model")
+        raise ValueError(f"model={source.name!r} is a preset with random weights: name a saved model")
     if not hasattr(source.config_class, "check_can_learn"):
         raise ValueError(
-            f"model={candidate.spec!r}: a {source.config_class.model_type} model has no inner learning rate; make a "
+            f"model={source.folder!r}: a {source.config_class.model_type} model has no inner learning rate; make a "
             "TTT-E2E model of it with ttt-e2e convert transformer"
         )
     if not write:
@@ -246,13 +247,12 @@ def check_model(candidate: Candidate, write: bool) -> None:
         raise ValueError(f"--write: {folder} cannot be written to; copy the model, or leave --write out")
 
 
-def sweep_grid(candidate: Candidate, learning_rates: Sequence[float], mini_batch_sizes: Sequence[int]) -> list[Setting]:
+def sweep_grid(source: ModelSource, learning_rates: Sequence[float], mini_batch_sizes: Sequence[int]) -> list[Setting]:
     """Learning off, then every learning rate under every mini-batch size, in order.
 
     Raises:
         ValueError: a value is out of range or does not fit the model, or there is none besides 0.
     """
-    source = candidate.source
     for rate in learning_rates:
         if not 0 <= rate < math.inf:
             raise ValueError(f"learning_rates: {rate} must be finite and not negative")
@@ -277,11 +277,8 @@ def model_digest(candidate: Candidate) -> str:
                 weights.append(hashlib.file_digest(file, "sha256").hexdigest())
     else:  # on the Hub, where a commit names the contents
         weights = [source.folder, AutoConfig.from_pretrained(source.folder)._commit_hash]
-    fields = {
-        name: value for name, value in source.fields.items() if name not in ("inner_learning_rate", "_name_or_path")
-    }
-    fields = json.loads(json.dumps(fields, default=str))
-    del fields["mini_batch_size"]
+    swept = ("inner_learning_rate", "mini_batch_size", "_name_or_path")
+    fields = {name: value for name, value in source.fields.items() if name not in swept}
     return digest([weights, fields, tokenizer_digest(candidate.tokenizer)])
 
 
@@ -334,6 +331,7 @@ def sweep_panels(points: Sequence[Point]) -> list[Panel]:
     learning = sorted((point for point in points if point.label != LEARNING_OFF), key=_order)
     reference = next(point for point in points if point.label == LEARNING_OFF).numbers["loss"]
     rates = sorted({_setting(point).learning_rate for point in learning})
+    ticks = [int(rate) if rate.is_integer() else rate for rate in rates]
     losses = {}
     for point in learning:
         loss = point.numbers["loss"]
@@ -351,8 +349,8 @@ def sweep_panels(points: Sequence[Point]) -> list[Panel]:
     curves = losses | {LEARNING_OFF: (rates, [reference] * len(rates))}
     zero = {LEARNING_OFF: (rates, [0.0] * len(rates))}
     return [
-        Panel(LOSS.title, x_label, LOSS.unit, curves, ticks=rates),
-        Panel(f"Minus {LEARNING_OFF}, up to {limit:+.3f}", x_label, LOSS.unit, differences | zero, ticks=rates),
+        Panel(LOSS.title, x_label, LOSS.unit, curves, ticks=ticks),
+        Panel(f"Minus {LEARNING_OFF}, up to {limit:+.3f}", x_label, LOSS.unit, differences | zero, ticks=ticks),
     ]
 
 

@@ -1,26 +1,89 @@
-"""Write the README.md of a saved model: only what was measured goes in."""
+"""Write the README.md of a saved model: it holds no number that was not measured, chosen or counted."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedConfig
 
 from ..evaluation import Table
+from ..training.disk import write_text
 
 TEMPLATE = Path(__file__).with_name("template.md")
+FAST_WEIGHT_BYTES, ID_BYTES = 4, 8  # fast weights are float32 at least; ids and positions are int64
+LEARNS, DECODES, RECURS = "learns", "decodes", "recurs"
 
 
-def write_model_card(
-    folder: Path, config, name: str, training_text: str, training_facts: dict[str, str], results: Table
-) -> Path:
+@dataclass(frozen=True)
+class TrainingHistory:
+    """How a model was trained.
+
+    Attributes:
+        text: a sentence.
+        facts: chosen or measured, by their names.
+    """
+
+    text: str
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ResultsSection:
+    """What was measured of a model: a text, and tables that may show other models beside it."""
+
+    text: str
+    tables: Sequence[Table]
+
+
+@dataclass(frozen=True)
+class ModelCardContents:
+    """What a card says.
+
+    Attributes:
+        name: its title.
+        config: of the model.
+        parameters: their number.
+        dtype: of the saved weights.
+        has_code: the folder holds the code of the model, which then needs no package.
+        training: None where nothing is known.
+        results: of evaluations; `eval_results` are the same numbers for the metadata.
+        license: of the weights, an identifier of the Hub; None leaves it out.
+    """
+
+    name: str
+    config: PreTrainedConfig
+    parameters: int
+    dtype: torch.dtype
+    has_code: bool = False
+    training: TrainingHistory | None = None
+    results: Sequence[ResultsSection] = ()
+    eval_results: Sequence[EvalResult] = ()
+    license: str | None = None
+
+
+@dataclass(frozen=True)
+class SequenceMemory:
+    """What reading leaves behind of one sequence, in bytes.
+
+    Attributes:
+        fast_weights: its own copy of the inner weights.
+        window: at most, of keys, values and pending tokens.
+        per_token: of keys and values that never leave, in blocks with full attention.
+    """
+
+    fast_weights: int
+    window: int
+    per_token: int
+
+
+def write_model_card(folder: Path, contents: ModelCardContents) -> Path:
     """Write `README.md` into a folder that holds a saved model.
 
     Args:
         folder: as given to `save_pretrained`.
-        config: the model's `TTTE2EConfig`.
-        name: title of the card.
-        training_text: what the model was trained on, a sentence.
-        training_facts: measured or chosen facts of the training run by their name, for a list.
-        results: the evaluation; its title says on what it was measured.
+        contents: what it says.
 
     Returns:
         The file's path.
@@ -30,21 +93,61 @@ def write_model_card(
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"folder={folder}: holds no config.json; save the model there first")
+    path = folder / "README.md"
+    write_text(path, f"{model_card(contents)}\n")
+    return path
+
+
+def model_card(contents: ModelCardContents) -> ModelCard:
+    """The card as huggingface_hub knows it: metadata and Markdown."""
+    config, kind = contents.config, architecture_kind(contents.config)
+    tags = [config.model_type.replace("_", "-"), *(["test-time-training"] if kind == LEARNS else [])]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["ttt-e2e", "test-time-training"],
-        model_name=name,
+        tags=tags,
+        license=contents.license,
+        model_name=contents.name,
+        eval_results=list(contents.eval_results) or None,
+        ignore_metadata_errors=False,
     )
-    card = ModelCard.from_template(
+    return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        name=name,
+        contents=contents,
         config=config,
-        training_text=training_text,
-        training_facts=training_facts,
-        results_title=results.title,
-        results_table=results.markdown(),
+        kind=kind,
+        dtype=str(contents.dtype).removeprefix("torch."),
+        memory=None if kind == RECURS else sequence_memory(config, contents.dtype),
     )
-    card.save(folder / "README.md")
-    return folder / "README.md"
+
+
+def architecture_kind(config: PreTrainedConfig) -> str:
+    """`LEARNS` while it reads, `DECODES` as a plain decoder with attention, or `RECURS`: has another kind of state."""
+    if config.model_type != "ttt_e2e":
+        return RECURS
+    return LEARNS if config.test_time_training else DECODES
+
+
+def sequence_memory(config: PreTrainedConfig, dtype: torch.dtype) -> SequenceMemory:
+    """The bytes that one sequence needs besides the model, from the configuration of a `ttt_e2e` model.
+
+    Args:
+        dtype: of the weights, in which keys, values and hidden states are kept as well.
+    """
+    learns = config.test_time_training
+    suffix = config.num_suffix_layers if learns else 0
+    width = config.prime_intermediate_size if config.use_prime_mlp else config.intermediate_size
+    mini_batch = config.mini_batch_size if learns else 0
+    column = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize  # a key and a value
+    window = mini_batch * (config.hidden_size * dtype.itemsize + 2 * ID_BYTES)
+    for index, kind in enumerate(config.layer_types):
+        if kind == "sliding_attention":
+            # The attention of the first suffix block comes before all inner weights, and is not run again.
+            pending = mini_batch if index > config.num_hidden_layers - suffix else 0
+            window += (config.sliding_window - 1 + pending) * column
+    return SequenceMemory(
+        fast_weights=suffix * 3 * config.hidden_size * width * FAST_WEIGHT_BYTES,
+        window=window,
+        per_token=config.layer_types.count("full_attention") * column,
+    )

@@ -114,6 +114,8 @@ class RecurrentHybridConfig(PreTrainedConfig):
         if "layer_types" in kwargs:
             raise ValueError("`layer_types` follows from `mixer_types`: leave it out and set `mixer_types`.")
         self._check_mixers()  # transformers would rename or refuse types that it does not know
+        if self._auto_class is None:
+            kwargs.pop("auto_map", None)  # it promises code beside the weights, which only remote code saves along
         super().__post_init__(**kwargs)
         self.check()
 

@@ -114,6 +114,8 @@ class TTTE2EConfig(PreTrainedConfig):
             self.num_suffix_layers = max(1, self.num_hidden_layers // 4)
         if self.prime_intermediate_size is None:
             self.prime_intermediate_size = self.intermediate_size
+        if self._auto_class is None:
+            kwargs.pop("auto_map", None)  # it promises code beside the weights, which only remote code saves along
         super().__post_init__(**kwargs)
         self.check()
 

@@ -1,4 +1,4 @@
-"""From the official JAX layout to this package's, tensor by tensor.
+"""Between the official JAX layout and this package's, tensor by tensor, in both directions.
 
     official, stacked over blocks          here
     wq, wk      [L, in, out] interleaved   q_proj, k_proj     transposed, rows permuted to RoPE's half-split layout
@@ -10,6 +10,7 @@ Values are permuted and transposed but never scaled, so gradients convert by the
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -47,6 +48,35 @@ PRIME_TENSORS = {
     "ffn_prime_norm.weight": ("pre_prime_layernorm.weight", "plain"),
 }
 PRIME_POST_NORM_TENSORS = {"ffn_prime_post_norm.weight": ("post_prime_layernorm.weight", "plain")}
+
+
+@dataclass(frozen=True)
+class OfficialTensor:
+    """A tensor of the official layout, and what it is here.
+
+    Attributes:
+        name: dotted, beginning with `language_model.`.
+        shape: of all of it.
+        targets: the names here of its slices along the first axis, one per block; of a tensor that is not `stacked`,
+            the one name of all of it.
+        layout: `plain`, `linear` or `rotated`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    targets: list[str]
+    layout: str
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the first axis counts blocks."""
+        return self.name.startswith((BLOCKS, PRIME))
+
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        """Shape of each tensor here."""
+        one = self.shape[1:] if self.stacked else self.shape
+        return one if self.layout == "plain" else one[::-1]
 
 
 def config_from_official(model: Mapping, training: Mapping) -> TTTE2EConfig:
@@ -99,6 +129,65 @@ def config_from_official(model: Mapping, training: Mapping) -> TTTE2EConfig:
     )
 
 
+def config_to_official(config: TTTE2EConfig) -> dict[str, dict]:
+    """The official configuration of a model: groups `model` and `training`, which `config_from_official` reads back.
+
+    Settings of training that change no output (`meta_gradient`, checkpointing) and `pad_token_id` have no place there;
+    `max_position_embeddings` becomes `seq_len`, which is not read back, because the model reads any length.
+
+    Raises:
+        ValueError: a setting that the official model does not have, with its name and value.
+    """
+    _check_is_official(config)
+    slides = config.layer_types[0] == "sliding_attention"
+    prime = config.use_prime_mlp and config.num_suffix_layers > 0
+    length, rope = config.max_position_embeddings, config.rope_parameters
+    same = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads mini_batch_size rms_norm_eps "
+        "initializer_range bos_token_id eos_token_id tie_word_embeddings qk_norm post_norm"
+    )
+    model = {name: getattr(config, name) for name in same.split()} | {
+        "output_size": config.vocab_size,
+        "seq_modeling_block": "SWA" if slides else "self_attention",
+        "sliding_window_size": config.sliding_window if slides else length,
+        "seq_len": length,
+        "rope_theta": rope["rope_theta"],
+        "suffix_len": config.num_suffix_layers,
+        "prime": prime,
+        "feed_forward_prime": "swiglu",
+        "pre_norm": True,
+    }
+    clip = config.inner_max_grad_norm or 0.0
+    training = {
+        "seq_length": length,
+        "train_mode": "meta" if config.test_time_training else "pretrain",
+        "optimizer_inner": {"optimizer_type": "sgd", "lr": config.inner_learning_rate, "clip_gradient": clip},
+        "spec_inner": [f"language_model.**.suffix_blocks.feed_forward{'_prime' if prime else ''}.**"],
+    }
+    return {"model": model, "training": training}
+
+
+def _check_is_official(config: TTTE2EConfig) -> None:
+    heads, tokens = config.num_attention_heads, (config.bos_token_id, config.eos_token_id)
+    rope = config.rope_parameters.get("rope_type", "default")
+    needed = [
+        ("hidden_act", config.hidden_act, "'silu'", config.hidden_act == "silu"),
+        ("attention_bias", config.attention_bias, "False", not config.attention_bias),
+        ("num_key_value_heads", config.num_key_value_heads, f"{heads}, one per query head",
+         config.num_key_value_heads == heads),
+        ("head_dim", config.head_dim, f"{config.hidden_size / heads:g}, `hidden_size` by `num_attention_heads`",
+         config.head_dim * heads == config.hidden_size),
+        ("prime_intermediate_size", config.prime_intermediate_size, f"{config.intermediate_size}, `intermediate_size`",
+         config.prime_intermediate_size == config.intermediate_size),
+        ("layer_types", sorted(set(config.layer_types)), "one type for all blocks", len(set(config.layer_types)) == 1),
+        ("rope_parameters", config.rope_parameters, "of rope_type 'default'", rope == "default"),
+        ("bos_token_id, eos_token_id", tokens, "one id each", all(isinstance(token, int) for token in tokens)),
+    ]  # fmt: skip
+    for name, value, need, holds in needed:
+        if not holds:
+            raise ValueError(f"`{name}` is {value}, but the official model needs {need}: it cannot hold this one.")
+
+
 def convert_parameters(parameters: Mapping[str, np.ndarray], config: TTTE2EConfig) -> dict[str, torch.Tensor]:
     """Official parameters (or gradients, or optimiser moments) under the names of `TTTE2EForCausalLM.state_dict()`.
 
@@ -113,43 +202,114 @@ def convert_parameters(parameters: Mapping[str, np.ndarray], config: TTTE2EConfi
     Raises:
         ValueError: naming the tensor that is missing, superfluous or of another shape than `config` says.
     """
-    expected = dict(expected_tensors(config))
-    missing, superfluous = sorted(expected.keys() - parameters.keys()), sorted(parameters.keys() - expected.keys())
+    check_shapes({name: np.shape(array) for name, array in parameters.items()}, config)
+    converted = {}
+    for official in expected_tensors(config):
+        whole = torch.from_numpy(np.array(parameters[official.name]))
+        slices = whole if official.stacked else [whole]
+        for target, one in zip(official.targets, slices, strict=True):
+            converted[target] = from_official(one.clone(), official.layout, config.head_dim)
+    return converted
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: TTTE2EConfig) -> None:
+    """Check that official tensors are those of a configuration.
+
+    Args:
+        shapes: of all tensors by their dotted official names.
+
+    Raises:
+        ValueError: naming the tensor that is missing, superfluous or of another shape than `config` says.
+    """
+    expected = {official.name: official.shape for official in expected_tensors(config)}
+    missing, superfluous = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
     if missing:
         raise ValueError(f"The parameters lack {missing}.")
     if superfluous:
         raise ValueError(f"The parameters hold {superfluous}, which this configuration has no place for.")
-    converted = {}
-    for name, (shape, targets, layout) in expected.items():
-        array = np.asarray(parameters[name])
-        if array.shape != shape:
-            raise ValueError(f"`{name}` has shape {array.shape}, but the configuration needs {shape}.")
-        stacked = array if len(targets) > 1 or name.startswith((BLOCKS, PRIME)) else array[None]
-        for target, one in zip(targets, stacked, strict=True):
-            converted[target] = torch.from_numpy(_relayout(one, layout, config.head_dim).copy())
-    return converted
+    for name, shape in expected.items():
+        if tuple(shapes[name]) != shape:
+            raise ValueError(f"`{name}` has shape {tuple(shapes[name])}, but the configuration needs {shape}.")
 
 
-def expected_tensors(config: TTTE2EConfig) -> Iterator[tuple[str, tuple[tuple[int, ...], list[str], str]]]:
-    """Every official tensor of a configuration: its name, its shape, the names it gets here (one per block), and its
-    layout (`plain`, `linear` or `rotated`)."""
+def sizes_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The fields of a configuration that the shapes of official tensors tell, as far as those tensors are there."""
+    places = {
+        "vocab_size": (ROOT + "model.wte.weight", 0),
+        "hidden_size": (ROOT + "model.wte.weight", 1),
+        "num_hidden_layers": (BLOCKS + "seq_norm.weight", 0),
+        "intermediate_size": (BLOCKS + "feed_forward.w1.weight", -1),
+        "head_dim": (BLOCKS + "seq_modeling_block.q_norm.weight", -1),
+        "num_suffix_layers": (PRIME + "ffn_prime_norm.weight", 0),
+        "prime_intermediate_size": (PRIME + "feed_forward_prime.w1.weight", -1),
+    }
+    return {field: shapes[name][axis] for field, (name, axis) in places.items() if shapes.get(name)}
+
+
+def expected_tensors(config: TTTE2EConfig) -> Iterator[OfficialTensor]:
+    """Every official tensor of a configuration; a tied head is none."""
     hidden, layers, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size
-    yield ROOT + "model.wte.weight", ((vocabulary, hidden), ["model.embed_tokens.weight"], "plain")
-    yield ROOT + "model.ln_f.weight", ((hidden,), ["model.norm.weight"], "plain")
+    yield OfficialTensor(ROOT + "model.wte.weight", (vocabulary, hidden), ["model.embed_tokens.weight"], "plain")
+    yield OfficialTensor(ROOT + "model.ln_f.weight", (hidden,), ["model.norm.weight"], "plain")
     if not config.tie_word_embeddings:
-        yield ROOT + "lm_head.weight", ((hidden, vocabulary), ["model.lm_head.weight"], "linear")
+        yield OfficialTensor(ROOT + "lm_head.weight", (hidden, vocabulary), ["model.lm_head.weight"], "linear")
     tensors = (
         BLOCK_TENSORS | (QK_NORM_TENSORS if config.qk_norm else {}) | (POST_NORM_TENSORS if config.post_norm else {})
     )
     for name, (target, layout) in tensors.items():
         targets = [f"model.layers.{index}.{target}" for index in range(layers)]
-        yield BLOCKS + name, ((layers, *_shape(name, config, config.intermediate_size)), targets, layout)
+        yield OfficialTensor(BLOCKS + name, (layers, *_shape(name, config, config.intermediate_size)), targets, layout)
     if config.use_prime_mlp and config.num_suffix_layers:
         tensors = PRIME_TENSORS | (PRIME_POST_NORM_TENSORS if config.post_norm else {})
         for name, (target, layout) in tensors.items():
             targets = [f"model.layers.{index}.{target}" for index in range(config.num_prefix_layers, layers)]
             shape = (config.num_suffix_layers, *_shape(name, config, config.prime_intermediate_size))
-            yield PRIME + name, (shape, targets, layout)
+            yield OfficialTensor(PRIME + name, shape, targets, layout)
+
+
+def empty_leaves(config: TTTE2EConfig) -> list[str]:
+    """Dotted names of the leaves that are None in the official tree of parameters: unused biases and placeholders."""
+    post_norms, prime = config.post_norm, config.use_prime_mlp and config.num_suffix_layers
+    leaves = ["step_index.init", ROOT + "model.ln_f.bias"]
+    leaves += [ROOT + "lm_head"] if config.tie_word_embeddings else []
+    norms = {"seq_norm": True, "ffn_norm": True, "seq_post_norm": post_norms, "ffn_post_norm": post_norms}
+    norms |= dict.fromkeys(("seq_modeling_block.q_norm", "seq_modeling_block.k_norm"), config.qk_norm)
+    leaves += [BLOCKS + (f"{norm}.bias" if used else norm) for norm, used in norms.items()]
+    # Suffix blocks take these from the storage below.
+    leaves += [BLOCKS + part for part in ("feed_forward_prime", "ffn_prime_norm", "ffn_prime_post_norm")]
+    if config.layer_types[0] == "sliding_attention":
+        leaves += [f"{BLOCKS}seq_modeling_block.{index}.init" for index in ("chunk_index", "kv_cache_index")]
+    if not prime:
+        return [*leaves, PRIME.rstrip(".")]
+    return [*leaves, PRIME + "ffn_prime_norm.bias", PRIME + "ffn_prime_post_norm" + (".bias" if post_norms else "")]
+
+
+def from_official(one: torch.Tensor, layout: str, head_dim: int) -> torch.Tensor:
+    """An official tensor, of one block, in the layout that it has here: contiguous, and a copy only where it changes.
+
+    Args:
+        one: a vector or a matrix, [in, out] if it is a linear weight.
+        layout: `plain`, `linear` or `rotated`.
+    """
+    matrix = one.mT if layout != "plain" and one.ndim == 2 else one
+    if layout == "rotated":
+        matrix = matrix.reshape(-1, head_dim, *matrix.shape[1:])[:, _half_split(head_dim)].reshape(matrix.shape)
+    return matrix.contiguous()
+
+
+def to_official(one: torch.Tensor, layout: str, head_dim: int) -> torch.Tensor:
+    """The inverse of `from_official`."""
+    matrix = one
+    if layout == "rotated":
+        order = _half_split(head_dim).argsort()
+        matrix = one.reshape(-1, head_dim, *one.shape[1:])[:, order].reshape(one.shape)
+    matrix = matrix.mT if layout != "plain" and one.ndim == 2 else matrix
+    return matrix.contiguous()
+
+
+def _half_split(head_dim: int) -> torch.Tensor:
+    """Interleaved pairs (0, 1), (2, 3), ... of a head become halves (0, 2, ...), (1, 3, ...)."""
+    return torch.cat([torch.arange(0, head_dim, 2), torch.arange(1, head_dim, 2)])
 
 
 def _shape(name: str, config: TTTE2EConfig, width: int) -> tuple[int, ...]:
@@ -167,14 +327,3 @@ def _shape(name: str, config: TTTE2EConfig, width: int) -> tuple[int, ...]:
         "w2": (width, hidden),
     }
     return shapes.get(name.split(".")[-2], (hidden,))
-
-
-def _relayout(array: np.ndarray, layout: str, head_dim: int) -> np.ndarray:
-    if layout == "plain":
-        return array
-    matrix = array.T if array.ndim == 2 else array
-    if layout == "linear":
-        return matrix
-    # Interleaved pairs (0, 1), (2, 3), ... of each head become halves (0, 2, ...), (1, 3, ...).
-    order = np.concatenate([np.arange(0, head_dim, 2), np.arange(1, head_dim, 2)])
-    return matrix.reshape(-1, head_dim, *matrix.shape[1:])[:, order].reshape(matrix.shape)

@@ -47,6 +47,26 @@ def written_whole(path: Path) -> Iterator[Path]:
     flush_to_disk(path.parent)
 
 
+@contextmanager
+def folder_written_whole(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` to write to, which takes its name when all of it is on the disk.
+
+    `path` may be an empty folder. After an exception it is as it was, and the temporary folder is gone.
+    """
+    path = path.absolute()
+    part = path.with_name(f".{path.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    part.mkdir(parents=True)
+    try:
+        yield part
+        for written in [*part.rglob("*"), part]:
+            flush_to_disk(written)
+        os.replace(part, path)
+        flush_to_disk(path.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def flush_to_disk(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk and no longer only in memory."""
     descriptor = os.open(path, os.O_RDONLY)

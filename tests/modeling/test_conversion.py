@@ -1,4 +1,4 @@
-"""The converter from the official layout: complete, strict, and a mere rearrangement of values."""
+"""The converter from and to the official layout: complete, strict, and a mere rearrangement of values."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,15 @@ import torch
 from safetensors.numpy import load_file
 
 from ttt_e2e import TTTE2EForCausalLM
-from ttt_e2e.convert_jax_checkpoint import config_from_official, convert_parameters, expected_tensors
+from ttt_e2e.convert_jax_checkpoint import (
+    config_from_official,
+    config_to_official,
+    convert_parameters,
+    empty_leaves,
+    expected_tensors,
+    sizes_of_shapes,
+    to_official,
+)
 
 from .helpers import small_config, small_model
 
@@ -31,9 +39,10 @@ def parameters(name: str) -> dict[str, np.ndarray]:
 def numbered(config) -> dict[str, np.ndarray]:
     """Official parameters in which no value occurs twice."""
     arrays, first = {}, 0
-    for name, (shape, _, _) in expected_tensors(config):
-        arrays[name] = np.arange(first, first + np.prod(shape), dtype=np.float64).reshape(shape)
-        first += arrays[name].size
+    for tensor in expected_tensors(config):
+        size = int(np.prod(tensor.shape))
+        arrays[tensor.name] = np.arange(first, first + size, dtype=np.float64).reshape(tensor.shape)
+        first += size
     return arrays
 
 
@@ -70,6 +79,71 @@ def test_settings_this_model_does_not_have_are_named(group, change, message):
     groups[group] |= change
     with pytest.raises(ValueError, match=message):
         config_from_official(groups["model"], groups["training"])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_configuration_survives_the_way_to_the_official_one_and_back(name):
+    groups = official(name)["config"]
+    config = config_from_official(groups["model"], groups["training"])
+    written = json.loads(json.dumps(config_to_official(config)))
+    same = written["model"].keys() - {"seq_len", "sliding_window_size"}
+    assert {field: written["model"][field] for field in same} == {field: groups["model"][field] for field in same}
+    if config.test_time_training:
+        assert written["training"]["spec_inner"] == groups["training"]["spec_inner"]
+    assert config_from_official(written["model"], written["training"]).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act.*gelu.*silu"),
+        ({"attention_bias": True}, "attention_bias.*True"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads.*2.*needs 4"),
+        ({"head_dim": 16}, "head_dim.*16.*needs 8"),
+        ({"prime_intermediate_size": 24}, "prime_intermediate_size.*24.*needs 48"),
+        ({"layer_types": ["full_attention", *["sliding_attention"] * 3]}, "layer_types.*one type"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_parameters.*default"),
+        ({"eos_token_id": [2, 3]}, r"eos_token_id.*\[2, 3\].*one id"),
+        ({"bos_token_id": None}, "bos_token_id.*None.*one id"),
+    ],
+)
+def test_settings_the_official_model_does_not_have_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_to_official(small_config(**changes))
+
+
+def test_the_tree_is_the_official_one_with_its_empty_leaves():
+    groups = official("micro_adamw_steps")["config"]
+    config = config_from_official(groups["model"], groups["training"])
+    metadata = json.loads((GOLDEN / "official_orbax_tiny" / "0" / "model_weights" / "_METADATA").read_text())
+    tree = {
+        ".".join(key["key"] for key in leaf["key_metadata"]): leaf["value_metadata"]["value_type"] == "None"
+        for leaf in metadata["tree_metadata"].values()
+    }
+    assert sorted(empty_leaves(config)) == sorted(name for name, empty in tree.items() if empty)
+    assert sorted(t.name for t in expected_tensors(config)) == sorted(name for name, empty in tree.items() if not empty)
+
+
+@pytest.mark.parametrize(
+    ("changes", "present", "absent"),
+    [
+        ({"tie_word_embeddings": False}, [], ["language_model.lm_head"]),
+        ({"layer_types": ["full_attention"] * 4}, [], ["seq_modeling_block.kv_cache_index.init"]),
+        ({"use_prime_mlp": False}, ["model.h.prime_storage"], ["prime_storage.ffn_prime_norm.bias"]),
+        ({"post_norm": False}, ["blocks.seq_post_norm", "prime_storage.ffn_prime_post_norm"], ["ffn_post_norm.bias"]),
+        ({"qk_norm": False}, ["seq_modeling_block.q_norm"], ["seq_modeling_block.q_norm.bias"]),
+    ],
+    ids=["untied", "full-attention", "no-prime", "no-post-norms", "no-qk-norms"],
+)
+def test_parts_that_a_model_lacks_are_empty_leaves(changes, present, absent):
+    config = small_config(**changes)
+    leaves = empty_leaves(config)
+    arrays = [tensor.name for tensor in expected_tensors(config)]
+    assert len(set(leaves)) == len(leaves)
+    assert all(any(leaf.endswith(name) for leaf in leaves) for name in present)
+    assert not any(leaf.endswith(name) for leaf in leaves for name in absent)
+    for leaf in leaves:
+        assert not any(array == leaf or array.startswith(f"{leaf}.") for array in arrays), "an array below a None"
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -126,6 +200,26 @@ def test_interleaved_pairs_become_halves():
     heads = converted["model.layers.1.self_attn.q_proj.weight"].view(config.num_attention_heads, config.head_dim, -1)
     official_heads = arrays[WQ][1].T.reshape(config.num_attention_heads, config.head_dim, -1)
     assert heads[:, half:].tolist() == official_heads[:, 1::2].tolist()
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False, "num_key_value_heads": 2}], ids=["", "grouped"])
+def test_the_way_back_gives_the_same_bits(changes):
+    config = small_config(**changes)
+    arrays = numbered(config)
+    converted = convert_parameters(arrays, config)
+    for tensor in expected_tensors(config):
+        back = [to_official(converted[target], tensor.layout, config.head_dim) for target in tensor.targets]
+        assert all(converted[target].shape == tensor.target_shape for target in tensor.targets)
+        expected = torch.from_numpy(arrays[tensor.name])
+        assert torch.equal(torch.stack(back) if tensor.stacked else back[0], expected), tensor.name
+
+
+def test_shapes_tell_the_sizes():
+    config = small_config(prime_intermediate_size=24)
+    sizes = sizes_of_shapes({tensor.name: tensor.shape for tensor in expected_tensors(config)})
+    assert len(sizes) == 7
+    assert sizes == {field: getattr(config, field) for field in sizes}
+    assert sizes_of_shapes({}) == {}
 
 
 def test_a_missing_tensor_is_named():

@@ -1,0 +1,174 @@
+"""`ttt-e2e convert transformer` and `ttt-e2e tune-inner-lr`: the first two steps of a warm start."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .train import DEFAULT_CACHE
+
+
+def transformer(
+    model: Annotated[str, typer.Option(help="A Llama, Mistral, Qwen2 or Qwen3: a folder, or an id of the Hub.")],
+    output: Annotated[Path, typer.Option(help="The new model's folder, new or empty.", file_okay=False)],
+    window: Annotated[
+        int | None,
+        typer.Option(help="sliding_window, in tokens. [default: the source's, where all its layers slide]"),
+    ] = None,
+    suffix: Annotated[
+        int | None, typer.Option(help="num_suffix_layers: blocks at the end that learn. [default: a quarter]")
+    ] = None,
+    mini_batch: Annotated[
+        int | None,
+        typer.Option(help="mini_batch_size: tokens of one inner step. [default: 1024, or the window if smaller]"),
+    ] = None,
+    prime_size: Annotated[
+        int | None,
+        typer.Option(help="prime_intermediate_size: width of the prime MLPs. [default: that of the others]"),
+    ] = None,
+    prime: Annotated[
+        bool, typer.Option("--prime/--no-prime", help="Add prime MLPs, or let the suffix's own MLPs learn.")
+    ] = True,
+    inner_lr: Annotated[float, typer.Option(help="inner_learning_rate; see ttt-e2e tune-inner-lr.")] = 1.0,
+    inner_clip: Annotated[float, typer.Option(help="inner_max_grad_norm: the inner gradient's largest norm.")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto (as saved), float32, bfloat16, float16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the prime MLPs' random weights.")] = 0,
+    max_shard_size: Annotated[
+        str, typer.Option(help="Of a file of weights; the memory that is needed follows it.")
+    ] = "5GB",
+) -> None:
+    """Make a TTT-E2E model from a pretrained transformer.
+
+    Before any training it computes what the transformer computes, as long as the window holds the text and learning is
+    off. Its prime MLPs add nothing yet, but can learn. Go on with `ttt-e2e tune-inner-lr`, then `ttt-e2e train --recipe
+    warm-start`.
+
+    In Python, for a model in memory: `ttt_e2e.convert_transformer.warm_started_model(source, settings)`.
+    """
+    from ..convert_transformer import WarmStartSettings
+    from ..training.warm_start import WarmStartRequest, prepare_warm_start, write_warm_start
+
+    settings = WarmStartSettings(
+        sliding_window=window,
+        num_suffix_layers=suffix,
+        mini_batch_size=mini_batch,
+        use_prime_mlp=prime,
+        prime_intermediate_size=prime_size,
+        inner_learning_rate=inner_lr,
+        inner_max_grad_norm=inner_clip,
+    )
+    try:
+        start = prepare_warm_start(WarmStartRequest(model, output, settings, dtype, seed, max_shard_size))
+        config = start.config
+        typer.echo(
+            f"{start.parameters:,} parameters, {start.new_parameters:,} of them new; {start.total_bytes / 2**20:,.0f} "
+            f"MiB. Window {config.sliding_window:,}, mini-batch {config.mini_batch_size:,}, the last "
+            f"{config.num_suffix_layers} of {config.num_hidden_layers} blocks learn."
+        )
+        write_warm_start(start)
+    except (ValueError, OSError, ImportError) as error:
+        raise typer.BadParameter(str(error)) from error
+    except KeyboardInterrupt:
+        typer.echo("Interrupted. Nothing was left behind.", err=True)
+        raise typer.Exit(130) from None
+    if start.tokenizer is None:
+        typer.echo("The source has no tokenizer: name one with --tokenizer from here on.")
+    typer.echo(
+        f"The model is in {output}. Choose its inner learning rate before you use it: ttt-e2e tune-inner-lr --model "
+        f"{output} --data ... --output ... --write"
+    )
+
+
+def tune_inner_lr(
+    model: Annotated[str, typer.Option(help="A saved model's folder, a run's, a checkpoint's, or an id of the Hub.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="A text file, a folder, .jsonl or .parquet files, the name of a data set, or standard-library."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Folder of the results: new, or of the same sweep, which it adds to.", file_okay=False)
+    ],
+    learning_rates: Annotated[
+        str, typer.Option(help="Inner learning rates to try; learning off is always measured.")
+    ] = "0.001,0.003,0.01,0.03,0.1,0.3,1,3",
+    mini_batches: Annotated[
+        str | None, typer.Option(help="Mini-batch sizes to try, as 512,1024. [default: the model's]")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of each document. [default: 8 of the largest mini-batches]")
+    ] = None,
+    documents: Annotated[int, typer.Option(help="Documents that are read, of those that are long enough.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Documents side by side; changes only speed and memory.")] = 1,
+    write: Annotated[
+        bool, typer.Option("--write", help="Write the best into the model's config.json, where it beats learning off.")
+    ] = False,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A folder or an id of the Hub, for a model that has none of its own.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto (as saved), float32, bfloat16, float16.")] = "auto",
+    split: Annotated[str, typer.Option(help="Of a data set.")] = "train",
+    text_column: Annotated[str, typer.Option(help="Of the records of --data.")] = "text",
+    cache: Annotated[Path, typer.Option(help="Where prepared data is kept.", file_okay=False)] = DEFAULT_CACHE,
+) -> None:
+    """Choose a model's inner learning rate by measurement: its loss on your text, for a grid of them.
+
+    A model that was not meta-trained needs another one than the papers' models. Measure after `ttt-e2e convert
+    transformer`, and again on checkpoints while it is trained. The same command goes on after an interruption.
+
+    Written to the folder: `results.jsonl`, `results.md`, `results.png`, `results.svg`, `best.json`.
+    """
+    from rich.console import Console
+
+    from ..evaluation.inner_learning_rate import SweepRequest, measure_sweep, prepare_sweep, write_sweep
+
+    try:
+        request = SweepRequest(
+            model=model,
+            data=data,
+            output=output,
+            cache=cache,
+            learning_rates=parse_numbers(learning_rates, "--learning-rates", float),
+            mini_batch_sizes=[] if mini_batches is None else parse_numbers(mini_batches, "--mini-batches", int),
+            length=length,
+            documents=documents,
+            batch_size=batch_size,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            text_column=text_column,
+            split=split,
+            write=write,
+        )
+        sweep = prepare_sweep(request)
+        typer.echo(f"{len(sweep.data.documents)} documents of {sweep.length:,} tokens ({documents} were asked for)")
+        if not measure_sweep(sweep):
+            typer.echo("All points were measured before; nothing was measured again.")
+        verdict, table, files = write_sweep(sweep)
+    except (ValueError, OSError, ImportError) as error:
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        raise typer.BadParameter(f"{error}{notes}") from error
+    except KeyboardInterrupt:
+        typer.echo("Interrupted. The same command goes on after the last point that was measured.", err=True)
+        raise typer.Exit(130) from None
+    Console().print(table.rich())
+    for line in verdict.lines():
+        typer.echo(line)
+    if write and not verdict.helps:
+        typer.echo("config.json was left as it is.")
+    typer.echo(f"Look at {', '.join(map(str, files))}; the numbers are in {sweep.results.path}.")
+
+
+def parse_numbers(text: str, option: str, kind: type) -> list:
+    """Numbers from "0.1,1".
+
+    Args:
+        kind: int or float.
+
+    Raises:
+        ValueError: a part is no such number.
+    """
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option} {text!r}: give numbers with commas between them ({error})") from error

@@ -1,0 +1,254 @@
+"""A folder for the Hub from a saved model: it works for someone who has never heard of this package.
+
+It holds the weights (safetensors), configuration and generation settings, the tokenizer, a card, and the code that runs
+the model, so that `from_pretrained(..., trust_remote_code=True)` needs nothing but transformers.
+"""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from ..training.disk import check_disk_space, folder_written_whole
+from ..training.models import ModelSource, find_model
+from ..training.record import check_output
+from ..training.tokenizer import load_tokenizer
+from .card import ModelCardContents, write_model_card
+from .history import training_history
+from .measured import MeasuredResults, model_identities, read_results
+
+PACKAGE = __package__.partition(".")[0]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ROOM_FOR_SMALL_FILES = 2**25  # tokenizer, code and card
+# The end of the exported file of a language model: what `import ttt_e2e` does by itself.
+LISTING = """
+
+# Trainer's label smoothing shifts the labels of those language models only whose class is listed here.
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
+
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("{model_type}", "{class_name}")
+"""
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What to export, and where to.
+
+    Attributes:
+        model: a folder with a saved model and its tokenizer, or the folder of a run of `ttt-e2e train`.
+        output: the Hub folder, new or empty.
+        dtype: of the weights, "float32" or "bfloat16"; None as they were saved.
+        results: folders that `ttt-e2e evaluate` has written, each "FOLDER" or "DATA=FOLDER", where DATA says what was
+            read.
+        name: title of the card; None for the folder's name.
+        license: of the weights, an identifier of the Hub such as "apache-2.0"; None leaves it out of the card.
+    """
+
+    model: str
+    output: Path
+    dtype: str | None = None
+    results: Sequence[str] = ()
+    name: str | None = None
+    license: str | None = None
+
+
+@dataclass(frozen=True)
+class Export:
+    """A request that has been checked.
+
+    Attributes:
+        folder: of the saved model.
+        classes: the model's classes by the Auto class that finds them: "AutoConfig", "AutoModel" and
+            "AutoModelForCausalLM".
+        dtype: of the exported weights.
+    """
+
+    request: ExportRequest
+    folder: Path
+    classes: dict[str, type]
+    dtype: torch.dtype
+    tokenizer: PreTrainedTokenizerBase
+    results: list[MeasuredResults]
+
+
+def prepare_export(request: ExportRequest) -> Export:
+    """Check a request; nothing is written and no weight is read, except to recognise the model of given results.
+
+    Raises:
+        ValueError, OSError: the folder holds no model of this package with its tokenizer, the output is not empty or
+            its disk too small, or results are of another model.
+    """
+    if request.dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype={request.dtype!r}: choose one of {', '.join(DTYPES)}, or leave it out (as saved)")
+    source = find_saved_model(request.model)
+    classes = auto_classes(source)
+    folder = Path(source.folder)
+    check_output(request.output, resume=False)
+    tokenizer = find_tokenizer(folder, source.fields["vocab_size"])
+    check_generation_settings(folder)
+    saved_dtype = getattr(torch, source.fields.get("dtype") or "float32")
+    dtype = DTYPES.get(request.dtype, saved_dtype)
+    weights = sum(path.stat().st_size for path in weight_files(folder))
+    needed = int(weights * max(1, dtype.itemsize / saved_dtype.itemsize)) + ROOM_FOR_SMALL_FILES
+    check_disk_space(request.output, needed, "the exported model")
+    results = [read_results(text, saved_dtype) for text in request.results]
+    if results:
+        identities = model_identities(folder, tokenizer)
+        results = [measured.of_model(identities, folder) for measured in results]
+    return Export(request, folder, classes, dtype, tokenizer, results)
+
+
+def write_export(export: Export) -> Path:
+    """Write the Hub folder; it appears whole or not at all.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: weights are missing or not finite.
+        OSError: the folder cannot be written.
+    """
+    with folder_written_whole(export.request.output) as part:
+        model = load_whole(export.folder, export.dtype)
+        entries = {name: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for name, cls in export.classes.items()}
+        model.config.auto_map = entries
+        model.save_pretrained(part)
+        export.tokenizer.save_pretrained(part)
+        write_code(part, export.classes)
+        write_model_card(part, card_contents(export, model))
+    return export.request.output
+
+
+def find_saved_model(model: str) -> ModelSource:
+    """The model of a folder.
+
+    Raises:
+        ValueError: there is no such folder, or no whole model in it.
+    """
+    if not Path(model).expanduser().is_dir():
+        raise ValueError(
+            f"model={model!r}: there is no such folder; name one that save_pretrained or ttt-e2e train has written"
+        )
+    source = find_model(str(Path(model).expanduser().absolute()))  # absolute: never taken for a preset
+    if not weight_files(Path(source.folder)):
+        raise ValueError(f"model={model!r}: there are no weights in it (*.safetensors); save the model again")
+    return source
+
+
+def weight_files(folder: Path) -> list[Path]:
+    return [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+
+
+def auto_classes(source: ModelSource) -> dict[str, type]:
+    """The classes of a model by the Auto class that finds them.
+
+    Raises:
+        ValueError: the model is not one of this package.
+    """
+    config_class = source.config_class
+    language_model = MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None)
+    if language_model is None or language_model.__module__.partition(".")[0] != PACKAGE:
+        raise ValueError(
+            f"model={source.folder!r} is a {config_class.model_type!r} model, which is not one of this package; upload "
+            "it with its own library (`push_to_hub` of transformers)"
+        )
+    return {
+        "AutoConfig": config_class,
+        "AutoModel": MODEL_MAPPING[config_class],
+        "AutoModelForCausalLM": language_model,
+    }
+
+
+def code_files(classes: Sequence[type]) -> list[Path]:
+    """The source files that classes need: their own, and those that these import, found as transformers finds them."""
+    entries = {Path(sys.modules[cls.__module__].__file__) for cls in classes}
+    return sorted(entries | {Path(needed) for entry in entries for needed in get_relative_import_files(entry)})
+
+
+def write_code(folder: Path, classes: dict[str, type]) -> None:
+    """Write the source files that the classes need; the language model's own one lists it with transformers."""
+    for path in code_files(classes.values()):
+        shutil.copyfile(path, folder / path.name)
+    language_model, model_type = classes["AutoModelForCausalLM"], classes["AutoConfig"].model_type
+    with (folder / Path(sys.modules[language_model.__module__].__file__).name).open("a", encoding="utf-8") as file:
+        file.write(LISTING.format(model_type=model_type, class_name=language_model.__name__))
+
+
+def find_tokenizer(folder: Path, vocabulary_size: int) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model, padding on the left, where a language model that writes needs it.
+
+    Raises:
+        ValueError: there is none, or it has ids that the model does not know.
+    """
+    try:
+        tokenizer = load_tokenizer(folder)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"model={str(folder)!r}: there is no tokenizer in it, and without one nobody can use the model; save it "
+            "there with tokenizer.save_pretrained"
+        ) from error
+    if len(tokenizer) > vocabulary_size:
+        raise ValueError(
+            f"model={str(folder)!r}: its tokenizer has {len(tokenizer)} tokens, but the model knows only "
+            f"{vocabulary_size}; save the tokenizer that it was trained with"
+        )
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def check_generation_settings(folder: Path) -> None:
+    """Check that transformers will save the generation settings of a model again.
+
+    Raises:
+        ValueError: they contradict themselves.
+    """
+    if (folder / "generation_config.json").is_file():
+        try:
+            GenerationConfig.from_pretrained(folder).validate(strict=True)
+        except ValueError as error:
+            raise ValueError(f"{folder / 'generation_config.json'}: repair it first ({error})") from error
+
+
+def load_whole(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a folder.
+
+    Raises:
+        ValueError: a weight is missing, or is not finite.
+    """
+    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(f"model={str(folder)!r}: {missing[0]} is missing from its weights; save the model again")
+    for name, weight in model.state_dict().items():
+        if not weight.isfinite().all():
+            raise ValueError(f"model={str(folder)!r}: {name} has values that are not finite; export another checkpoint")
+    return model
+
+
+def card_contents(export: Export, model: PreTrainedModel) -> ModelCardContents:
+    """What the card says about an exported model."""
+    request = export.request
+    folder = export.folder.parent if export.folder.name == "model" else export.folder
+    return ModelCardContents(
+        name=request.name or folder.name,
+        config=model.config,
+        parameters=model.num_parameters(),
+        dtype=export.dtype,
+        has_code=True,
+        training=training_history(export.folder, model.config),
+        results=[measured.section(export.dtype) for measured in export.results],
+        eval_results=[entry for measured in export.results for entry in measured.entries()],
+        license=request.license,
+    )

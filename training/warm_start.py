@@ -1,0 +1,298 @@
+"""A warm start on the disk: from the folder of a pretrained transformer to the folder of a TTT-E2E model.
+
+Tensors are read one by one and written shard by shard, so that memory holds one shard of the new model at most. The
+new folder appears when it is complete: until then it has a temporary name beside it.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from huggingface_hub import StateDictSplit, snapshot_download, split_state_dict_into_shards_factory
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from .. import TTTE2EConfig
+from ..convert_transformer import (
+    EMBEDDINGS,
+    HEAD,
+    TensorPlan,
+    WarmStartSettings,
+    check_supported,
+    config_from_transformer,
+    new_tensor,
+    plan_tensors,
+)
+from .disk import check_disk_space, folder_written_whole
+from .record import check_output
+from .sources import looks_like_path
+from .tokenizer import load_tokenizer
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SAVED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+WEIGHTS, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
+SHARDS = "model{suffix}.safetensors"
+# A tokenizer that was changed by saving would cut one of these into other tokens.
+PROBES = ("The old mill, 1853:\n\n  naïve façade — 水车.", " leading and trailing ", "")
+# What is fetched of a model on the Hub: weights, configuration, and every kind of tokenizer.
+DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+
+
+@dataclass(frozen=True)
+class WarmStartRequest:
+    """What to convert, how, and where to.
+
+    Attributes:
+        model: a folder that `save_pretrained` has written, or an id of the Hub.
+        output: the new folder; must not exist, or be empty.
+        settings: of the new model.
+        dtype: of all tensors, a key of `DTYPES`; "auto" leaves each as it is.
+        seed: of the prime MLPs' random weights.
+        max_shard_size: of a file of weights, in bytes or as "5GB"; also bounds the memory that is used.
+    """
+
+    model: str
+    output: Path
+    settings: WarmStartSettings
+    dtype: str = "auto"
+    seed: int = 0
+    max_shard_size: int | str = "5GB"
+
+
+@dataclass(frozen=True)
+class SourceWeights:
+    """The tensors of a folder, not read yet: by name their file, shape and dtype."""
+
+    files: Mapping[str, Path]
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU."""
+        with safe_open(self.files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """A request that has been checked; nothing is written yet.
+
+    Attributes:
+        config: of the new model.
+        plans: its tensors; weights: those of the source.
+        folder: of the source; tokenizer: its tokenizer, None where there is none.
+    """
+
+    request: WarmStartRequest
+    config: TTTE2EConfig
+    plans: list[TensorPlan]
+    weights: SourceWeights
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase | None
+
+    @property
+    def parameters(self) -> int:
+        """Of the new model, a tied head counted once."""
+        return sum(prod(plan.shape) for plan in self.plans)
+
+    @property
+    def new_parameters(self) -> int:
+        """Those that the source does not have."""
+        return sum(prod(plan.shape) for plan in self.plans if plan.source is None)
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all weights on the disk."""
+        return sum(self.bytes_of(plan) for plan in self.plans)
+
+    def dtype_of(self, plan: TensorPlan) -> torch.dtype:
+        """In which a tensor is written; a new one like the embeddings."""
+        return DTYPES[self.request.dtype] or self.weights.dtypes[plan.source or EMBEDDINGS]
+
+    def bytes_of(self, plan: TensorPlan) -> int:
+        """Of one tensor on the disk."""
+        return prod(plan.shape) * self.dtype_of(plan).itemsize
+
+    def shards(self) -> StateDictSplit:
+        """Which file holds which tensors.
+
+        Raises:
+            ValueError: `max_shard_size` is no size.
+        """
+        return split_state_dict_into_shards_factory(
+            {plan.name: plan for plan in self.plans},
+            get_storage_size=self.bytes_of,
+            filename_pattern=SHARDS,
+            max_shard_size=self.request.max_shard_size,
+        )
+
+
+def prepare_warm_start(request: WarmStartRequest) -> WarmStart:
+    """Check a request against its source, tensor by tensor, and the disk. A model on the Hub is downloaded.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or a file of it is missing.
+        ValueError: the source cannot be converted, `settings` do not fit it, or `output` is not empty.
+        OSError: a model of the Hub cannot be fetched, or the disk has no room.
+    """
+    if request.dtype not in DTYPES:
+        raise ValueError(f"dtype={request.dtype!r}: choose one of {', '.join(DTYPES)}")
+    check_output(request.output, resume=False)
+    source = source_config(request.model)
+    config = config_from_transformer(source, request.settings)
+    folder = Path(request.model).expanduser()
+    if not folder.is_dir():
+        folder = Path(snapshot_download(request.model, allow_patterns=DOWNLOADED))
+    weights = source_weights(folder)
+    if config.tie_word_embeddings and _has_own_head(weights):
+        config.tie_word_embeddings = False
+    plans = plan_tensors(config, source.model_type, weights.shapes)
+    try:
+        tokenizer = load_tokenizer(folder)
+    except FileNotFoundError:
+        tokenizer = None
+    start = WarmStart(request, config, plans, weights, folder, tokenizer)
+    try:
+        start.shards()
+    except ValueError as error:
+        raise ValueError(f"max_shard_size={request.max_shard_size!r}: {error}; give it as in 5GB") from error
+    check_disk_space(request.output, start.total_bytes, "the converted model")
+    return start
+
+
+def write_warm_start(start: WarmStart) -> None:
+    """Write the new model with its configuration, generation configuration and tokenizer; whole or not at all.
+
+    Raises:
+        ValueError: the tokenizer would be another one when it is loaded beside the new model; a tensor has values that
+            are not finite, in the source or in the new dtype.
+        OSError: something cannot be written.
+    """
+    with folder_written_whole(start.request.output.expanduser()) as part:
+        start.config.architectures = ["TTTE2EForCausalLM"]
+        start.config.dtype = DTYPES[start.request.dtype] or start.weights.dtypes[EMBEDDINGS]
+        start.config.save_pretrained(part)
+        if (start.folder / GENERATION).is_file():
+            shutil.copyfile(start.folder / GENERATION, part / GENERATION)
+        if start.tokenizer is not None:
+            _write_tokenizer(start.tokenizer, part)
+        _write_weights(start, part)
+
+
+def source_config(model: str) -> PreTrainedConfig:
+    """The configuration of a source.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no config.json in it.
+        ValueError: another architecture, or quantised weights.
+        OSError: it cannot be fetched from the Hub.
+    """
+    folder = Path(model).expanduser()
+    if not folder.exists() and looks_like_path(model):
+        raise FileNotFoundError(f"model={model!r}: there is no such folder; correct the path, or give an id of the Hub")
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"model={model!r}: no config.json in it; name a folder that save_pretrained has written, or an id of the "
+            "Hub"
+        )
+    where = folder if folder.exists() else model
+    check_supported(PreTrainedConfig.get_config_dict(where)[0])
+    try:
+        return AutoConfig.from_pretrained(where)
+    except (StrictDataclassError, KeyError, TypeError) as error:
+        raise ValueError(f"model={model!r}: its config.json cannot be read ({error})") from error
+
+
+def source_weights(folder: Path) -> SourceWeights:
+    """What the safetensors files of a folder hold; reads their headers only.
+
+    Raises:
+        FileNotFoundError: there are none, or one that the index names is missing.
+        ValueError: a file is damaged, or holds something other than floating-point numbers.
+    """
+    if (folder / WEIGHTS).is_file():
+        files = [folder / WEIGHTS]
+    elif (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        files = sorted({folder / name for name in index["weight_map"].values()})
+    else:
+        raise FileNotFoundError(
+            f"model={str(folder)!r}: no weights in it ({WEIGHTS} or {INDEX}); other formats become safetensors when "
+            "the model is loaded with AutoModelForCausalLM and saved again"
+        )
+    places, shapes, dtypes = {}, {}, {}
+    for path in files:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing, but {INDEX} names it; fetch the model again")
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                    part = tensors.get_slice(name)
+                    places[name], shapes[name] = path, tuple(part.get_shape())
+                    dtypes[name] = _saved_dtype(name, part.get_dtype())
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); fetch or save the model again") from error
+    return SourceWeights(places, shapes, dtypes)
+
+
+def _saved_dtype(name: str, dtype: str) -> torch.dtype:
+    if dtype not in SAVED_DTYPES:
+        raise ValueError(
+            f"{name} is saved as {dtype}: quantised weights cannot be trained on; take the model that they were made "
+            f"from ({', '.join(SAVED_DTYPES)})"
+        )
+    return SAVED_DTYPES[dtype]
+
+
+def _has_own_head(weights: SourceWeights) -> bool:
+    """Whether the files hold a head that differs from the embeddings, which transformers then does not tie to them."""
+    if not {HEAD, EMBEDDINGS} <= weights.files.keys():
+        return False
+    return not torch.equal(weights.read(HEAD), weights.read(EMBEDDINGS))
+
+
+def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer beside the new config.json, which decides with it what class loads it."""
+    tokenizer.save_pretrained(folder)
+    loaded = load_tokenizer(folder)
+    same = loaded.get_vocab() == tokenizer.get_vocab() and loaded.all_special_tokens == tokenizer.all_special_tokens
+    if not same or any(loaded(text).input_ids != tokenizer(text).input_ids for text in PROBES):
+        raise ValueError(
+            f"tokenizer: saved beside the new model, the source's {type(tokenizer).__name__} is loaded as a different "
+            f"{type(loaded).__name__}; take the tokenizer's files out of the source's folder, and name the tokenizer "
+            "with --tokenizer later on"
+        )
+
+
+def _write_weights(start: WarmStart, folder: Path) -> None:
+    plans, split = {plan.name: plan for plan in start.plans}, start.shards()
+    with tqdm(total=start.total_bytes, desc="Converting", unit="B", unit_scale=True) as progress:
+        for file, names in split.filename_to_tensors.items():
+            tensors = {}
+            for name in names:
+                tensors[name] = _tensor(start, plans[name])
+                progress.update(start.bytes_of(plans[name]))
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _tensor(start: WarmStart, plan: TensorPlan) -> torch.Tensor:
+    dtype = start.dtype_of(plan)
+    if plan.source is None:
+        return new_tensor(plan, start.config, dtype, start.request.seed)
+    tensor = start.weights.read(plan.source).to(dtype).contiguous()
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(
+            f"{plan.source}: it has values that are not finite as {dtype}; the source is damaged, or needs a wider "
+            "dtype"
+        )
+    return tensor
