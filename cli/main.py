@@ -5,6 +5,8 @@ from importlib.metadata import version
 import typer
 
 from .bench import bench
+from .chat import chat
+from .contexts import generate, read
 from .convert import convert
 from .demo import demo
 from .export import export
@@ -13,6 +15,7 @@ from .measure import measure
 from .merge import merge
 from .presets import presets
 from .reproduce import reproduce
+from .serve import serve
 from .train import train
 from .warm_start import transformer, tune_inner_lr
 
@@ -25,17 +28,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+convert.command()(transformer)
 app.command()(demo)
 app.command()(train)
-app.command()(reproduce)
 app.command("evaluate")(measure)
-app.command("lm-eval", context_settings=PASS_THROUGH)(lm_eval)
-app.command()(presets)
-app.command()(merge)
-convert.command()(transformer)
+app.command()(reproduce)
+app.command()(generate)
+app.command()(read)
+app.command()(chat)
+app.command()(serve)
 app.add_typer(convert, name="convert")
 app.command("tune-inner-lr")(tune_inner_lr)
 app.command()(export)
+app.command()(merge)
+app.command()(presets)
+app.command("lm-eval", context_settings=PASS_THROUGH)(lm_eval)
 app.command()(bench)
 
 

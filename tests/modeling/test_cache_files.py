@@ -112,6 +112,15 @@ def assert_identical(cache, other):
             assert torch.equal(getattr(left.pending, name), getattr(right.pending, name))
 
 
+def test_a_fork_can_be_saved_before_it_reads_on(model, cache, tmp_path):
+    cache.fork().save_pretrained(tmp_path / "fork")
+    ids = random_ids(2, 5, seed=1)
+    loaded = TTTE2ECache.from_pretrained(tmp_path / "fork", model=model)
+    with torch.no_grad():
+        logits = model(ids, past_key_values=loaded).logits
+        torch.testing.assert_close(logits, model(ids, past_key_values=cache).logits)
+
+
 def test_another_copy_of_the_model_answers_the_same(model, cache, folder, tmp_path):
     """Read on one machine, answer on another: the model comes from its own saved folder."""
     model.save_pretrained(tmp_path / "model")

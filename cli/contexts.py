@@ -1,0 +1,163 @@
+"""`ttt-e2e read` and `ttt-e2e generate`: read documents once, keep what was learned, and write on from it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelOption = Annotated[
+    str, typer.Option(help="A saved model's folder, the folder of a run of `ttt-e2e train`, or an id of the Hub.")
+]
+DtypeOption = Annotated[
+    str, typer.Option(help="Of the weights: auto (as saved), float32, bfloat16, float16. Contexts belong to one.")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="As torch names it. [default: CUDA where there is one]")]
+LearnFromOption = Annotated[
+    str, typer.Option(help="context: learn from all that is read and written; prompt: only from what is read; none.")
+]
+TemperatureOption = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
+TopPOption = Annotated[float, typer.Option(help="Sample among the likeliest tokens that share this probability.")]
+SeedOption = Annotated[int | None, typer.Option(help="Of sampling: the same seed writes the same text.")]
+
+
+def read(
+    model: ModelOption,
+    documents: Annotated[
+        list[Path],
+        typer.Option("--document", help="A text file (UTF-8), of any length. Several are read one after the other."),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the learned context; new or empty.", file_okay=False)],
+    context: Annotated[
+        Path | None, typer.Option(help="A learned context to read on from; it stays as it is.", file_okay=False)
+    ] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
+) -> None:
+    """Read documents once and keep what was learned as a folder.
+
+    Try it: `ttt-e2e read --model runs/tiny --document book.txt --output book.context`
+
+    The folder's size does not depend on how much was read. `ttt-e2e generate`, `ttt-e2e chat` and `ttt-e2e serve` go on
+    from it, with the same model; in Python `TTTE2ECache.from_pretrained(folder, model)` does.
+    """
+    import time
+
+    from ..serving import (
+        StoredContext,
+        document_text,
+        load_text_model,
+        open_context,
+        read_documents,
+        text_tokens,
+        write_context,
+    )
+    from ..training.record import check_output
+
+    try:
+        check_output(output, resume=False)
+        texts = [(path.name, document_text(path)) for path in documents]
+        text_model = load_text_model(model, dtype=dtype, device=device)
+        start = StoredContext.new(text_model.model) if context is None else open_context(context, text_model.model)
+        tokens = [(name, text_tokens(text, text_model.tokenizer, begin=True)) for name, text in texts]
+        started = time.perf_counter()
+        learned = read_documents(text_model, start, tokens)
+        seconds = time.perf_counter() - started
+        write_context(output, learned)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; nothing was written.", err=True)
+        raise typer.Exit(130) from None
+    count = learned.tokens - start.tokens
+    before = f" after {start.tokens:,} read before" if start.tokens else ""
+    typer.echo(f"{output}: {count:,} tokens{before}, {count / seconds:,.0f} a second; {learned.cache.nbytes:,} bytes.")
+
+
+def generate(
+    model: ModelOption,
+    prompt: Annotated[str | None, typer.Option(help="The text to write on from.")] = None,
+    prompt_file: Annotated[
+        typer.FileText | None, typer.Option(help="A file (UTF-8) with it, or - for standard input.", encoding="utf-8")
+    ] = None,
+    context: Annotated[
+        Path | None,
+        typer.Option(help="A learned context that the prompt follows; it stays as it is.", file_okay=False),
+    ] = None,
+    save_context: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the learned context after all that was read and written.", file_okay=False),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest text that is written.", min=1)] = 256,
+    temperature: TemperatureOption = 0.7,
+    top_p: TopPOption = 0.95,
+    seed: SeedOption = None,
+    learn_from: LearnFromOption = "context",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
+) -> None:
+    """Write on from a prompt, after a learned context if wanted; the text appears as it is written.
+
+    Try it: `ttt-e2e generate --model runs/tiny --context book.context --prompt "In the last chapter"`
+    """
+    from dataclasses import replace
+
+    from transformers import TextStreamer, set_seed
+
+    from ..serving import (
+        ReadDocument,
+        StoredContext,
+        load_text_model,
+        open_context,
+        text_tokens,
+        write,
+        write_context,
+        writing_arguments,
+    )
+    from ..training.record import check_output
+
+    try:
+        text = given_prompt(prompt, prompt_file)
+        arguments = writing_arguments(temperature, top_p, learn_from)
+        if save_context is not None:
+            check_output(save_context, resume=False)
+        text_model = load_text_model(model, dtype=dtype, device=device)
+        start = StoredContext.new(text_model.model) if context is None else open_context(context, text_model.model)
+        ids = text_tokens(text, text_model.tokenizer, begin=start.tokens == 0).tolist()
+        if seed is not None:
+            set_seed(seed)
+        streamer = TextStreamer(text_model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        after = start.fork()
+        written = write(
+            text_model.model,
+            ids,
+            after.cache,
+            streamer=streamer,
+            max_new_tokens=max_new_tokens,
+            **arguments,
+        )
+        if save_context is not None:
+            document = ReadDocument("prompt and what was written", len(ids) + len(written))
+            write_context(save_context, replace(after, documents=(*after.documents, document), answer_end=None))
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    except KeyboardInterrupt:
+        typer.echo("\nInterrupted." + ("" if save_context is None else " No context was saved."), err=True)
+        raise typer.Exit(130) from None
+
+
+def given_prompt(prompt: str | None, file: typer.FileText | None) -> str:
+    """The prompt, from one place.
+
+    Raises:
+        ValueError: given twice or not at all, not text, or empty.
+    """
+    if (prompt is None) == (file is None):
+        raise ValueError("Give either --prompt or --prompt-file")
+    name = "--prompt" if file is None else f"--prompt-file {file.name}"
+    try:
+        text = prompt if file is None else file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text ({error}); convert it") from error
+    if not text:
+        raise ValueError(f"{name} is empty: give a text to write on from")
+    return text

@@ -1,0 +1,72 @@
+"""`ttt-e2e serve`: a server with OpenAI's API, whose requests can go on from learned contexts."""
+
+import socket
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .contexts import DeviceOption, DtypeOption, ModelOption
+
+MEBIBYTE = 2**20
+
+
+def serve(
+    model: ModelOption,
+    contexts: Annotated[
+        Path | None,
+        typer.Option(help="Folder with learned contexts (of `ttt-e2e read`), which requests name.", file_okay=False),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What clients call the model. [default: its folder's name]")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    largest_request: Annotated[int, typer.Option(metavar="MIB", help="Longer requests are refused.", min=1)] = 4,
+    contexts_in_memory: Annotated[int, typer.Option(help="The last used ones stay loaded.", min=1)] = 4,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
+) -> None:
+    """Serve a model to OpenAI's clients: `/v1/completions`, `/v1/chat/completions` and `/v1/models`.
+
+    Try it: `ttt-e2e serve --model runs/tiny --contexts contexts`
+
+    A request goes on from the learned context `book` (the folder contexts/book) when it names the model
+    `tiny:book`, or with the field `context`: `client.completions.create(model="tiny", prompt="...",
+    extra_body={"context": "book"})`. The field `learn_from` is that of `generate`. Requests never change a context, and
+    are worked on one after the other. There is no password: do not open the port to a network that you do not trust.
+    """
+    try:
+        uvicorn = import_module("uvicorn")
+        server_module = import_module("..serving.server", __package__)
+    except ImportError as error:
+        raise typer.BadParameter(
+            f"The server needs further packages ({error}); install them: pip install 'ttt-e2e[serve]'"
+        ) from error
+    from ..evaluation.subject import default_label
+    from ..serving import ContextFolder, load_text_model
+
+    try:
+        with bound_socket(host, port) as listening:
+            text_model = load_text_model(model, dtype=dtype, device=device)
+            named = ContextFolder(contexts, text_model.model, kept=contexts_in_memory)
+            name = name or default_label(str(Path(model).resolve()) if Path(model).is_dir() else model, None)
+            app = server_module.build_app(name, text_model, named, largest_request * MEBIBYTE)
+            host, port = listening.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            typer.echo(f"{name} with {len(named.names())} learned contexts at http://{shown}:{port}/v1 (Ctrl-C ends)")
+            uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket that listens, before the model is loaded.
+
+    Raises:
+        OSError: the port is in use, or the host is none of this machine's.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise OSError(f"--host {host} --port {port}: cannot listen there ({error}); choose another port") from error

@@ -1,0 +1,162 @@
+"""A conversation with a model that keeps learning over the turns, without a terminal."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from .contexts import ReadDocument, StoredContext, write_context
+from .models import TextModel
+from .writing import write
+
+# Turns of a model that was never taught any, as a text; an answer ends with its paragraph.
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'].capitalize() }}: {{ message['content'] }}\n\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+PLAIN_END = "\n\n"
+CONVERSATION = "conversation"
+QUESTION, ANSWER = "<question of no conversation>", "<answer of no conversation>"
+# Longer than what any template puts behind an answer and the model may have written itself.
+END_CHARACTERS = 64
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One turn.
+
+    Attributes:
+        text: the answer, without special tokens.
+        read: the ids of the turn that stand before the answer.
+        written: the ids of the answer, an end token included.
+    """
+
+    text: str
+    read: tuple[int, ...]
+    written: tuple[int, ...]
+
+
+class Turns:
+    """The ids around the messages, by the tokenizer's chat template or, where it has none, as plain text.
+
+    A turn depends on its message and on how the answer before it ended, on nothing else.
+
+    Attributes:
+        is_plain: the tokenizer has no chat template.
+
+    Raises:
+        ValueError: the template cannot say what stands between an answer and the next message.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.is_plain = tokenizer.chat_template is None
+        self.template = PLAIN_TEMPLATE if self.is_plain else None
+        self.first(QUESTION, begin=True), self.following(QUESTION, "")
+
+    def first(self, message: str, begin: bool) -> list[int]:
+        """The first turn; `begin`: nothing was read before it."""
+        text = self._render([{"role": "user", "content": message}])
+        if not begin and self.tokenizer.bos_token is not None:
+            text = text.removeprefix(self.tokenizer.bos_token)
+        return self._ids(text)
+
+    def following(self, message: str, answer_end: str) -> list[int]:
+        """A later turn: the end of the answer before it, as far as the model has not written it, and the message."""
+        roles = (("user", QUESTION), ("assistant", ANSWER), ("user", message))
+        text = self._render([{"role": role, "content": content} for role, content in roles])
+        _, found, text = text.partition(ANSWER)
+        if not found:
+            raise ValueError("The tokenizer's chat template leaves answers out; give the tokenizer another one")
+        lengths = range(min(len(text), len(answer_end)), 0, -1)
+        written = next((length for length in lengths if answer_end.endswith(text[:length])), 0)
+        return self._ids(text[written:])
+
+    def _render(self, messages: list[dict]) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=self.template, add_generation_prompt=True, tokenize=False
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"The tokenizer's chat template cannot be used ({error}); give the tokenizer another one"
+            ) from error
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+class Conversation:
+    """Messages and answers, all of which the model reads and learns from. Only new tokens are read in a turn.
+
+    Args:
+        text_model: the model that answers.
+        start: a context to begin with, or None; stays as it is. One that was saved by `save` goes on with its
+            conversation.
+        arguments: of `generate`, `max_new_tokens` among them.
+
+    Attributes:
+        context: what has been read so far.
+    """
+
+    def __init__(self, text_model: TextModel, start: StoredContext | None = None, **arguments):
+        self.text_model = text_model
+        self.turns = Turns(text_model.tokenizer)
+        self.start = start if start is not None else StoredContext.new(text_model.model)
+        self.context = self.start
+        self.arguments = arguments
+        if self.turns.is_plain:
+            self.arguments |= {"stop_strings": PLAIN_END, "tokenizer": text_model.tokenizer}
+
+    def answer(
+        self, message: str, streamer: BaseStreamer | None = None, stop: Callable[[], bool] | None = None
+    ) -> Answer:
+        """Read a message and answer it. After an exception, the turn has not taken place.
+
+        Args:
+            message: not empty.
+            streamer: gets the tokens as they are written.
+            stop: asked after every token whether to end the answer there.
+
+        Raises:
+            ValueError: the message is empty.
+        """
+        if not message.strip():
+            raise ValueError("message: is empty; say something")
+        tokenizer, before = self.text_model.tokenizer, self.context
+        if before.answer_end is None:
+            read = self.turns.first(message, begin=before.tokens == 0)
+        else:
+            read = self.turns.following(message, before.answer_end)
+        cache = before.cache.fork()
+        written = write(self.text_model.model, read, cache, streamer=streamer, stop=stop, **self.arguments)
+        self.context = replace(
+            before,
+            cache=cache,
+            documents=_longer_conversation(before.documents, len(read) + len(written)),
+            answer_end=tokenizer.decode(written)[-END_CHARACTERS:],
+        )
+        text = tokenizer.decode(written, skip_special_tokens=True)
+        return Answer(text.removesuffix(PLAIN_END) if self.turns.is_plain else text, tuple(read), tuple(written))
+
+    def reset(self) -> None:
+        """Forget all turns; what was read before the conversation stays."""
+        self.context = self.start
+
+    def save(self, folder: Path) -> None:
+        """Write what has been read to a new folder; a conversation that starts with it goes on as this one would.
+
+        Raises:
+            ValueError: nothing has been read, or the folder holds something.
+            OSError: it cannot be written.
+        """
+        write_context(folder, self.context)
+
+
+def _longer_conversation(documents: tuple[ReadDocument, ...], tokens: int) -> tuple[ReadDocument, ...]:
+    if documents and documents[-1].name == CONVERSATION:
+        return (*documents[:-1], ReadDocument(CONVERSATION, documents[-1].tokens + tokens))
+    return (*documents, ReadDocument(CONVERSATION, tokens))

@@ -1,0 +1,96 @@
+"""Documents to read: from a file to tokens, and from tokens to a learned context."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..evaluation.reading import read_tokens
+from ..training.tokenizer import separator_id
+from .contexts import ReadDocument, StoredContext
+from .models import TextModel
+
+# A tokenizer's own memory is many times its input, so that it is given a long text in pieces.
+PIECE_CHARACTERS = 1_000_000
+# Tokens between two movements of the progress bar.
+STEP = 1024
+
+
+def document_text(path: Path) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not text, or empty.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"document={str(path)!r}: there is no such file; correct the path")
+    if not path.is_file():
+        raise ValueError(f"document={str(path)!r} is not a file; name the files in it one by one")
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"document={str(path)!r} is not UTF-8 text ({error}); convert it") from error
+    if "\0" in text:
+        raise ValueError(f"document={str(path)!r} is not text (it has NUL characters); convert it to text in UTF-8")
+    if not text.strip():
+        raise ValueError(f"document={str(path)!r} is empty: there is nothing to read")
+    return text
+
+
+def text_tokens(text: str, tokenizer: PreTrainedTokenizerBase, begin: bool) -> torch.Tensor:
+    """The ids of a text, int64 [tokens].
+
+    Args:
+        text: one of more than a million characters is tokenized piece by piece, cut at line ends.
+        begin: put the token first that stands before every document in training.
+
+    Raises:
+        ValueError: `begin`, and the tokenizer has no such token.
+    """
+    ids = [torch.tensor([separator_id(tokenizer)])] if begin else []
+    for piece in _pieces(text):
+        found = tokenizer(piece, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        ids.append(torch.tensor(found, dtype=torch.long))
+    return torch.cat(ids) if ids else torch.empty(0, dtype=torch.long)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        end = start + PIECE_CHARACTERS
+        line_end = text.rfind("\n", start, end) + 1
+        end = line_end if line_end > start and end < len(text) else end
+        yield text[start:end]
+        start = end
+
+
+def read_documents(
+    text_model: TextModel, context: StoredContext, documents: Sequence[tuple[str, torch.Tensor]]
+) -> StoredContext:
+    """Read documents one after the other, with a progress bar for each.
+
+    Args:
+        context: what was read before; stays as it is.
+        documents: name and ids (int64 [tokens]) of each.
+
+    Returns:
+        The context after all of them.
+
+    Raises:
+        ValueError: the model does not learn while it reads.
+    """
+    if not text_model.model.config.test_time_training:
+        raise ValueError(
+            "The model's configuration says test_time_training=False, so that it would forget all but the last "
+            "window of what it reads; name a model that learns"
+        )
+    context = context.fork()
+    for name, ids in documents:
+        ids = ids[None].to(text_model.model.device)
+        read_tokens(text_model.model, ids, context.cache, STEP, description=f"Reading {name}")
+        context = replace(context, documents=(*context.documents, ReadDocument(name, ids.shape[1])))
+    return context

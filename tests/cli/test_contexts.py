@@ -1,0 +1,305 @@
+"""`ttt-e2e read`, `generate`, `chat` and `serve`: what they keep and write, and every mistake before any work."""
+
+import inspect
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+
+import pytest
+import requests
+import typer
+from typer.testing import CliRunner
+
+from ttt_e2e import TTTE2ECache
+from ttt_e2e.cli.chat import chat
+from ttt_e2e.cli.contexts import generate, read
+from ttt_e2e.cli.serve import serve
+from ttt_e2e.serving import text_tokens
+
+from ..serving.small import BOOK, alone, files, same, save_text_model, small_text_model
+
+PROMPT = " and then the miller"
+DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(serve).parameters.items()}
+app = typer.Typer(pretty_exceptions_enable=False)
+for command in (read, generate, chat, serve):
+    app.command()(command)
+
+
+@pytest.fixture(scope="module")
+def text_model():
+    return small_text_model()
+
+
+@pytest.fixture(scope="module")
+def place(text_model, tmp_path_factory):
+    """A folder with a model, documents, and the learned context of the first of them."""
+    place = tmp_path_factory.mktemp("place")
+    save_text_model(text_model, place / "model")
+    (place / "book.txt").write_text(BOOK)
+    (place / "sequel.txt").write_text(BOOK[::-1])
+    done = run(place, "read", "--document", place / "book.txt", "--output", place / "book")
+    assert done.exit_code == 0, done.output
+    return place
+
+
+def run(place, command, *options, typed=None, model="model"):
+    """Run a command; its messages come as one line, without the frame around them."""
+    arguments = [command, "--model", str(place / model), *map(str, options)]
+    environment = {"COLUMNS": "400", "NO_COLOR": "1", "TERM": "dumb"}
+    return CliRunner().invoke(app, arguments, input=typed, env=environment)
+
+
+def refused(done, *named):
+    """Whether a command was refused with a message that names things."""
+    message = re.sub(r"[\s│]+", " ", done.output)
+    assert done.exit_code == 2, message
+    assert all(str(name) in message for name in named), message
+    return True
+
+
+def written(place, *options):
+    done = run(place, "generate", "--temperature", 0, "--max-new-tokens", 12, *options)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def talk(place, *lines, options=()):
+    """The answers, and everything else that is shown, line by line."""
+    options = ("--temperature", 0, "--max-new-tokens", 6, *options)
+    done = run(place, "chat", *options, typed="".join(f"{line}\n" for line in lines))
+    assert done.exit_code == 0, done.output
+    return done.stdout.split("> ")[1:]
+
+
+def test_reading_says_what_was_read(place, text_model, tmp_path):
+    done = run(place, "read", "--document", place / "book.txt", "--output", tmp_path / "context")
+    tokens = len(text_tokens(BOOK, text_model.tokenizer, begin=True))
+    assert f"{tokens} tokens" in done.stdout and "a second" in done.stdout
+    assert "book.txt" in (tmp_path / "context" / "documents.json").read_text()
+
+
+def test_one_reading_equals_two(place, text_model, tmp_path):
+    both = ("--document", place / "book.txt", "--document", place / "sequel.txt", "--output", tmp_path / "both")
+    more = ("--document", place / "sequel.txt", "--output", tmp_path / "more", "--context", place / "book")
+    before = files(place / "book")
+    for options in (both, more):
+        assert run(place, "read", *options).exit_code == 0
+    one, two = (TTTE2ECache.from_pretrained(tmp_path / name, text_model.model) for name in ("both", "more"))
+    assert same(one, two) and files(place / "book") == before
+    assert (tmp_path / "both" / "documents.json").read_text() == (tmp_path / "more" / "documents.json").read_text()
+
+
+def test_generating_equals_the_whole_text_as_the_prompt(place, text_model):
+    before = files(place / "book")
+    texts = [written(place, "--context", place / "book", "--prompt", PROMPT) for _ in "ab"]
+    ids = text_tokens(BOOK, text_model.tokenizer, begin=True).tolist()
+    ids += text_tokens(PROMPT, text_model.tokenizer, begin=False).tolist()
+    expected = text_model.tokenizer.decode(alone(text_model, ids), skip_special_tokens=True)
+    assert texts == [f"{expected}\n"] * 2
+    assert files(place / "book") == before
+
+
+def test_generating_without_a_context(place, text_model, tmp_path):
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    ids = text_tokens(PROMPT, text_model.tokenizer, begin=True).tolist()
+    expected = text_model.tokenizer.decode(alone(text_model, ids), skip_special_tokens=True)
+    assert written(place, "--prompt", PROMPT) == f"{expected}\n"
+    assert written(place, "--prompt-file", tmp_path / "prompt.txt") == f"{expected}\n"
+
+
+def test_what_was_written_can_be_kept(place, text_model, tmp_path):
+    written(place, "--context", place / "book", "--prompt", PROMPT, "--save-context", tmp_path / "after")
+    after = TTTE2ECache.from_pretrained(tmp_path / "after", text_model.model)
+    prompt = text_tokens(PROMPT, text_model.tokenizer, begin=False).tolist()
+    assert after.columns == len(text_tokens(BOOK, text_model.tokenizer, begin=True)) + len(prompt) + 12
+    assert written(place, "--context", tmp_path / "after", "--prompt", "x")
+
+
+def test_learn_from_reaches_the_model(place):
+    texts = {learn: written(place, "--prompt", BOOK, "--learn-from", learn) for learn in ("context", "none")}
+    assert texts["context"] != texts["none"]
+
+
+def test_a_seed_repeats_a_sample(place):
+    options = ("generate", "--prompt", PROMPT, "--max-new-tokens", 12, "--temperature", 1)
+    texts = [run(place, *options, "--seed", seed).stdout for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_chat_goes_on_where_it_was_saved(place, tmp_path):
+    first = talk(place, "hello", f"/save {tmp_path / 'talk'}", "why?", options=("--context", place / "book"))
+    again = talk(place, "why?", options=("--context", tmp_path / "talk"))
+    assert "goes on from it" in first[1]
+    assert again[0] == first[2]
+
+
+def test_a_chat_can_be_reset(place):
+    shown = talk(place, "hello", "why?", "/reset", "hello", "", "/exit", "never read")
+    assert shown[3] == shown[0] != shown[1]
+    assert len(shown) == 6
+
+
+def test_commands_of_the_chat(place, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("x")
+    lines = ("/help", "/sve x", "/save", f"/save {tmp_path / 'empty'}", "hello", f"/save {tmp_path / 'full'}")
+    shown = talk(place, *lines)
+    named = (
+        "/reset",
+        "/sve is no command",
+        "needs a folder",
+        "Not saved: This cache is empty",
+        "",
+        "holds other files",
+    )
+    assert all(name in text for name, text in zip(named, shown, strict=False))
+    assert not (tmp_path / "empty").exists()
+
+
+class Interrupts:
+    """Presses Ctrl-C at the third token of the first answer."""
+
+    def __init__(self, monkeypatch, times):
+        from transformers import TextStreamer
+
+        self.tokens, self.times, put = 0, times, TextStreamer.put
+
+        def press(streamer, value):
+            put(streamer, value)
+            self.tokens += 1
+            if self.tokens == 4:  # the first one is the prompt
+                for _ in range(self.times):
+                    signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(TextStreamer, "put", press)
+
+
+def test_an_interrupt_ends_the_answer_and_not_the_chat(place, monkeypatch):
+    whole = talk(place, "hello")
+    before = signal.getsignal(signal.SIGINT)
+    Interrupts(monkeypatch, times=1)
+    shown = talk(place, "hello", "/reset", "hello")
+    # A character of several bytes may have been cut.
+    assert shown[2] == whole[0] and whole[0].startswith(shown[0].rstrip("\n\ufffd")) and len(shown[0]) < len(whole[0])
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_two_interrupts_forget_the_turn(place, monkeypatch):
+    whole = talk(place, "hello")
+    Interrupts(monkeypatch, times=2)
+    shown = talk(place, "hello", "hello")
+    assert "The turn is forgotten" in shown[0] and shown[1] == whole[0]
+
+
+@pytest.fixture
+def bad(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "binary").write_bytes(b"\0\1")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("x")
+    return tmp_path
+
+
+def test_reading_what_cannot_be_read(place, bad):
+    for name, complaint in {
+        "missing.txt": "no such file",
+        "empty.txt": "empty",
+        "binary": "NUL",
+        "full": "not a",
+    }.items():
+        assert refused(run(place, "read", "--document", bad / name, "--output", bad / "out"), name, complaint)
+    read_book = ("read", "--document", place / "book.txt", "--output")
+    assert refused(run(place, *read_book, bad / "full"), "holds other files")
+    assert refused(run(place, *read_book, bad / "out", "--context", bad / "full"), "no learned context")
+    assert refused(run(place, *read_book, bad / "out", "--dtype", "int8"), "int8", "float32")
+    assert refused(run(place, *read_book, bad / "out", "--device", "gpu"), "gpu")
+    assert not (bad / "out").exists() and files(bad / "full") == {"file": b"x"}
+
+
+def test_an_interrupted_reading_leaves_nothing(place, tmp_path, monkeypatch):
+    def interrupt(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ttt_e2e.serving.documents.read_tokens", interrupt)
+    done = run(place, "read", "--document", place / "book.txt", "--output", tmp_path / "context")
+    assert done.exit_code == 130 and "nothing was written" in done.output and not list(tmp_path.iterdir())
+
+
+def test_writing_what_cannot_be_written(place, bad):
+    assert refused(run(place, "generate"), "--prompt", "--prompt-file")
+    assert refused(run(place, "generate", "--prompt", ""), "--prompt is empty")
+    assert refused(run(place, "generate", "--prompt", "x", "--prompt-file", bad / "empty.txt"), "either")
+    assert refused(run(place, "generate", "--prompt-file", bad / "empty.txt"), "empty.txt is empty")
+    assert refused(run(place, "generate", "--prompt", "x", "--temperature", -1), "temperature=-1")
+    assert refused(run(place, "generate", "--prompt", "x", "--learn-from", "all"), "learn_from='all'", "prompt")
+    assert refused(run(place, "generate", "--prompt", "x", "--save-context", bad / "full"), "holds other files")
+    assert refused(run(place, "generate", "--prompt", "x", "--max-new-tokens", 0), "max-new-tokens")
+
+
+def test_contexts_that_do_not_fit(place, bad, text_model):
+    save_text_model(small_text_model(seed=1), bad / "other")
+    for command, options in {"generate": ("--prompt", "x"), "chat": ()}.items():
+        context = ("--context", place / "book")
+        assert refused(run(bad, command, *options, *context, model="other"), "other weights", place / "book")
+    read_book = ("read", "--document", place / "book.txt", "--output", bad / "out", "--context", place / "book")
+    assert refused(run(bad, *read_book, model="other"), "other weights")
+    damaged = bad / "damaged"
+    damaged.mkdir()
+    for name, data in files(place / "book").items():
+        (damaged / name).write_bytes(data[:-1])
+    assert refused(run(place, "generate", "--prompt", "x", "--context", damaged), "damaged")
+
+
+def test_models_that_cannot_be_used(place, bad, text_model):
+    assert refused(run(bad, "generate", "--prompt", "x", model="missing"), "missing")
+    text_model.model.save_pretrained(bad / "bare")
+    assert refused(run(bad, "generate", "--prompt", "x", model="bare"), "bare", "no tokenizer")
+    preset = CliRunner().invoke(app, ["chat", "--model", "tiny"], env={"COLUMNS": "400"})
+    assert refused(preset, "tiny", "no trained weights")
+    plain = CliRunner().invoke(app, ["chat", "--model", "tiny-mamba2"], env={"COLUMNS": "400"})
+    assert refused(plain, "tiny-mamba2")
+
+
+def test_a_server_that_cannot_listen(place, bad):
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert refused(run(place, "serve", "--port", port), f"--port {port}", "choose another port")
+    missing = run(place, "serve", "--port", 0, "--contexts", bad / "missing")
+    assert refused(missing, "missing", "no such folder")
+
+
+def test_a_server_without_its_packages(place, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert refused(run(place, "serve"), "pip install", "serve")
+
+
+def test_the_server_answers(place, monkeypatch):
+    uvicorn = pytest.importorskip("uvicorn", reason="needs the extra serve")
+    servers = []
+
+    class Kept(uvicorn.Server):
+        def __init__(self, config):
+            super().__init__(config)
+            servers.append(self)
+
+    monkeypatch.setattr(uvicorn, "Server", Kept)
+    options = {"model": str(place / "model"), "contexts": place, "name": "small", "port": 0}
+    thread = threading.Thread(target=serve, kwargs={**DEFAULTS, **options})
+    thread.start()
+    try:
+        while not (servers and servers[0].started):
+            assert thread.is_alive()
+            time.sleep(0.05)
+        url = f"http://127.0.0.1:{servers[0].servers[0].sockets[0].getsockname()[1]}/v1"
+        listed = requests.get(f"{url}/models", timeout=60).json()
+        body = {"model": "small:book", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+        answer = requests.post(f"{url}/completions", json=body, timeout=60).json()
+    finally:
+        servers[0].should_exit = True
+        thread.join()
+    assert [model["id"] for model in listed["data"]] == ["small", "small:book"]
+    assert answer["choices"][0]["text"] == written(place, "--context", place / "book", "--prompt", PROMPT)[:-1]
