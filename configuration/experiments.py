@@ -158,6 +158,8 @@ def load_experiment(name_or_path: str) -> Experiment:
 
 def _check_names(experiment: Experiment, source: str) -> None:
     for label, row in experiment.rows.items():
+        if "=" in label:
+            raise ValueError(f"{source}, row {label!r}: a label must not hold '=', which ends it on a command line")
         system_preset(row.system, experiment.size)
         if row.of and row.of not in experiment.rows:
             raise ValueError(f"{source}, row {label!r}: of={row.of!r} is no row of this experiment")

@@ -41,6 +41,7 @@ def test_rows_have_equal_parameters(name):
     [
         (lambda fields: fields.update(sise="tiny"), "unknown field 'sise'; did you mean 'size'"),
         (lambda fields: fields["rows"]["TTT-E2E"].update(system="ttt-e3e"), "did you mean 'ttt-e2e'"),
+        (lambda fields: fields["rows"].update({"b = 1": {"system": "ttt-e2e"}}), "row 'b = 1': a label must not hold"),
         (lambda fields: fields["rows"]["TTT-E2E"].update(of="nobody"), "of='nobody' is no row"),
         (lambda fields: fields["claims"][0]["smaller"].update(row="nobody"), "row='nobody' is no row"),
         (lambda fields: fields["claims"][0]["larger"].update(length=7), "length=7 is not measured"),
