@@ -2,5 +2,14 @@
 
 from .memory import measure_memory
 from .speed import SpeedSizes, measure_decoding, measure_passes
+from .ttt_layers import TTTLayerSizes, measure_forms, measure_lengths
 
-__all__ = ["SpeedSizes", "measure_decoding", "measure_memory", "measure_passes"]
+__all__ = [
+    "SpeedSizes",
+    "TTTLayerSizes",
+    "measure_decoding",
+    "measure_forms",
+    "measure_lengths",
+    "measure_memory",
+    "measure_passes",
+]

@@ -8,6 +8,7 @@ import typer
 def bench(
     rounds: Annotated[int, typer.Option(help="Repetitions; the median is shown.", min=1)] = 9,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    ttt_layers: Annotated[bool, typer.Option("--ttt-layers", help="A TTT-Linear and a TTT-MLP layer instead.")] = False,
 ) -> None:
     """Measure a training step, reading and decoding against the same model without learning (about 3 minutes).
 
@@ -18,6 +19,9 @@ def bench(
     from ..benchmarks import SpeedSizes, measure_decoding, measure_memory, measure_passes
     from ..evaluation import Table
 
+    if ttt_layers:
+        _bench_ttt_layers(rounds, device)
+        return
     sizes = SpeedSizes()
     memory = measure_memory(sizes, device)
     passes = measure_passes(sizes, rounds, device)
@@ -39,3 +43,27 @@ def bench(
     console.print(", ".join(f"{name} {value}" for name, value in vars(sizes).items()))
     console.print(Table("Time (decoding: per token)", ["", "milliseconds", "ratio to the first"], speed_rows).rich())
     console.print(Table("Memory at the peak, beyond model and input", ["", "MiB"], memory_rows).rich())
+
+
+def _bench_ttt_layers(rounds: int, device: str) -> None:
+    """The dual form against the primal one, and time per token by length."""
+    from rich.console import Console
+
+    from ..benchmarks import TTTLayerSizes, measure_forms, measure_lengths
+    from ..evaluation import Table
+
+    sizes = TTTLayerSizes()
+    forms, lengths = measure_forms(sizes, rounds, device), measure_lengths(sizes, rounds, device)
+    dual = {name.rsplit(",", 1)[0]: seconds for name, seconds in forms.items() if name.endswith("dual form")}
+    first = {name.split()[0]: seconds for name, seconds in reversed(lengths.items())}
+    form_rows = [
+        [name, f"{seconds * 1000:.0f}", f"{seconds / dual[name.rsplit(',', 1)[0]]:.2f}"]
+        for name, seconds in forms.items()
+    ]
+    length_rows = [
+        [name, f"{seconds * 1e6:.0f}", f"{seconds / first[name.split()[0]]:.2f}"] for name, seconds in lengths.items()
+    ]
+    console = Console()
+    console.print(", ".join(f"{name} {value}" for name, value in vars(sizes).items()))
+    console.print(Table("Training step of one layer", ["", "milliseconds", "ratio to dual"], form_rows).rich())
+    console.print(Table("TTT-Linear, per token", ["", "microseconds", "ratio to the first"], length_rows).rich())

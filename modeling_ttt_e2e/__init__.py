@@ -1,18 +1,22 @@
 """End-to-End Test-Time Training for transformers: importing this package registers the Auto classes."""
 
 from .cache_ttt_e2e import TTTE2ECache
+from .cache_ttt_layers import TTTLayersCache
 from .configuration_recurrent_hybrid import RecurrentHybridConfig
 from .configuration_ttt_e2e import TTTE2EConfig
+from .configuration_ttt_layers import TTTLayersConfig
 from .modeling_recurrent_hybrid import (
     RecurrentHybridForCausalLM,
     RecurrentHybridModel,
     RecurrentHybridPreTrainedModel,
 )
 from .modeling_ttt_e2e import TTTE2EForCausalLM, TTTE2EModel, TTTE2EPreTrainedModel
+from .modeling_ttt_layers import TTTLayersForCausalLM, TTTLayersModel, TTTLayersPreTrainedModel
 from .registration import register
 
 register("ttt_e2e", TTTE2EConfig, TTTE2EModel, TTTE2EForCausalLM)
 register("recurrent_hybrid", RecurrentHybridConfig, RecurrentHybridModel, RecurrentHybridForCausalLM)
+register("ttt_layers", TTTLayersConfig, TTTLayersModel, TTTLayersForCausalLM)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,4 +29,9 @@ __all__ = [
     "TTTE2EForCausalLM",
     "TTTE2EModel",
     "TTTE2EPreTrainedModel",
+    "TTTLayersCache",
+    "TTTLayersConfig",
+    "TTTLayersForCausalLM",
+    "TTTLayersModel",
+    "TTTLayersPreTrainedModel",
 ]

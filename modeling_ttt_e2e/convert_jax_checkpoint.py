@@ -243,7 +243,9 @@ def sizes_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         "num_suffix_layers": (PRIME + "ffn_prime_norm.weight", 0),
         "prime_intermediate_size": (PRIME + "feed_forward_prime.w1.weight", -1),
     }
-    return {field: shapes[name][axis] for field, (name, axis) in places.items() if shapes.get(name)}
+    return {
+        field: shapes[name][axis] for field, (name, axis) in places.items() if len(shapes.get(name, ())) > max(axis, 0)
+    }
 
 
 def expected_tensors(config: TTTE2EConfig) -> Iterator[OfficialTensor]:

@@ -157,7 +157,8 @@ def kvb_initial_state(weights: SwiGLUWeights, rows: int, rule: KVBRule) -> KVBSt
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in weights._asdict().items())
         raise ValueError(f"`weights` must be gate and up [N, H, C] and down [N, C, H], got {shapes}.")
     dtype = torch.promote_types(weights.gate.dtype, torch.float32)
-    own = SwiGLUWeights(*(tensor.to(dtype).expand(rows, -1, -1, -1) for tensor in weights))
+    # Copies: a cache must not change with the slow weights.
+    own = SwiGLUWeights(*(tensor.to(dtype).repeat(rows, 1, 1, 1) for tensor in weights))
     momentum = SwiGLUWeights(*map(torch.zeros_like, own)) if rule.momentum else None
     widths = (channels, weights.down.shape[1], 3) + (1,) * rule.momentum
     pending = KVBTokens(*(own.gate.new_empty(rows, heads, 0, width) for width in widths))

@@ -8,42 +8,25 @@ A mixer is a module made by `Mixer(config, layer_idx)` and called as `mixer(x, c
            rows on the first axis (None allowed), never written in place, of a size that does not grow without bound
     ->     output [B, T, D], the state after each row's last token, attention weights or None
 
-`MIXERS` names them. Axis letters: B batch rows, T tokens of the call, D hidden size, H heads, C channels of a head,
+A mixer with attention inside also has `history_columns(state)`, how many earlier keys its state holds. `MIXERS` names
+the classes. Axis letters: B batch rows, T tokens of the call, D hidden size, H heads, C channels of a head,
 G mini-batches, N their slots.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .attention import AttentionInputs, at_least_float32
+from .attention import at_least_float32
 from .context import take_last
-from .layers import KeysValues, TTTE2EAttention
 from .mini_batch_grid import MiniBatchGrid
+from .ttt_attention_mixer import MixerCall, TTTLayersAttention
+from .ttt_kvb_mixer import TTTKVBMixer
 from .ttt_linear_mlp import NORM_EPS, InnerLearner, InnerState, Views, default_checkpoint_every, learn
-
-
-@dataclass(frozen=True)
-class MixerCall:
-    """What all blocks of one call share.
-
-    Attributes:
-        tokens_before: real tokens that each row read in earlier calls.
-        counts: real tokens of each row in this call.
-        grid: where they stand in their mini-batches.
-        attention: angles and masks of attention blocks; None in a model without any.
-        checkpointing: recompute activations in the backward pass.
-    """
-
-    tokens_before: tuple[int, ...]
-    counts: tuple[int, ...]
-    grid: MiniBatchGrid
-    attention: AttentionInputs | None
-    checkpointing: bool
 
 
 class TTTState(NamedTuple):
@@ -87,12 +70,19 @@ def make_convolution(config) -> nn.Conv1d:
 
 
 class TTTHeadNorm(nn.Module):
-    """Weight and bias [H, C] of the LayerNorm within f, one per head; `ttt_linear_mlp` computes it."""
+    """Weight and bias [H, C] of the LayerNorm within f, one per head; `ttt_linear_mlp` computes it.
+
+    It is called for them, so that whatever moves parameters when a module is called (offloading, sharding) sees it.
+    """
 
     def __init__(self, heads: int, channels: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(heads, channels))
         self.bias = nn.Parameter(torch.zeros(heads, channels))
+
+    def forward(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias as [H, 1, C]."""
+        return self.weight.to(dtype).unsqueeze(1), self.bias.to(dtype).unsqueeze(1)
 
 
 class TTTMixer(nn.Module):
@@ -134,14 +124,12 @@ class TTTMixer(nn.Module):
         if config.mixer_types[layer_idx] == "ttt_mlp":
             self.inner_sizes.insert(1, config.ttt_intermediate_ratio * self.channels)
         if config.ttt_learn_initial_weights:
-            for index, (ins, outs) in enumerate(zip(self.inner_sizes, self.inner_sizes[1:], strict=False), start=1):
+            for index, (ins, outs) in enumerate(pairwise(self.inner_sizes), start=1):
                 self.register_parameter(f"initial_weight_{index}", nn.Parameter(torch.empty(heads, ins, outs)))
                 if config.ttt_use_bias:
                     self.register_parameter(f"initial_bias_{index}", nn.Parameter(torch.zeros(heads, 1, outs)))
 
-    def forward(
-        self, x: torch.Tensor, call: MixerCall, state: TTTState | None
-    ) -> tuple[torch.Tensor, TTTState, None]:
+    def forward(self, x: torch.Tensor, call: MixerCall, state: TTTState | None) -> tuple[torch.Tensor, TTTState, None]:
         """See the head of this file."""
         dtype = at_least_float32(x.dtype)
         views, conv = self.views(x, call, None if state is None else state.conv)
@@ -157,9 +145,7 @@ class TTTMixer(nn.Module):
             z = F.gelu(self.g_proj(x), approximate="tanh") * z
         return self.o_proj(z), TTTState(inner, conv), None
 
-    def views(
-        self, x: torch.Tensor, call: MixerCall, past: torch.Tensor | None
-    ) -> tuple[Views, torch.Tensor | None]:
+    def views(self, x: torch.Tensor, call: MixerCall, past: torch.Tensor | None) -> tuple[Views, torch.Tensor | None]:
         """Queries, keys, values and learning rates of x [B, T, D] in slots, and the last inputs of the convolutions."""
         query, key, last = self.q_proj(x), None, None
         if self.config.ttt_share_qk:
@@ -189,15 +175,13 @@ class TTTMixer(nn.Module):
 
     def learner(self, dtype: torch.dtype) -> InnerLearner:
         """What the inner loop uses and does not change."""
-        norm = None
-        if self.config.ttt_layer_norm_residual:
-            norm = tuple(part.to(dtype).unsqueeze(1) for part in (self.inner_norm.weight, self.inner_norm.bias))
+        norm = self.inner_norm(dtype) if self.config.ttt_layer_norm_residual else None
         return InnerLearner(norm, self.config.ttt_use_bias)
 
     def initial_state(self, rows: int, dtype: torch.dtype) -> InnerState:
         """The learner's state before the first token: the parameters, or zeros, the same for every row."""
         weights = []
-        for index, (ins, outs) in enumerate(zip(self.inner_sizes, self.inner_sizes[1:], strict=False), start=1):
+        for index, (ins, outs) in enumerate(pairwise(self.inner_sizes), start=1):
             for name, width in ((f"initial_weight_{index}", ins), (f"initial_bias_{index}", 1)):
                 parameter = getattr(self, name, None)
                 if parameter is None:
@@ -217,30 +201,10 @@ class TTTMixer(nn.Module):
         return rate.permute(0, 3, 1, 2)
 
 
-class TTTLayersAttention(TTTE2EAttention):
-    """Attention as a mixer; its state is the keys and values that later queries see, aligned right."""
-
-    @staticmethod
-    def history_columns(state: KeysValues) -> int:
-        """Earlier keys that a state holds, for the masks; every mixer with attention inside has this."""
-        return state[0].shape[2]
-
-    def forward(
-        self, x: torch.Tensor, call: MixerCall, state: KeysValues | None
-    ) -> tuple[torch.Tensor, KeysValues, torch.Tensor | None]:
-        """See the head of this file; keys and values [B, key/value heads, columns, head_dim]."""
-        output, new, weights = super().forward(x, call.attention, state)
-        columns = 0 if state is None else self.history_columns(state)
-        if state is not None:
-            new = tuple(torch.cat([old.to(own.dtype), own], dim=2) for old, own in zip(state, new, strict=True))
-        ends = [columns + count for count in call.counts]
-        keep = max(ends) if self.sliding_window is None else self.sliding_window - 1
-        return output, tuple(take_last(part, ends, keep) for part in new), weights
-
-
 MIXERS: dict[str, Any] = {
     "ttt_linear": TTTMixer,
     "ttt_mlp": TTTMixer,
+    "ttt_kvb": TTTKVBMixer,
     "sliding_attention": TTTLayersAttention,
     "full_attention": TTTLayersAttention,
 }

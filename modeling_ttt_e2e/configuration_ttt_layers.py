@@ -1,0 +1,248 @@
+"""Configuration of TTT-Linear and TTT-MLP (arXiv 2407.04620) and TTT-KVB, alone or mixed with attention blocks."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+ATTENTION_MIXERS = ("sliding_attention", "full_attention")
+INNER_LEARNERS = ("ttt_linear", "ttt_mlp")
+KEY_VALUE_BINDING = "ttt_kvb"  # has sliding-window attention inside
+OUTPUT_RULES = ("query", "key")
+# RoPE variants whose frequencies change with the length of the text would contradict the keys in the cache.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+BASE_LEARNING_RATES = {"ttt_linear": 1.0, "ttt_mlp": 0.1}
+
+CONTEXT_SETTINGS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "hidden_act rms_norm_eps rope_parameters sliding_window mixer_types attention_bias qk_norm post_norm "
+    "mini_batch_size ttt_base_learning_rate ttt_rope_theta ttt_use_gate ttt_share_qk ttt_pre_conv ttt_conv_kernel "
+    "ttt_intermediate_ratio ttt_use_bias ttt_learn_initial_weights ttt_layer_norm_residual ttt_learn_learning_rate "
+    "ttt_token_scale ttt_kvb_num_heads ttt_kvb_intermediate_ratio ttt_kvb_output_rule ttt_kvb_weight_norm "
+    "ttt_kvb_momentum"
+).split()
+
+
+@strict
+class TTTLayersConfig(PreTrainedConfig):
+    """Sizes and switches of a [`TTTLayersModel`]. `TTTLayersConfig()` is the 1.3B TTT-Linear model of the paper.
+
+    The rows of the paper's Table 1, each a switch (from the last to the first): the Mamba backbone (`ttt_use_gate`,
+    `ttt_share_qk`, `ttt_pre_conv`), `ttt_learn_learning_rate`, `mini_batch_size` 16 instead of 2048,
+    `ttt_layer_norm_residual`, `ttt_learn_initial_weights`. Without all of them and with a mini-batch as long as the
+    text, `ttt_token_scale=False`, `ttt_use_bias=False` and `ttt_base_learning_rate` equal to the size of a head,
+    TTT-Linear is causal linear attention without normalisation.
+
+    Args:
+        vocab_size: number of token ids.
+        hidden_size, num_hidden_layers, num_attention_heads: the usual sizes of a decoder. Heads of TTT blocks have
+            `hidden_size / num_attention_heads` channels.
+        intermediate_size: width of the gated MLPs.
+        mixer_types: per block `"ttt_linear"`, `"ttt_mlp"`, `"ttt_kvb"`, `"sliding_attention"` or `"full_attention"`
+            (default: all `ttt_linear`).
+        num_key_value_heads, head_dim: of attention blocks (default: as many as query heads; `hidden_size` divided by
+            `num_attention_heads`).
+        hidden_act: activation of the gated MLPs.
+        rms_norm_eps: epsilon of every RMSNorm; LayerNorms of TTT blocks have 1e-6.
+        rope_parameters: of attention blocks; types `default`, `linear`, `llama3`, `yarn`.
+        max_position_embeddings: a hint for tools that need a length; the model itself reads any length.
+        sliding_window: keys that a query of a `sliding_attention` block sees, itself included.
+        attention_bias: biases on the four attention projections.
+        qk_norm: RMSNorm over the channels of each query and key head of attention blocks, before RoPE.
+        post_norm: a second RMSNorm after each mixer and each MLP, before the residual addition.
+        mini_batch_size: tokens of one inner step; their gradients are taken at the same weights.
+        ttt_base_learning_rate: inner learning rate before its division by the size of a head (None: 1.0 for
+            `ttt_linear`, 0.1 for `ttt_mlp`). 0 leaves the initial weights as they are.
+        ttt_rope_theta: RoPE base of queries and keys, by position within the mini-batch (None: no positions).
+        ttt_use_gate: multiply a TTT block's output by a gate.
+        ttt_share_qk: one projection for queries and keys, told apart by two short convolutions.
+        ttt_pre_conv: a short convolution with its own residual before the TTT layer.
+        ttt_conv_kernel: taps of these convolutions.
+        ttt_intermediate_ratio: hidden channels of the inner MLP of `ttt_mlp`, as a multiple of a head's.
+        ttt_use_bias: the inner learner has biases, which it learns like its weights.
+        ttt_learn_initial_weights: its initial weights are parameters; otherwise they are zero.
+        ttt_layer_norm_residual: the learner is f(x) = x + LN(f_res(x)); otherwise f(x) = f_res(x).
+        ttt_learn_learning_rate: multiply the inner learning rate of every token by sigmoid(w x + b).
+        ttt_token_scale: scale the running sum of gradients at position j of a mini-batch by 1 / (j + 1) and a learned
+            correction; otherwise by 1.
+        ttt_kvb_num_heads: heads of the fast weights of `ttt_kvb` blocks.
+        ttt_kvb_intermediate_ratio: hidden channels of their SwiGLU, as a multiple of a head's.
+        ttt_kvb_output_rule: `"query"` answers queries; `"key"` answers keys, the simplified output rule of
+            arXiv 2512.23675, Table 1.
+        ttt_kvb_weight_norm: keep each row of the fast weights at the norm that it had at first.
+        ttt_kvb_momentum: steps with momentum.
+        inner_checkpoint_every: mini-batches in one group of checkpointing through time, which is active together with
+            activation checkpointing (None: about the square root of their number).
+
+    Raises:
+        ValueError: a value is out of range or contradicts another one.
+        StrictDataclassFieldValidationError: a value has the wrong type.
+    """
+
+    model_type = "ttt_layers"
+    keys_to_ignore_at_inference = ["past_key_values", "token_nll"]
+    default_theta = 500000.0
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    intermediate_size: int = 5504
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 32
+    mixer_types: list[str] | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    rope_parameters: dict | None = None
+    max_position_embeddings: int = 131072
+    sliding_window: int | None = 8192
+    attention_bias: bool = False
+    qk_norm: bool = True
+    post_norm: bool = False
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    mini_batch_size: int = 16
+    ttt_base_learning_rate: int | float | None = None
+    ttt_rope_theta: int | float | None = 10000.0
+    ttt_use_gate: bool = False
+    ttt_share_qk: bool = False
+    ttt_pre_conv: bool = False
+    ttt_conv_kernel: int = 4
+    ttt_intermediate_ratio: int = 4
+    ttt_use_bias: bool = True
+    ttt_learn_initial_weights: bool = True
+    ttt_layer_norm_residual: bool = True
+    ttt_learn_learning_rate: bool = True
+    ttt_token_scale: bool = True
+    ttt_kvb_num_heads: int = 4
+    ttt_kvb_intermediate_ratio: int = 1
+    ttt_kvb_output_rule: str = "query"
+    ttt_kvb_weight_norm: bool = True
+    ttt_kvb_momentum: bool = True
+    inner_checkpoint_every: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.mixer_types is None:
+            self.mixer_types = ["ttt_linear"] * self.num_hidden_layers
+        if "layer_types" in kwargs:
+            raise ValueError("`layer_types` follows from `mixer_types`: leave it out and set `mixer_types`.")
+        self._check_mixers()  # transformers would rename or refuse types that it does not know
+        super().__post_init__(**kwargs)
+        self.check()
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Per block the name that transformers has for its kind of memory."""
+        names = dict.fromkeys(INNER_LEARNERS, "linear_attention") | {KEY_VALUE_BINDING: "sliding_attention"}
+        return [names.get(mixer, mixer) for mixer in self.mixer_types]
+
+    def base_learning_rate(self, mixer: str) -> float:
+        """Inner learning rate of blocks `mixer`, before its division by the size of a head."""
+        given = self.ttt_base_learning_rate
+        return BASE_LEARNING_RATES[mixer] if given is None else float(given)
+
+    def context_settings(self) -> dict:
+        """The settings that a cache depends on; models that differ in one cannot share it."""
+        return {name: getattr(self, name) for name in CONTEXT_SETTINGS}
+
+    def check(self) -> None:
+        """Check that the settings fit together.
+
+        Raises:
+            ValueError: naming the argument, its value and the remedy.
+        """
+        self._check_sizes()
+        self._check_mixers()
+        if set(self.layer_types) & set(ATTENTION_MIXERS):
+            self._check_attention()
+        if set(self.mixer_types) & set(INNER_LEARNERS):
+            self._check_inner_learner()
+        if KEY_VALUE_BINDING in self.mixer_types:
+            self._check_key_value_binding()
+
+    def _check_sizes(self):
+        positive = (
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+            "head_dim mini_batch_size ttt_conv_kernel ttt_intermediate_ratio ttt_kvb_num_heads "
+            "ttt_kvb_intermediate_ratio"
+        )
+        for name in positive.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("sliding_window", "inner_checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, or None, got {value}.")
+
+    def _check_mixers(self):
+        if len(self.mixer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"`mixer_types` has {len(self.mixer_types)} entries, but `num_hidden_layers` is "
+                f"{self.num_hidden_layers}: give one per block."
+            )
+        known = (*INNER_LEARNERS, KEY_VALUE_BINDING, *ATTENTION_MIXERS)
+        unknown = sorted(set(self.mixer_types) - set(known))
+        if unknown:
+            raise ValueError(f"`mixer_types` has {unknown}; the known types are {list(known)}.")
+
+    def _check_attention(self):
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
+            raise ValueError("`sliding_window` is None but `mixer_types` has blocks with a window: set it.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
+                f"({self.num_key_value_heads})."
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"`head_dim` must be even, because RoPE rotates pairs of channels, got {self.head_dim}.")
+        rope_type = self.rope_parameters.get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(f"`rope_parameters` has rope_type {rope_type!r}; supported are {list(ROPE_TYPES)}.")
+
+    def _check_key_value_binding(self):
+        size = self.hidden_size
+        if self.num_attention_heads * self.head_dim != size or self.num_key_value_heads != self.num_attention_heads:
+            raise ValueError(
+                f"`num_attention_heads` ({self.num_attention_heads}) times `head_dim` ({self.head_dim}) must be "
+                f"`hidden_size` ({size}), and `num_key_value_heads` ({self.num_key_value_heads}) equal to "
+                "`num_attention_heads`: 'ttt_kvb' uses the keys and values of attention twice."
+            )
+        if size % self.ttt_kvb_num_heads:
+            raise ValueError(f"`ttt_kvb_num_heads` ({self.ttt_kvb_num_heads}) must divide `hidden_size` ({size}).")
+        if self.ttt_kvb_output_rule not in OUTPUT_RULES:
+            raise ValueError(
+                f"`ttt_kvb_output_rule` must be one of {list(OUTPUT_RULES)}, got {self.ttt_kvb_output_rule!r}."
+            )
+        if self.mini_batch_size > self.sliding_window:
+            raise ValueError(
+                f"`mini_batch_size` ({self.mini_batch_size}) is larger than `sliding_window` ({self.sliding_window}): "
+                "tokens would leave the window before 'ttt_kvb' has learned them. Make one of them fit the other."
+            )
+
+    def _check_inner_learner(self):
+        size, rest = divmod(self.hidden_size, self.num_attention_heads)
+        if rest or (size % 2 and self.ttt_rope_theta is not None):
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) divided by `num_attention_heads` ({self.num_attention_heads}) "
+                "must be an even number, the channels of a TTT head (odd ones need `ttt_rope_theta=None`)."
+            )
+        rate, theta = self.ttt_base_learning_rate, self.ttt_rope_theta
+        if rate is not None and not 0 <= rate < float("inf"):
+            raise ValueError(f"`ttt_base_learning_rate` must be finite and not negative, or None, got {rate}.")
+        if theta is not None and not 0 < theta < float("inf"):
+            raise ValueError(f"`ttt_rope_theta` must be finite and positive, or None, got {theta}.")
+        if "ttt_mlp" in self.mixer_types and not self.ttt_learn_initial_weights:
+            raise ValueError(
+                "`ttt_learn_initial_weights` is False but `mixer_types` has 'ttt_mlp': the weights of an MLP that "
+                "starts from zero have no gradient. Learn them, or use 'ttt_linear'."
+            )
+
+
+__all__ = ["TTTLayersConfig"]

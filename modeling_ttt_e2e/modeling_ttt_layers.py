@@ -1,0 +1,390 @@
+"""TTT-Linear, TTT-MLP (arXiv 2407.04620) and TTT-KVB as transformers models, alone or mixed with attention blocks.
+
+A block, with a residual around each line (the first line only with `ttt_pre_conv`, post norms only with `post_norm`):
+
+    x += conv(conv_norm(x))
+    x += post_attention_norm(mixer(input_norm(x)))
+    x += post_feedforward_norm(mlp(pre_feedforward_norm(x)))
+
+Axis letters: B batch rows, N columns of the call, T tokens (each row's own moved to the left), D hidden size.
+"""
+
+import math
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple
+
+from .attention import AttentionInputs, attention_mask, block_masks, valid_columns
+from .cache_ttt_layers import TTTLayersCache
+from .causal_lm_loss import hidden_nll, logits_nll, mean_loss, position_labels
+from .checks import check_extra_arguments, check_ids, check_labels, real_columns
+from .configuration_ttt_layers import ATTENTION_MIXERS, INNER_LEARNERS, TTTLayersConfig
+from .layers import TTTE2EMLP, TTTE2ERMSNorm, TTTE2ERotaryEmbedding
+from .mini_batch_grid import MiniBatchGrid
+from .ttt_attention_mixer import MixerCall
+from .ttt_kvb_mixer import TTTKVBMixer
+from .ttt_layers_columns import TokenColumns, check_cache
+from .ttt_mixers import MIXERS, TTTMixer, causal_convolution, make_convolution
+
+# A text of more windows than this is attended to block by block, so that no mask or score grows with its square.
+BLOCKS_FROM_WINDOWS = 4
+# Tokens that are read at once without gradients, so that memory grows with the outputs alone.
+SEGMENT_TOKENS = 2048
+
+
+@dataclass
+class TTTLayersCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """Transformers' fields, then:
+
+    Args:
+        token_nll: [batch, length - 1], at least float32: -log p(label of t+1) at position t, 0 where that label is
+            -100 or position t is padding; None without labels. Differentiable. (With `shift_labels`: [batch, length].)
+    """
+
+    token_nll: torch.Tensor | None = None
+
+
+class TTTLayersDecoderLayer(GradientCheckpointingLayer):
+    """One block; its mixer is `self_attn` (attention) or `ttt`."""
+
+    def __init__(self, config: TTTLayersConfig, layer_idx: int):
+        super().__init__()
+        norm = partial(TTTE2ERMSNorm, config.hidden_size, config.rms_norm_eps)
+        optional_norm = norm if config.post_norm else nn.Identity
+        self.mixer_type = config.mixer_types[layer_idx]
+        mixer = MIXERS[self.mixer_type](config, layer_idx)
+        if self.mixer_type in ATTENTION_MIXERS:
+            self.self_attn = mixer
+        else:
+            self.ttt = mixer
+        self.has_convolution = config.ttt_pre_conv and self.mixer_type in INNER_LEARNERS
+        if self.has_convolution:
+            self.conv_norm = norm()
+            self.conv = make_convolution(config)
+        self.mlp = TTTE2EMLP(config, config.intermediate_size)
+        self.input_layernorm = norm()
+        self.post_attention_layernorm = optional_norm()
+        self.pre_feedforward_layernorm = norm()
+        self.post_feedforward_layernorm = optional_norm()
+
+    @property
+    def mixer(self) -> nn.Module:
+        return self.self_attn if self.mixer_type in ATTENTION_MIXERS else self.ttt
+
+    def forward(self, x: torch.Tensor, call: MixerCall, state: tuple | None) -> tuple[torch.Tensor, tuple, object]:
+        """x [B, T, D] -> the same shape, the block's state after it, and attention weights or None.
+
+        The state is a pair: the last inputs of the block's convolution (None without), and the mixer's state.
+        """
+        past, mixer_state = (None, None) if state is None else state
+        last = None
+        if self.has_convolution:
+            (added,), last = causal_convolution((self.conv,), self.conv_norm(x), past, call.counts)
+            x = x + added
+        mixed, mixer_state, weights = self.mixer(self.input_layernorm(x), call, mixer_state)
+        x = x + self.post_attention_layernorm(mixed)
+        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        return x, (last, mixer_state), weights
+
+
+class TTTLayersPreTrainedModel(PreTrainedModel):
+    config: TTTLayersConfig
+    config_class = TTTLayersConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TTTLayersDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _can_compile_fullgraph = False
+    _is_stateful = True  # what was learned cannot be rolled back, as assisted decoding would
+    # Blocks see tokens, not columns, so that hooks would record them in another layout.
+    _can_record_outputs = None
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Parameters of TTT blocks as the official codes (of TTT layers, and of LaCT for TTT-KVB) initialise them."""
+        super()._init_weights(module)
+        if isinstance(module, TTTKVBMixer):
+            for name in ("initial_gate", "initial_up", "initial_down"):
+                parameter = getattr(module, name)
+                init.normal_(parameter, mean=0.0, std=parameter.shape[-1] ** -0.5)
+            for name in module.views:
+                init.ones_(getattr(module, f"{name}_scale"))
+                init.zeros_(getattr(module, f"{name}_offset"))
+        elif isinstance(module, nn.Conv1d):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            bound = module.kernel_size[0] ** -0.5
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, TTTMixer):
+            for name, parameter in module.named_parameters():
+                if name.startswith("initial_weight") or name == "learning_rate_gate.weight":
+                    init.normal_(parameter, mean=0.0, std=0.02)
+                elif name.startswith("initial_bias") or name == "token_scale_offset":
+                    init.zeros_(parameter)
+                elif name.startswith("inner_norm"):
+                    (init.ones_ if name.endswith("weight") else init.zeros_)(parameter)
+
+
+@dataclass
+class _Reading:
+    """What a call has read so far: outputs by tokens, and the state to go on from."""
+
+    tokens: tuple[int, ...]
+    states: tuple
+    hidden: list[torch.Tensor] = field(default_factory=list)
+    layers: list[list[torch.Tensor]] = field(default_factory=list)
+
+
+class TTTLayersModel(TTTLayersPreTrainedModel):
+    """The decoder without its head."""
+
+    def __init__(self, config: TTTLayersConfig):
+        config.check()
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(TTTLayersDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = TTTE2ERMSNorm(config.hidden_size, config.rms_norm_eps)
+        if set(config.layer_types) & set(ATTENTION_MIXERS):
+            self.rotary_emb = TTTE2ERotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: TTTLayersCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Read tokens.
+
+        Args:
+            input_ids: [batch, length].
+            attention_mask: [batch, length] or [batch, columns in the cache + length], 0 for padding, anywhere.
+            position_ids: [1 or batch, length], for the RoPE of attention blocks, growing along each row's tokens; None
+                counts them. TTT blocks always count real tokens.
+            past_key_values: a [`TTTLayersCache`] to go on from; updated unless `use_cache=False`.
+            inputs_embeds: [batch, length, hidden_size] instead of `input_ids`.
+            use_cache: return the cache (default: `config.use_cache` except when training, or when one is given).
+            output_attentions: weights of the attention blocks, in their order.
+
+        Returns:
+            `last_hidden_state` [batch, length, hidden_size], zero at padding; `hidden_states`: the embeddings and
+            the output of every block, the last one after the final norm.
+
+        Raises:
+            ValueError, TypeError: an argument that cannot be read, before any work; nothing is changed.
+        """
+        check_extra_arguments(kwargs)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            check_ids(input_ids, self.embed_tokens.num_embeddings)
+            inputs_embeds = self.embed_tokens(input_ids)
+        cache = past_key_values
+        check_cache(cache, inputs_embeds.shape[0], self.config)
+        if use_cache is None:
+            use_cache = cache is not None or (self.config.use_cache and not self.training)
+        if cache is None or not cache.is_initialized:
+            reading = _Reading((0,) * inputs_embeds.shape[0], (None,) * len(self.layers))
+            columns = TokenColumns.of(inputs_embeds, attention_mask, position_ids, 0, reading.tokens)
+        else:
+            reading = _Reading(cache.tokens, cache.states)
+            columns = TokenColumns.of(inputs_embeds, attention_mask, position_ids, cache.columns, cache.next_positions)
+        keep_layers = _chosen(output_hidden_states, self.config.output_hidden_states)
+        keep_weights = _chosen(output_attentions, self.config.output_attentions)
+        writers = columns.attention_writers(self.config, reading.tokens) if keep_weights else None
+        self._read(columns, reading, keep_layers, writers)
+        if use_cache:
+            cache = TTTLayersCache(self.config) if cache is None else cache
+            cache.store(reading.states, reading.tokens, columns.next_positions(), inputs_embeds.shape[1])
+        hidden = columns.restore(torch.cat(reading.hidden, dim=1))
+        layers = None
+        if keep_layers:
+            blocks = (torch.cat(parts, dim=1) for parts in zip(*reading.layers, strict=True))
+            layers = (*map(columns.restore, blocks), hidden)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=cache if use_cache else None,
+            hidden_states=layers,
+            attentions=None if writers is None else tuple(writer.result() for writer in writers.values()),
+        )
+
+    def _read(self, columns: TokenColumns, reading: _Reading, keep_layers: bool, writers: dict | None) -> None:
+        """Read all tokens of a call into `reading`, at once with gradients and segment by segment without."""
+        size = columns.length
+        if not torch.is_grad_enabled():
+            size = self.config.mini_batch_size * max(1, SEGMENT_TOKENS // self.config.mini_batch_size)
+        for start in range(0, columns.length, size):
+            end = min(start + size, columns.length)
+            x, counts = columns.tokens[:, start:end], columns.counts_in(start, end)
+            positions = columns.positions[:, start:end]
+            call = self._mixer_call(reading, x, counts, positions, writers is not None)
+            states, layers = [], [x]
+            for index, layer in enumerate(self.layers):
+                x, state, weights = layer(x, call, reading.states[index])
+                states.append(state)
+                layers.append(x)
+                if writers is not None and index in writers:
+                    first = columns.counts_in(0, start)
+                    writers[index].add(weights, first, first)
+            reading.states = tuple(states)
+            reading.tokens = tuple(old + new for old, new in zip(reading.tokens, counts, strict=True))
+            reading.hidden.append(self.norm(x))
+            if keep_layers:
+                reading.layers.append(layers[:-1])
+
+    def _mixer_call(
+        self, reading: _Reading, x: torch.Tensor, counts: tuple[int, ...], positions: torch.Tensor, weights: bool
+    ) -> MixerCall:
+        grid = MiniBatchGrid.of(reading.tokens, counts, x.shape[1], self.config.mini_batch_size, x.device)
+        attention = None
+        if hasattr(self, "rotary_emb"):
+            implementation = "eager" if weights else self.config._attn_implementation
+            embeddings = self.rotary_emb(positions, self.dtype)
+            attention = AttentionInputs(embeddings, self._masks(reading, x, implementation, weights), implementation)
+        checkpointing = self.gradient_checkpointing and self.training
+        return MixerCall(reading.tokens, counts, grid, attention, checkpointing)
+
+    def _masks(self, reading: _Reading, x: torch.Tensor, implementation: str, weights: bool) -> dict:
+        """Masks by the kind of attention; blocks of a kind have equally many earlier keys."""
+        masks = {}
+        for index, layer_type in enumerate(self.config.layer_types):
+            if layer_type in masks or layer_type not in ATTENTION_MIXERS:
+                continue
+            state = reading.states[index]
+            history = 0 if state is None else self.layers[index].mixer.history_columns(state[1])
+            window = self.config.sliding_window if layer_type == "sliding_attention" else None
+            blocks = window is not None and x.shape[1] > BLOCKS_FROM_WINDOWS * window
+            blocks = blocks and not weights and "flash" not in implementation
+            valid = valid_columns(reading.tokens, history, x.device)
+            make = block_masks if blocks else attention_mask
+            masks[layer_type] = make(implementation, window, history, x.shape[1], x.shape[0], valid, x.device)
+        return masks
+
+
+class TTTLayersForCausalLM(TTTLayersPreTrainedModel, GenerationMixin):
+    """The decoder with logits, the loss and `generate`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: TTTLayersConfig):
+        super().__init__(config)
+        self.model = TTTLayersModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: TTTLayersCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
+        shift_labels: torch.LongTensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs,
+    ) -> TTTLayersCausalLMOutputWithPast:
+        """As [`TTTLayersModel.forward`], with logits and the loss.
+
+        Args:
+            labels: [batch, length]; position t is compared with label t+1, -100 is skipped.
+            logits_to_keep: positions whose logits are returned: 0 all, an int the last ones, or a tensor of positions.
+            skip_logits: return no logits, and never hold those of more than 1024 positions when gradients are off or
+                activation checkpointing is on.
+            shift_labels: [batch, length] labels that are already aligned with the positions.
+            num_items_in_batch: what the summed loss is divided by (default: the labelled tokens of this call).
+
+        Returns:
+            `loss` (the mean of `token_nll` over labelled tokens; 0 when there is none), `logits` [batch, kept
+            positions, vocab_size] or None, `token_nll`, and the base model's fields.
+        """
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        for name, given in (("labels", labels), ("shift_labels", shift_labels)):
+            if given is not None and inputs is not None:
+                check_labels(given, inputs.shape[:2], self.lm_head.out_features, name)
+        columns_read = 0 if past_key_values is None else past_key_values.get_seq_length()
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden, loss, logits, token_nll = outputs.last_hidden_state, None, None, None
+        targets = position_labels(labels, shift_labels, real_columns(attention_mask, hidden.shape[:2], columns_read))
+        if not skip_logits:
+            logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+        if targets is not None:
+            length = targets.shape[1]
+            if logits is not None and logits.shape[1] == hidden.shape[1]:
+                token_nll = logits_nll(logits[:, :length], targets)
+            else:
+                checkpointing = self.training and self.is_activation_checkpointing
+                token_nll = hidden_nll(self.lm_head, hidden[:, :length], targets, checkpointing)
+            loss = mean_loss(token_nll, targets, num_items_in_batch)
+        return TTTLayersCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            token_nll=token_nll,
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """A cache of our own kind, and refusals of what it cannot serve, before any work."""
+        kind, mask = generation_config.cache_implementation, model_kwargs.get("attention_mask")
+        if kind not in (None, "dynamic"):
+            raise ValueError(
+                f"`cache_implementation={kind!r}` is not possible: the cache holds what was learned. Leave it out."
+            )
+        if mask is not None and mask.dim() == 2 and bool((mask[:, -1] == 0).any()):
+            raise ValueError(
+                "The prompt is padded on the right, so the model would continue from padding: tokenise with "
+                "`padding_side='left'`."
+            )
+        check_cache(model_kwargs.get("past_key_values"), None, self.config)
+        if model_kwargs.get("past_key_values") is not None:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        elif generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = TTTLayersCache(self.config)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        """None: the model counts each row's own tokens, also across calls and padding."""
+        return None
+
+    def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, tokenizer=None, **kwargs):
+        """As transformers', without the tokenizer that it passes on for stop strings."""
+        return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+
+
+def _chosen(given: bool | None, default: bool | None) -> bool:
+    return bool(default if given is None else given)
+
+
+__all__ = ["TTTLayersForCausalLM", "TTTLayersModel", "TTTLayersPreTrainedModel"]
