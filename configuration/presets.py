@@ -11,11 +11,11 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from .. import RecurrentHybridConfig, TTTE2EConfig
+from .. import RecurrentHybridConfig, TTTE2EConfig, TTTLayersConfig
 from .reading import check_field_names, file_names, first_comment, merged, named_file, read_mapping
 
 MODEL_FOLDER = Path(__file__).with_name("models")
-CONFIG_CLASSES = {config_class.model_type: config_class for config_class in (TTTE2EConfig, RecurrentHybridConfig)}
+CONFIG_CLASSES = {each.model_type: each for each in (TTTE2EConfig, RecurrentHybridConfig, TTTLayersConfig)}
 TYPES_BY_BLOCK = ("layer_types", "mixer_types")
 
 

@@ -2,11 +2,13 @@
 
 import inspect
 import re
+import shutil
 import signal
 import socket
 import sys
 import threading
 import time
+from collections import namedtuple
 
 import pytest
 import requests
@@ -17,7 +19,7 @@ from ttt_e2e import TTTE2ECache
 from ttt_e2e.cli.chat import chat
 from ttt_e2e.cli.contexts import generate, read
 from ttt_e2e.cli.serve import serve
-from ttt_e2e.serving import text_tokens
+from ttt_e2e.serving import check_room, text_tokens
 
 from ..serving.small import BOOK, alone, files, same, save_text_model, small_text_model
 
@@ -217,6 +219,33 @@ def test_reading_what_cannot_be_read(place, bad):
     assert refused(run(place, *read_book, bad / "out", "--dtype", "int8"), "int8", "float32")
     assert refused(run(place, *read_book, bad / "out", "--device", "gpu"), "gpu")
     assert not (bad / "out").exists() and files(bad / "full") == {"file": b"x"}
+
+
+@pytest.mark.parametrize("command", ["read", "generate"])
+def test_a_context_that_could_not_be_written_is_noticed_before_anything_is_read(place, tmp_path, monkeypatch, command):
+    def fail(*arguments, **keywords):
+        raise AssertionError("it was read")
+
+    monkeypatch.setattr("ttt_e2e.serving.documents.read_tokens", fail)
+    monkeypatch.setattr("ttt_e2e.serving.write", fail)
+    options = {
+        "read": ("--document", place / "book.txt", "--output", tmp_path),
+        "generate": ("--prompt", PROMPT, "--save-context", tmp_path),
+    }[command]
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(1000))
+        assert refused(run(place, command, *options), "learned context needs", "1000 left")
+    monkeypatch.setattr("pathlib.Path.is_mount", lambda path: path == tmp_path.resolve())
+    assert refused(run(place, command, *options), "a disk is mounted there")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_learned_context_is_no_larger_than_what_is_checked(place, text_model, monkeypatch):
+    needed = []
+    monkeypatch.setattr("ttt_e2e.serving.contexts.check_disk_space", lambda folder, size, what: needed.append(size))
+    cache = TTTE2ECache.from_pretrained(place / "book", text_model.model)
+    check_room(place / "other", text_model.model, cache.columns)
+    assert cache.nbytes <= needed[0] < 2 * cache.nbytes
 
 
 def test_an_interrupted_reading_leaves_nothing(place, tmp_path, monkeypatch):

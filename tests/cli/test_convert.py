@@ -35,6 +35,12 @@ def test_there_and_back_with_verification(tmp_path):
     assert all(torch.equal(original.read(name), back.read(name)) for name in original.shapes)
 
 
+def test_a_folder_below_the_home_is_verified_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = official(tmp_path / "size", "--verify", REFERENCE, output="~/model")
+    assert done.exit_code == 0 and (tmp_path / "model" / "model.safetensors").is_file(), done.output
+
+
 @pytest.mark.parametrize("wrong", [1e-3, float("nan")])
 def test_losses_that_are_not_the_reference_fail(tmp_path, wrong):
     tensors = load_file(REFERENCE)

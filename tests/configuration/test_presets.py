@@ -5,11 +5,12 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from ttt_e2e import RecurrentHybridConfig, TTTE2EConfig
+from ttt_e2e import RecurrentHybridConfig, TTTE2EConfig, TTTLayersConfig
 from ttt_e2e.configuration import load_config, load_preset, preset_description, preset_names
 
 SIZES = ("tiny", "125m", "350m", "760m", "1b", "3b")
 BASELINES = ("full-attention", "sliding-window", "hybrid", "mamba2", "gated-delta-net")
+BASELINES += ("ttt-linear", "ttt-mlp", "ttt-kvb")
 
 
 def meta_model(name):
@@ -26,8 +27,9 @@ def millions(model):
 def test_preset_builds_the_configuration_that_it_describes(name):
     fields = load_preset(name)
     config = load_config(name)
-    recurrent = name.endswith(("-mamba2", "-gated-delta-net"))
-    assert type(config) is (RecurrentHybridConfig if recurrent else TTTE2EConfig)
+    kinds = {"mamba2": RecurrentHybridConfig, "gated-delta-net": RecurrentHybridConfig}
+    kinds |= {baseline: TTTLayersConfig for baseline in ("ttt-linear", "ttt-mlp", "ttt-kvb")}
+    assert type(config) is kinds.get(name.partition("-")[2], TTTE2EConfig)
     assert {field: getattr(config, field) for field in fields} == fields
     assert preset_description(name)
 

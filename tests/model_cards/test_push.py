@@ -22,6 +22,7 @@ from .saved import saved_model
 CASES = {
     "new": ("somebody/model", TOKEN, "--private", "--commit-message", "The first one"),
     "replaced": ("somebody/old", TOKEN),
+    "already public": ("somebody/old", TOKEN, "--private"),
     "without a token": ("somebody/other", None),
     "may only read": ("somebody/other", READ_ONLY),
     "unknown token": ("somebody/other", "hf_of_nobody"),
@@ -112,6 +113,7 @@ def test_weights_of_an_earlier_commit_go_and_other_files_stay(pushed):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
+        ("already public", "there already and public, so that --private would not hold"),
         ("without a token", "there is no token of the Hub; run `hf auth login`"),
         ("may only read", "the token may only read"),
         ("unknown token", "does not accept the token"),

@@ -152,12 +152,45 @@ def test_a_client_that_does_not_wait_frees_its_memory(served):
     assert served.complete(PROMPTS[1]) == served.expected(PROMPTS[1])
 
 
+def test_nothing_is_read_for_a_client_that_went_away_while_it_waited(served, monkeypatch):
+    model, read, go_on = served.text_model.model, [], threading.Event()
+    generate, expected = model.generate, served.expected(PROMPTS[0])
+
+    def held_up(**arguments):
+        read.append(arguments["input_ids"].shape[1])
+        go_on.wait(30)
+        return generate(**arguments)
+
+    monkeypatch.setattr(model, "generate", held_up)
+    body = {"model": "small", "prompt": PROMPTS[1], "max_tokens": 2}
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(served.complete, PROMPTS[0])
+        assert wait_until(lambda: len(read) == 1)
+        with pytest.raises(requests.Timeout):
+            requests.post(f"{served.url}/v1/completions", json=body, timeout=0.5)
+        time.sleep(1)  # until the server has noticed
+        go_on.set()
+        assert first.result() == expected
+    served.complete(PROMPTS[2])  # comes after all that waited
+    assert len(read) == 2
+
+
 def test_a_generation_config_as_transformers_chat_sends_it(served):
     config = GenerationConfig(max_new_tokens=5, do_sample=False).to_json_string()
     answer = served.client.completions.create(
         model="small", prompt=PROMPTS[0], extra_body={"generation_config": config}
     )
     assert answer.choices[0].text == served.expected(PROMPTS[0], tokens=5)
+
+
+def test_a_bias_reaches_both_kinds_of_requests(served):
+    token, arguments = 70, {"model": "small", "max_tokens": TOKENS, "temperature": 0, "logit_bias": {"70": 1000}}
+    expected = served.text_model.tokenizer.decode([token] * TOKENS)
+    assert served.client.completions.create(prompt="x", **arguments).choices[0].text == expected
+    messages = [{"role": "user", "content": "x"}]
+    chat = served.client.chat.completions.create(messages=messages, **arguments)
+    assert chat.choices[0].message.content == expected
+    assert served.complete(PROMPTS[0], logit_bias={}) == served.expected(PROMPTS[0])
 
 
 def test_a_bias_outside_the_vocabulary(served):
@@ -192,6 +225,9 @@ BAD = {
     "unknown-field": ({"max_token": 3}, 422, "max_token"),
     "empty-prompt": ({"prompt": ""}, 400, "prompt"),
     "no-prompt": ({"prompt": None}, 400, "prompt"),
+    "suffix-of-a-wrong-kind": ({"suffix": 5}, 400, "suffix"),
+    "half-a-character": ({"prompt": "\ud800"}, 400, "not Unicode"),
+    "suffix-with-half-a-character": ({"suffix": "\ud800"}, 400, "not Unicode"),
     "list-of-prompts": ({"prompt": ["a", "b"]}, 400, "prompt"),
 }
 
@@ -206,6 +242,30 @@ def test_bad_requests_are_told_why(served, changes, status, named):
 def test_bad_messages_are_told_why(served, messages):
     answer = served.post("chat/completions", model="small", messages=messages)
     assert answer.status_code == 400 and "messages" in complaint(answer)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools: the model's chat template"),
+        ({"tools": ["f"]}, "tools"),
+        ({"chat_template_kwargs": 5}, "chat_template_kwargs"),
+        ({"messages": [{"role": "assistant", "tool_calls": [5]}]}, "tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}, "arguments"),
+    ],
+    ids=["tools", "tools-of-a-wrong-kind", "template-arguments", "calls", "calls-without-arguments"],
+)
+def test_what_the_template_cannot_use_is_told(served, fields, named):
+    messages = [{"role": "user", "content": "x"}]
+    answer = served.post("chat/completions", **({"model": "small", "messages": messages, "max_tokens": 2} | fields))
+    assert answer.status_code == 400 and named in complaint(answer)
+
+
+def test_what_the_template_refuses_is_told(served, monkeypatch):
+    refusing = "{{ raise_exception('roles must alternate') }}"
+    monkeypatch.setattr(served.text_model.tokenizer, "chat_template", refusing)
+    answer = served.post("chat/completions", model="small", messages=[{"role": "user", "content": "x"}])
+    assert answer.status_code == 400 and "roles must alternate" in complaint(answer)
 
 
 def test_the_client_raises_its_own_errors(served):

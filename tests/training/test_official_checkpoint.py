@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from ttt_e2e import TTTE2EForCausalLM
 from ttt_e2e.orbax_checkpoint import OrbaxReader, find_weights
-from ttt_e2e.training import official_checkpoint
+from ttt_e2e.training import official_checkpoint, weight_files
 from ttt_e2e.training.official_checkpoint import convert_official, export_official, official_config
 from ttt_e2e.training.remote_folder import open_folder
 
@@ -90,7 +90,7 @@ def test_shards_load_and_hold_no_more_than_asked_for(tiny, tmp_path):
 
 def test_no_read_is_larger_than_a_layers_tensor_and_no_more_than_a_shard_is_held(tmp_path, monkeypatch):
     reads, held, written = [], [0], []
-    read, save, convert = OrbaxReader._read, official_checkpoint.save_file, official_checkpoint.from_official
+    read, save, convert = OrbaxReader._read, weight_files.save_file, official_checkpoint.from_official
 
     def counted_read(self, part, name):
         reads.append((name, part.size))
@@ -109,7 +109,7 @@ def test_no_read_is_larger_than_a_layers_tensor_and_no_more_than_a_shard_is_held
 
     monkeypatch.setattr(OrbaxReader, "_read", counted_read)
     monkeypatch.setattr(official_checkpoint, "from_official", counted_convert)
-    monkeypatch.setattr(official_checkpoint, "save_file", counted_save)
+    monkeypatch.setattr(weight_files, "save_file", counted_save)
     converted(tmp_path, max_shard_size="5KB")
     layers = {name: shape for name, shape in OrbaxReader(WEIGHTS).shapes.items() if ".h." in name}
     assert len(reads) == sum(shape[0] for shape in layers.values()) + 2 == sum(written)
@@ -199,14 +199,26 @@ def test_models_of_ours_come_back_as_they_were(tmp_path, changes, dtype):
     ("damage", "error", "message"),
     [
         (lambda f: (f / "config.json").unlink(), FileNotFoundError, "no config.json"),
-        (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "model.safetensors is missing"),
+        (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "no weights in it"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"{}"), ValueError, "model.safetensors is damaged"),
+        (lambda f: replace_by_index(f, {"weight_map": [1]}), ValueError, "index.json is damaged"),
         (lambda f: change_tensors(f, drop="model.norm.weight"), ValueError, "model.norm.weight.*missing"),
         (lambda f: change_tensors(f, extra=torch.ones(2)), ValueError, r"`extra` has shape \(2,\).*no such tensor"),
-        (lambda f: change_tensors(f, dtype=torch.float16), ValueError, "F16.*dtype=torch.float32"),
+        (lambda f: change_tensors(f, dtype=torch.float16), ValueError, "float16; all.*dtype=torch.float32"),
         (lambda f: change_config(f, hidden_act="gelu"), ValueError, "hidden_act.*gelu.*silu"),
         (lambda f: change_config(f, model_type="llama"), ValueError, "llama model; only ttt_e2e"),
     ],
-    ids=["no-config", "no-weights", "missing", "extra", "float16", "inexpressible", "other-model"],
+    ids=[
+        "no-config",
+        "no-weights",
+        "damaged",
+        "damaged-index",
+        "missing",
+        "extra",
+        "float16",
+        "inexpressible",
+        "other-model",
+    ],
 )
 def test_models_without_an_official_form_are_refused(tiny, tmp_path, damage, error, message):
     folder = Path(shutil.copytree(tiny, tmp_path / "model"))
@@ -221,6 +233,11 @@ def change_tensors(folder: Path, drop: str = "", dtype: torch.dtype = torch.floa
     save_file(
         {name: tensor for name, tensor in (tensors | extra).items() if name != drop}, folder / "model.safetensors"
     )
+
+
+def replace_by_index(folder: Path, index: dict) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def change_config(folder: Path, **fields) -> None:
@@ -261,6 +278,12 @@ def test_the_sizes_that_fit_are_named(tmp_path):
     shapes = OrbaxReader(Path(find_weights(*open_folder(str(tmp_path / "official"))[:2]))).shapes
     shapes["language_model.model.wte.weight"] = (official_config("tiny").vocab_size, config.hidden_size)
     with pytest.raises(ValueError, match=r"size='125m'.*fitting are tiny$"):
+        official_checkpoint._check_fits(shapes, official_config("125m"), "125m")
+
+
+def test_tensors_of_another_rank_are_refused():
+    shapes = OrbaxReader(WEIGHTS).shapes | {"language_model.model.wte.weight": (61,)}
+    with pytest.raises(ValueError, match=r"wte.weight` has shape \(61,\)"):
         official_checkpoint._check_fits(shapes, official_config("125m"), "125m")
 
 
@@ -360,7 +383,7 @@ def test_a_failure_half_way_leaves_nothing(tiny, tmp_path, monkeypatch, error):
         raise error
 
     size = official_file(tmp_path / "size")
-    monkeypatch.setattr(official_checkpoint, "save_file", fails)
+    monkeypatch.setattr(weight_files, "save_file", fails)
     monkeypatch.setattr(official_checkpoint, "write_metadata", fails)
     with pytest.raises(type(error)):
         convert_official(str(CHECKPOINT), size, tmp_path / "model")

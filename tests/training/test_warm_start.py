@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from ttt_e2e import TTTE2EForCausalLM
 from ttt_e2e.convert_transformer import WarmStartSettings, warm_started_model
-from ttt_e2e.training import warm_start
+from ttt_e2e.training import warm_start, weight_files
 from ttt_e2e.training.warm_start import WarmStartRequest, prepare_warm_start, write_warm_start
 
 from ..modeling.helpers import random_ids
@@ -66,7 +67,7 @@ def test_no_more_than_a_shard_is_in_memory(tmp_path, monkeypatch):
         sizes.append(sum(tensor.nbytes for tensor in tensors.values()))
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(warm_start, "save_file", save)
+    monkeypatch.setattr(weight_files, "save_file", save)
     convert(tmp_path / "source", tmp_path / "new", max_shard_size=50_000)
     assert len(sizes) > 2 and max(sizes) <= 50_000
     index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())
@@ -160,7 +161,7 @@ def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(*arguments, **settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(warm_start, "save_file", fail)
+    monkeypatch.setattr(weight_files, "save_file", fail)
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path / "source", tmp_path / "new")
     assert sorted(tmp_path.iterdir()) == before and not list((tmp_path / "new").iterdir())
@@ -238,6 +239,13 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match=r"holds other files: choose another folder. Nothing was overwritten"):
         convert(tmp_path / "source", tmp_path / "source")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "source").iterdir()} == before
+
+
+def test_a_folder_below_the_home_is_checked_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_source(tmp_path / "source")
+    with pytest.raises(ValueError, match="holds other files"):
+        prepare_warm_start(WarmStartRequest(str(tmp_path / "source"), Path("~/source"), SETTINGS))
 
 
 def test_a_full_disk_and_an_unknown_dtype_are_noticed_before_any_work(tmp_path, monkeypatch):
