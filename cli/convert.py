@@ -70,6 +70,7 @@ def official(
     try:
         if tolerance is not None and verify is None:
             raise ValueError(f"--tolerance {tolerance} is of --verify: name the file of reference numbers as well")
+        output = output.expanduser()
         reference = None if verify is None else load_reference(verify, official_config(size).vocab_size)
         weights = convert_official(
             checkpoint,
@@ -111,3 +112,27 @@ def to_official(
     except (ImportError, OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(f"{output}: step 0 holds model_weights; its configuration is {output / 'config.json'}")
+
+
+@convert.command("ttt-layers")
+def ttt_layers(
+    checkpoint: Annotated[
+        Path, typer.Option(help="Folder with the official config.json and weights (.safetensors or .bin).")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to write, new or empty.", file_okay=False)],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A folder or an id of the Hub: the checkpoint's tokenizer, saved with the model.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the written weights: float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """A checkpoint of the official PyTorch code of TTT-Linear and TTT-MLP into a folder of transformers.
+
+    In Python: `ttt_e2e.training.ttt_layers_checkpoint.convert_ttt_layers(checkpoint, output)`.
+    """
+    from ..training.ttt_layers_checkpoint import convert_ttt_layers
+
+    try:
+        parameters = convert_ttt_layers(checkpoint, output, tokenizer=tokenizer, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"{output}: {parameters:,} parameters; load it with AutoModelForCausalLM.from_pretrained")
