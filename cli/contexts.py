@@ -44,6 +44,7 @@ def read(
 
     from ..serving import (
         StoredContext,
+        check_room,
         document_text,
         load_text_model,
         open_context,
@@ -59,6 +60,7 @@ def read(
         text_model = load_text_model(model, dtype=dtype, device=device)
         start = StoredContext.new(text_model.model) if context is None else open_context(context, text_model.model)
         tokens = [(name, text_tokens(text, text_model.tokenizer, begin=True)) for name, text in texts]
+        check_room(output, text_model.model, start.tokens + sum(len(ids) for _, ids in tokens))
         started = time.perf_counter()
         learned = read_documents(text_model, start, tokens)
         seconds = time.perf_counter() - started
@@ -106,6 +108,7 @@ def generate(
     from ..serving import (
         ReadDocument,
         StoredContext,
+        check_room,
         load_text_model,
         open_context,
         text_tokens,
@@ -123,6 +126,8 @@ def generate(
         text_model = load_text_model(model, dtype=dtype, device=device)
         start = StoredContext.new(text_model.model) if context is None else open_context(context, text_model.model)
         ids = text_tokens(text, text_model.tokenizer, begin=start.tokens == 0).tolist()
+        if save_context is not None:
+            check_room(save_context, text_model.model, start.tokens + len(ids) + max_new_tokens)
         if seed is not None:
             set_seed(seed)
         streamer = TextStreamer(text_model.tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -49,7 +49,7 @@ def export(
             if given and push is None:
                 raise ValueError(f"{option} is for an upload: name a repository with --push, or leave it out")
         if push is not None:
-            check_push(push)
+            check_push(push, private)
         folder = write_export(prepare_export(request))
         size = sum(path.stat().st_size for path in folder.iterdir())
         typer.echo(f"{folder}: {size / 2**20:.1f} MiB; load it with trust_remote_code=True, where ttt_e2e is missing")

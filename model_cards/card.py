@@ -119,7 +119,13 @@ def model_card(contents: ModelCardContents) -> ModelCard:
         kind=kind,
         dtype=str(contents.dtype).removeprefix("torch."),
         memory=None if kind == RECURS else sequence_memory(config, contents.dtype),
+        window=config.sliding_window if "sliding_attention" in attention_kinds(config) else None,
     )
+
+
+def attention_kinds(config: PreTrainedConfig) -> list[str]:
+    """What mixes the tokens in each block, none for a model without attention; its windows mean nothing."""
+    return list(config.layer_types) if getattr(config, "use_attention", True) else []
 
 
 def architecture_kind(config: PreTrainedConfig) -> str:
@@ -141,7 +147,8 @@ def sequence_memory(config: PreTrainedConfig, dtype: torch.dtype) -> SequenceMem
     mini_batch = config.mini_batch_size if learns else 0
     column = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize  # a key and a value
     window = mini_batch * (config.hidden_size * dtype.itemsize + 2 * ID_BYTES)
-    for index, kind in enumerate(config.layer_types):
+    kinds = attention_kinds(config)
+    for index, kind in enumerate(kinds):
         if kind == "sliding_attention":
             # The attention of the first suffix block comes before all inner weights, and is not run again.
             pending = mini_batch if index > config.num_hidden_layers - suffix else 0
@@ -149,5 +156,5 @@ def sequence_memory(config: PreTrainedConfig, dtype: torch.dtype) -> SequenceMem
     return SequenceMemory(
         fast_weights=suffix * 3 * config.hidden_size * width * FAST_WEIGHT_BYTES,
         window=window,
-        per_token=config.layer_types.count("full_attention") * column,
+        per_token=kinds.count("full_attention") * column,
     )

@@ -7,7 +7,7 @@ the model, so that `from_pretrained(..., trust_remote_code=True)` needs nothing 
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -90,6 +90,7 @@ def prepare_export(request: ExportRequest) -> Export:
         ValueError, OSError: the folder holds no model of this package with its tokenizer, the output is not empty or
             its disk too small, or results are of another model.
     """
+    request = replace(request, output=request.output.expanduser())
     if request.dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={request.dtype!r}: choose one of {', '.join(DTYPES)}, or leave it out (as saved)")
     source = find_saved_model(request.model)

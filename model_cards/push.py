@@ -3,21 +3,23 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 # Weights of an earlier commit that are not part of this one: transformers would load them first, or in vain.
 STALE_WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
 
 
-def check_push(repo_id: str) -> None:
+def check_push(repo_id: str, private: bool = False) -> None:
     """Check that a folder can be pushed, before any work is done.
 
     Args:
         repo_id: "name" or "namespace/name".
+        private: nobody else is to see what is uploaded.
 
     Raises:
-        ValueError: the id is malformed, or there is no token, or one that may only read.
+        ValueError: the id is malformed, or there is no token, or one that may only read; `private`, but the repository
+            is there and public.
         OSError: the Hub cannot be reached, or does not know the token.
     """
     try:
@@ -31,12 +33,26 @@ def check_push(repo_id: str) -> None:
         )
     try:
         account = HfApi().whoami()
+        exposed = private and _is_public(repo_id if "/" in repo_id else f"{account['name']}/{repo_id}")
     except Exception as error:  # a failing connection raises another library's errors, which varies with the version
         raise OSError(
             f"push={repo_id!r}: the Hub does not accept the token, or cannot be reached ({error}); nothing was done"
         ) from error
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise ValueError(f"push={repo_id!r}: the token may only read; make one that may write, and run `hf auth login`")
+    if exposed:
+        raise ValueError(
+            f"push={repo_id!r}: this repository is there already and public, so that --private would not hold; make it "
+            "private on the Hub first, or name a new one"
+        )
+
+
+def _is_public(repo_id: str) -> bool:
+    """Whether the repository is there and everybody sees it."""
+    try:
+        return not HfApi().repo_info(repo_id).private
+    except RepositoryNotFoundError:
+        return False
 
 
 def push_folder(folder: Path, repo_id: str, private: bool | None = None, commit_message: str | None = None) -> str:

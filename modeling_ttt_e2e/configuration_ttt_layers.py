@@ -143,6 +143,20 @@ class TTTLayersConfig(PreTrainedConfig):
         names = dict.fromkeys(INNER_LEARNERS, "linear_attention") | {KEY_VALUE_BINDING: "sliding_attention"}
         return [names.get(mixer, mixer) for mixer in self.mixer_types]
 
+    @property
+    def num_fast_weights(self) -> int:
+        """Numbers that the inner loops of all blocks change, per sequence."""
+        channels = self.hidden_size // self.num_attention_heads
+        hidden, bias = self.ttt_intermediate_ratio * channels, int(self.ttt_use_bias)
+        per_head = {
+            "ttt_linear": channels * (channels + bias),
+            "ttt_mlp": hidden * (channels + bias) + channels * (hidden + bias),
+        }
+        bound = self.hidden_size // self.ttt_kvb_num_heads
+        by_mixer = {mixer: self.num_attention_heads * count for mixer, count in per_head.items()}
+        by_mixer[KEY_VALUE_BINDING] = 3 * self.ttt_kvb_intermediate_ratio * bound * self.hidden_size
+        return sum(by_mixer.get(mixer, 0) for mixer in self.mixer_types)
+
     def base_learning_rate(self, mixer: str) -> float:
         """Inner learning rate of blocks `mixer`, before its division by the size of a head."""
         given = self.ttt_base_learning_rate

@@ -3,7 +3,7 @@
 `serving.server` is imported by its own name, because it needs the packages of the extra `serve`.
 """
 
-from .contexts import ContextFolder, ReadDocument, StoredContext, open_context, write_context
+from .contexts import ContextFolder, ReadDocument, StoredContext, check_room, open_context, write_context
 from .conversation import Answer, Conversation, Turns
 from .documents import document_text, read_documents, text_tokens
 from .models import TextModel, load_text_model
@@ -17,6 +17,7 @@ __all__ = [
     "StoredContext",
     "TextModel",
     "Turns",
+    "check_room",
     "document_text",
     "load_text_model",
     "open_context",

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .. import TTTE2ECache, TTTE2EForCausalLM
-from ..training.disk import check_disk_space, folder_written_whole
+from ..model_cards.card import sequence_memory
+from ..training.disk import check_disk_space, check_replaceable, folder_written_whole
 from ..training.record import check_output
 
 DOCUMENTS, COUNTERS = "documents.json", "context.json"
@@ -71,6 +72,23 @@ def write_context(folder: Path, context: StoredContext) -> None:
             "answer_end": context.answer_end,
         }
         (new / DOCUMENTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_room(folder: Path, model: TTTE2EForCausalLM, tokens: int) -> None:
+    """Check, before anything is read, that a context can be written to a folder afterwards.
+
+    Args:
+        tokens: that it will have read.
+
+    Raises:
+        ValueError: the folder holds something.
+        OSError: its disk has no room, or is mounted there.
+    """
+    check_output(folder, resume=False)
+    check_replaceable(folder)
+    memory = sequence_memory(model.config, model.dtype)
+    needed = memory.fast_weights + memory.window + memory.per_token * tokens
+    check_disk_space(folder, needed, "the learned context")
 
 
 def open_context(folder: Path, model: TTTE2EForCausalLM) -> StoredContext:

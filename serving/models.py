@@ -53,9 +53,12 @@ def load_text_model(model: str, *, dtype: str = "auto", device: str | None = Non
             f"{source.fields['vocab_size']}; put the tokenizer that it was trained with into the folder"
         )
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype)
+        loaded, report = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model={model!r} cannot be loaded ({error}); train or save it again") from error
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would make them up
+        raise ValueError(f"model={model!r}: {missing[0]} is missing from its weights; train or save it again")
     return TextModel(loaded.to(device).eval(), tokenizer)
 
 

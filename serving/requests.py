@@ -55,6 +55,7 @@ class CompletionFields(Fields):
     """A text to be continued."""
 
     prompt: Annotated[str, Field(min_length=1)]
+    suffix: str | None = None
 
 
 class TextPart(BaseModel):
@@ -64,6 +65,19 @@ class TextPart(BaseModel):
     text: str
 
 
+class CalledFunction(BaseModel):
+    """What a message says about a tool that the model has called: arguments by their names, or a JSON text of them."""
+
+    name: str
+    arguments: str | dict[str, Any]
+
+
+class ToolCall(BaseModel):
+    """A call of a tool."""
+
+    function: CalledFunction
+
+
 class Message(BaseModel):
     """A message of a conversation."""
 
@@ -71,12 +85,15 @@ class Message(BaseModel):
 
     role: Annotated[str, Field(min_length=1)]
     content: str | list[TextPart] | None = None
+    tool_calls: list[ToolCall] = []
 
 
 class ChatFields(Fields):
     """A conversation to be answered."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] = {}
 
 
 def check_request(body: dict[str, Any], fields: type[Fields]) -> Fields:
@@ -85,6 +102,10 @@ def check_request(body: dict[str, Any], fields: type[Fields]) -> Fields:
     Raises:
         HTTPException: 400, naming the field, its value and what is wrong with it.
     """
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # JSON can spell out half a character
+        raise HTTPException(400, f"the request is not Unicode ({error}); repair its text") from error
     try:
         found = fields.model_validate(body)
     except ValidationError as error:

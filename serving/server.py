@@ -17,6 +17,7 @@ import torch
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from jinja2 import TemplateError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from transformers import StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -111,25 +112,36 @@ class RequestGeneration(GenerateManager):
 
     async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
         inputs = self._prepare(inputs, gen_config, processor)
-        try:
-            return await super().generate_non_streaming(model, processor, inputs, gen_config, request_id)
-        except ValueError as error:  # what only `generate` finds out
-            raise HTTPException(400, str(error)) from error
+        return await super().generate_non_streaming(model, processor, inputs, gen_config, request_id)
 
     def submit(self, fn: Callable, *args, **kwargs):
         return super().submit(self._with_seed(fn), *args, **kwargs)
 
     def async_submit(self, fn: Callable, *args, **kwargs):
-        return super().async_submit(self._with_seed(fn), *args, **kwargs)
+        return super().async_submit(self._with_seed(self._unless_gone(fn)), *args, **kwargs)
+
+    def _unless_gone(self, fn: Callable) -> Callable:
+        """Nothing is read for a client that went away while it waited (a stream is ended by its streamer)."""
+
+        def run(*args, **kwargs):
+            if self.gone.is_set():
+                raise HTTPException(499, "the client has gone away")
+            return fn(*args, **kwargs)
+
+        return run
 
     def _with_seed(self, fn: Callable) -> Callable:
         """The seed is set where and when the tokens are drawn: other requests draw in between otherwise."""
         seed = self.request.seed
 
         def run(*args, **kwargs):
-            if seed is not None:
-                torch.manual_seed(seed)
-            return fn(*args, **kwargs)
+            if seed is None:
+                return fn(*args, **kwargs)
+            torch.manual_seed(seed)
+            try:
+                return fn(*args, **kwargs)
+            finally:
+                torch.seed()  # those who come next and name no seed get chance again
 
         return run
 
@@ -138,6 +150,8 @@ class RequestGeneration(GenerateManager):
         request = self.request
         if request.temperature or (request.top_p is not None and request.temperature is None):
             gen_config.do_sample = True
+        if request.logit_bias is not None:  # which transformers leaves out of completions
+            gen_config.sequence_bias = {(int(token),): bias for token, bias in request.logit_bias.items()} or None
         if self.is_plain_chat and request.stop is None:
             gen_config.stop_strings = PLAIN_END
         # From here on only the thread holds the context, so that its memory is free when it stops.
@@ -189,15 +203,20 @@ class Endpoint:
     async def handle_request(self, body: dict, request_id: str) -> JSONResponse | StreamingResponse:
         request = check_request(body, self.fields)
         name = self.manager.find_context(request)
+        chat_template = self.manager.text_model.tokenizer.chat_template
+        if body.get("tools") and "tools" not in str(chat_template):
+            raise HTTPException(400, "tools: the model's chat template has no place for them; leave the field out")
         start = None if name is None else await asyncio.to_thread(self._open, name)
-        is_chat = self.fields is ChatFields
-        is_plain_chat = is_chat and self.manager.text_model.tokenizer.chat_template is None
+        is_plain_chat = self.fields is ChatFields and chat_template is None
         generation = RequestGeneration(self.thread, request, start, is_plain_chat)
         template = {"chat_template": PLAIN_TEMPLATE} if is_plain_chat else None
         handler = self.handler(self.manager, RequestState(generation), template)
         left_out = {"context", "learn_from", "seed"}
         body = {field: value for field, value in body.items() if field not in left_out} | {"model": self.manager.name}
-        return await handler.handle_request(body, request_id)
+        try:
+            return await handler.handle_request(body, request_id)
+        except (TemplateError, ValueError) as error:  # what only the chat template or `generate` finds out
+            raise HTTPException(400, f"the request cannot be answered: {error}") from error
 
     def _open(self, name: str) -> StoredContext:
         try:

@@ -37,23 +37,41 @@ def write_text(path: Path, text: str) -> None:
 def written_whole(path: Path) -> Iterator[Path]:
     """A temporary path to write to, which takes the name `path` when all of it is on the disk.
 
-    The folder is made where it is missing. After an exception `path` is as it was.
+    The folder is made where it is missing. After an exception `path` is as it was, and the temporary file is gone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
-    yield temporary
-    flush_to_disk(temporary)
-    os.replace(temporary, path)
-    flush_to_disk(path.parent)
+    try:
+        yield temporary
+        flush_to_disk(temporary)
+        os.replace(temporary, path)
+        flush_to_disk(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Check that a folder, which may be missing, can be put in place at once when it is complete.
+
+    Raises:
+        OSError: it is the folder at which a disk is mounted, whose name no other folder can take.
+    """
+    if Path(folder).resolve().is_mount():
+        raise OSError(f"{folder}: a disk is mounted there, so that it cannot be replaced; name a new folder in it")
 
 
 @contextmanager
 def folder_written_whole(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` to write to, which takes its name when all of it is on the disk.
 
-    `path` may be an empty folder. After an exception it is as it was, and the temporary folder is gone.
+    `path` may be an empty folder, or a link to one. After an exception it is as it was, and the temporary folder is
+    gone.
+
+    Raises:
+        OSError: `path` is a disk's own folder.
     """
-    path = path.absolute()
+    check_replaceable(path)
+    path = path.resolve()
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
     part.mkdir(parents=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from .. import TTTE2EConfig, TTTE2EForCausalLM
+from .. import TTTE2EConfig, TTTE2EForCausalLM, TTTLayersConfig
 from ..configuration import Recipe
 from ..reader import BLOCKS_FROM_WINDOWS
 from .lora import add_lora
@@ -92,10 +92,10 @@ class RunEstimate:
     Attributes:
         parameters: of the model, tied ones once.
         trained_parameters: those that the outer loop changes: all of them, or an adapter's.
-        fast_weight_bytes_per_sequence: one copy of all fast weights, in float32; 0 without test-time training.
+        fast_weight_bytes_per_sequence: one copy of all fast weights, in float32; 0 where there are none.
         steps: outer steps; None when the recipe counts epochs.
         tokens: steps x batch size x sequence length; None when the steps are unknown.
-        mini_batches_per_sequence: inner loop's mini-batches in a row; 0 without test-time training.
+        mini_batches_per_sequence: inner loop's mini-batches in a row; 0 where there is no inner loop.
         memory_parts: bytes of one process at the peak of an outer step, by name (see `estimate_run`); empty where they
             are not known.
     """
@@ -159,14 +159,18 @@ def estimate_run(
     steps = recipe.training.get("max_steps")
     steps = steps if steps is not None and steps > 0 else None
     tokens = None if steps is None else steps * recipe.batch_size * recipe.data.sequence_length
+    fast_weights, mini_batches = (0, 0) if sizes is None else (sizes.fast_weights, sizes.mini_batches)
+    if isinstance(config, TTTLayersConfig) and config.num_fast_weights:
+        fast_weights = config.num_fast_weights
+        mini_batches = math.ceil(recipe.data.sequence_length / config.mini_batch_size)
     memory_parts = {} if sizes is None else _memory_parts(replace(sizes, trained=trained), processes)
     return RunEstimate(
         parameters=parameters,
         trained_parameters=trained,
-        fast_weight_bytes_per_sequence=0 if sizes is None else FLOAT32 * sizes.fast_weights,
+        fast_weight_bytes_per_sequence=FLOAT32 * fast_weights,
         steps=steps,
         tokens=tokens,
-        mini_batches_per_sequence=0 if sizes is None else sizes.mini_batches,
+        mini_batches_per_sequence=mini_batches,
         memory_parts={name: round(count) for name, count in memory_parts.items()},
     )
 

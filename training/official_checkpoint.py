@@ -14,11 +14,9 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import logging
 
 from .. import TTTE2EConfig
 from ..configuration import load_config, preset_names
@@ -46,13 +44,13 @@ from ..orbax_checkpoint import (
 from .disk import check_disk_space, folder_written_whole
 from .record import check_output
 from .remote_folder import download, open_folder
-from .tokenizer import load_tokenizer
+from .tokenizer import fitting_tokenizer
+from .weight_files import StoredWeights, stored_weights, write_shards
 
 logger = logging.get_logger(__name__)
 
 MAX_SHARD_SIZE = "50GB"  # as in transformers' save_pretrained
-SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16"}
-OFFICIAL_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+OFFICIAL_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 SMALL_FILES = 2**20  # bytes for configurations, indices and metadata
 
 
@@ -94,7 +92,7 @@ def convert_official(
     config = official_config(size)
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-    own_tokenizer = None if tokenizer is None else _fitting_tokenizer(tokenizer, config)
+    own_tokenizer = None if tokenizer is None else _own_tokenizer(tokenizer, config)
     split = _split_into_shards(config, DTYPES[dtype], max_shard_size)
     filesystem, path, is_local = open_folder(checkpoint, project)
     weights = find_weights(filesystem, path)
@@ -108,7 +106,7 @@ def convert_official(
         local = Path(weights) if is_local else download(filesystem, weights, part / WEIGHTS)
         reader = OrbaxReader(local)
         _check_fits(reader.shapes, config, size)
-        _write_shards(part, split, converted_tensors(reader, config, DTYPES[dtype]))
+        write_shards(part, split, converted_tensors(reader, config, DTYPES[dtype]))
         if not is_local:
             shutil.rmtree(local)
         _write_settings(part, config, dtype, own_tokenizer)
@@ -136,20 +134,18 @@ def export_official(model: str | Path, output: str | Path) -> None:
     if not isinstance(config, TTTE2EConfig):
         raise ValueError(f"model={str(model)!r} is a {config.model_type} model; only ttt_e2e has an official layout")
     official = config_to_official(config)
-    files, dtype = _stored_tensors(folder, config)
+    stored = _checked_weights(folder, config)
+    dtype = stored.dtypes["model.norm.weight"]
     official["model"]["param_dtype"] = OFFICIAL_DTYPES[dtype]
     tensors = list(expected_tensors(config))
-    total = sum(math.prod(tensor.shape) for tensor in tensors) * DTYPES[dtype].itemsize
+    total = sum(math.prod(tensor.shape) for tensor in tensors) * dtype.itemsize
     check_disk_space(output, total + SMALL_FILES, "the official checkpoint")
     with folder_written_whole(output) as part:
         weights = part / "0" / WEIGHTS
         weights.mkdir(parents=True)
         for tensor in tqdm(tensors, desc="Writing", unit=" tensors"):
-            slices = (
-                to_official(_read_tensor(files[target], target), tensor.layout, config.head_dim)
-                for target in tensor.targets
-            )
-            write_array(weights, tensor.name, tensor.shape, DTYPES[dtype], slices, stacked=tensor.stacked)
+            slices = (to_official(stored.read(target), tensor.layout, config.head_dim) for target in tensor.targets)
+            write_array(weights, tensor.name, tensor.shape, dtype, slices, stacked=tensor.stacked)
         write_metadata(weights, {tensor.name: tensor.shape for tensor in tensors}, empty_leaves(config))
         (part / "config.json").write_text(json.dumps(official, indent=2) + "\n", encoding="utf-8")
 
@@ -236,14 +232,8 @@ def _fits(shapes: Mapping[str, tuple[int, ...]], size: str) -> bool:
     return True
 
 
-def _fitting_tokenizer(source: str, config: TTTE2EConfig) -> PreTrainedTokenizerBase:
-    tokenizer = load_tokenizer(source)
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= config.vocab_size:
-        raise ValueError(
-            f"tokenizer={source!r}: its ids go up to {largest}, but the model knows only 0 to {config.vocab_size - 1}; "
-            "name the tokenizer that the checkpoint was trained with"
-        )
+def _own_tokenizer(source: str, config: TTTE2EConfig) -> PreTrainedTokenizerBase:
+    tokenizer = fitting_tokenizer(source, config.vocab_size)
     if tokenizer.bos_token_id != config.bos_token_id:
         logger.warning(
             f"tokenizer={source!r}: its bos_token_id is {tokenizer.bos_token_id}, but the checkpoint was trained with "
@@ -263,25 +253,6 @@ def _split_into_shards(config: TTTE2EConfig, dtype: torch.dtype, max_shard_size:
         return split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_size)
     except ValueError as error:
         raise ValueError(f"max_shard_size={max_shard_size!r}: {error}") from error
-
-
-def _write_shards(folder: Path, split, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    shards, parameters = {}, 0
-    with tqdm(total=len(split.tensor_to_filename), desc="Converting", unit=" tensors") as progress:
-        for name, tensor in tensors:
-            file = split.tensor_to_filename[name]
-            shards.setdefault(file, {})[name] = tensor
-            if len(shards[file]) == len(split.filename_to_tensors[file]):
-                save_file(shards.pop(file), folder / file, metadata={"format": "pt"})
-            parameters += tensor.numel()
-            progress.update()
-    if split.is_sharded:
-        index = {
-            "metadata": {"total_parameters": parameters, **split.metadata},
-            "weight_map": split.tensor_to_filename,
-        }
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
 
 
 def _write_settings(folder: Path, config: TTTE2EConfig, dtype: str, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -304,36 +275,20 @@ def _saved_model(model: str | Path) -> Path:
     )
 
 
-def _stored_tensors(folder: Path, config: TTTE2EConfig) -> tuple[dict[str, Path], str]:
-    """The file of every tensor, and the dtype of all; checked to be those of the configuration."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    names = [SAFE_WEIGHTS_NAME]
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    files, shapes, dtypes = {}, {}, set()
-    for name in names:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"model={str(folder)!r}: {name} is missing; save the model with save_pretrained")
-        with safe_open(folder / name, framework="pt") as stored:
-            for key in stored.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-                part = stored.get_slice(key)
-                files[key], shapes[key] = folder / name, tuple(part.get_shape())
-                dtypes.add(part.get_dtype())
+def _checked_weights(folder: Path, config: TTTE2EConfig) -> StoredWeights:
+    """The tensors of a saved model, which are those of the configuration, all of one dtype that the layout has."""
+    weights = stored_weights(folder)
     expected = {target: tensor.target_shape for tensor in expected_tensors(config) for target in tensor.targets}
-    for key in sorted(expected.keys() | shapes.keys()):
-        if expected.get(key) != shapes.get(key):
+    for key in sorted(expected.keys() | weights.shapes.keys()):
+        if expected.get(key) != weights.shapes.get(key):
             raise ValueError(
-                f"model={str(folder)!r}: `{key}` has shape {shapes.get(key, 'none, it is missing')}, but config.json "
-                f"needs {expected.get(key, 'no such tensor')}"
+                f"model={str(folder)!r}: `{key}` has shape {weights.shapes.get(key, 'none, it is missing')}, but "
+                f"config.json needs {expected.get(key, 'no such tensor')}"
             )
-    if len(dtypes) > 1 or not dtypes <= SAFETENSORS_DTYPES.keys():
+    dtypes = set(weights.dtypes.values())
+    if len(dtypes) > 1 or not dtypes <= OFFICIAL_DTYPES.keys():
         raise ValueError(
-            f"model={str(folder)!r} holds tensors of dtype {', '.join(sorted(dtypes))}; all must be float32, or all "
-            "bfloat16: load it with dtype=torch.float32 and save it again"
+            f"model={str(folder)!r} holds tensors of dtype {', '.join(sorted(map(str, dtypes)))}; all must be float32, "
+            "or all bfloat16: load it with dtype=torch.float32 and save it again"
         )
-    return files, SAFETENSORS_DTYPES[dtypes.pop()]
-
-
-def _read_tensor(file: Path, name: str) -> torch.Tensor:
-    with safe_open(file, framework="pt") as stored:
-        return stored.get_tensor(name)
+    return weights

@@ -137,3 +137,19 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
             tokenizer.save_pretrained(folder)
             data = b"".join(path.read_bytes() for path in sorted(Path(folder).iterdir()))
     return hashlib.sha256(f"{separator_id(tokenizer)} {tokenizer.split_special_tokens} ".encode() + data).hexdigest()
+
+
+def fitting_tokenizer(source: str, vocabulary_size: int) -> PreTrainedTokenizerBase:
+    """A tokenizer whose ids all fit the vocabulary.
+
+    Raises:
+        ValueError: one does not.
+    """
+    tokenizer = load_tokenizer(source)
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocabulary_size:
+        raise ValueError(
+            f"tokenizer={source!r}: its ids go up to {largest}, but the model knows only 0 to {vocabulary_size - 1}; "
+            "name the tokenizer that the checkpoint was trained with"
+        )
+    return tokenizer

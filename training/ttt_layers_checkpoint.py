@@ -5,13 +5,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerBase
 
 from .. import TTTLayersForCausalLM
 from ..convert_ttt_layers_checkpoint import config_from_official, convert_parameters
 from .disk import check_disk_space, folder_written_whole
 from .record import check_output
-from .tokenizer import load_tokenizer
+from .tokenizer import fitting_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROOM_FOR_SMALL_FILES = 2**24  # bytes for configuration and tokenizer
@@ -101,19 +100,3 @@ def official_parameters(folder: Path, tied: bool) -> dict[str, torch.Tensor]:
         tensors |= load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
     derived = DERIVED if tied else DERIVED[1:]
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(derived)}
-
-
-def fitting_tokenizer(source: str, vocabulary_size: int) -> PreTrainedTokenizerBase:
-    """A tokenizer whose ids all fit the vocabulary.
-
-    Raises:
-        ValueError: one does not.
-    """
-    tokenizer = load_tokenizer(source)
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= vocabulary_size:
-        raise ValueError(
-            f"tokenizer={source!r}: its ids go up to {largest}, but the model knows only 0 to {vocabulary_size - 1}; "
-            "name the tokenizer that the checkpoint was trained with"
-        )
-    return tokenizer

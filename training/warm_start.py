@@ -4,19 +4,15 @@ Tensors are read one by one and written shard by shard, so that memory holds one
 new folder appears when it is complete: until then it has a temporary name beside it.
 """
 
-import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from math import prod
 from pathlib import Path
 
 import torch
 from huggingface_hub import StateDictSplit, snapshot_download, split_state_dict_into_shards_factory
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .. import TTTE2EConfig
@@ -34,10 +30,10 @@ from .disk import check_disk_space, folder_written_whole
 from .record import check_output
 from .sources import looks_like_path
 from .tokenizer import load_tokenizer
+from .weight_files import StoredWeights, stored_weights, write_shards
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SAVED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-WEIGHTS, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
+GENERATION = "generation_config.json"
 SHARDS = "model{suffix}.safetensors"
 # A tokenizer that was changed by saving would cut one of these into other tokens.
 PROBES = ("The old mill, 1853:\n\n  naïve façade — 水车.", " leading and trailing ", "")
@@ -67,20 +63,6 @@ class WarmStartRequest:
 
 
 @dataclass(frozen=True)
-class SourceWeights:
-    """The tensors of a folder, not read yet: by name their file, shape and dtype."""
-
-    files: Mapping[str, Path]
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, torch.dtype]
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU."""
-        with safe_open(self.files[name], framework="pt") as file:
-            return file.get_tensor(name)
-
-
-@dataclass(frozen=True)
 class WarmStart:
     """A request that has been checked; nothing is written yet.
 
@@ -93,7 +75,7 @@ class WarmStart:
     request: WarmStartRequest
     config: TTTE2EConfig
     plans: list[TensorPlan]
-    weights: SourceWeights
+    weights: StoredWeights
     folder: Path
     tokenizer: PreTrainedTokenizerBase | None
 
@@ -144,13 +126,14 @@ def prepare_warm_start(request: WarmStartRequest) -> WarmStart:
     """
     if request.dtype not in DTYPES:
         raise ValueError(f"dtype={request.dtype!r}: choose one of {', '.join(DTYPES)}")
+    request = replace(request, output=request.output.expanduser())
     check_output(request.output, resume=False)
     source = source_config(request.model)
     config = config_from_transformer(source, request.settings)
     folder = Path(request.model).expanduser()
     if not folder.is_dir():
         folder = Path(snapshot_download(request.model, allow_patterns=DOWNLOADED))
-    weights = source_weights(folder)
+    weights = stored_weights(folder)
     if config.tie_word_embeddings and _has_own_head(weights):
         config.tie_word_embeddings = False
     plans = plan_tensors(config, source.model_type, weights.shapes)
@@ -175,7 +158,7 @@ def write_warm_start(start: WarmStart) -> None:
             are not finite, in the source or in the new dtype.
         OSError: something cannot be written.
     """
-    with folder_written_whole(start.request.output.expanduser()) as part:
+    with folder_written_whole(start.request.output) as part:
         start.config.architectures = ["TTTE2EForCausalLM"]
         start.config.dtype = DTYPES[start.request.dtype] or start.weights.dtypes[EMBEDDINGS]
         start.config.save_pretrained(part)
@@ -183,7 +166,9 @@ def write_warm_start(start: WarmStart) -> None:
             shutil.copyfile(start.folder / GENERATION, part / GENERATION)
         if start.tokenizer is not None:
             _write_tokenizer(start.tokenizer, part)
-        _write_weights(start, part)
+        plans, split = {plan.name: plan for plan in start.plans}, start.shards()
+        names = chain.from_iterable(split.filename_to_tensors.values())
+        write_shards(part, split, ((name, _tensor(start, plans[name])) for name in names))
 
 
 def source_config(model: str) -> PreTrainedConfig:
@@ -210,48 +195,7 @@ def source_config(model: str) -> PreTrainedConfig:
         raise ValueError(f"model={model!r}: its config.json cannot be read ({error})") from error
 
 
-def source_weights(folder: Path) -> SourceWeights:
-    """What the safetensors files of a folder hold; reads their headers only.
-
-    Raises:
-        FileNotFoundError: there are none, or one that the index names is missing.
-        ValueError: a file is damaged, or holds something other than floating-point numbers.
-    """
-    if (folder / WEIGHTS).is_file():
-        files = [folder / WEIGHTS]
-    elif (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        files = sorted({folder / name for name in index["weight_map"].values()})
-    else:
-        raise FileNotFoundError(
-            f"model={str(folder)!r}: no weights in it ({WEIGHTS} or {INDEX}); other formats become safetensors when "
-            "the model is loaded with AutoModelForCausalLM and saved again"
-        )
-    places, shapes, dtypes = {}, {}, {}
-    for path in files:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing, but {INDEX} names it; fetch the model again")
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-                    part = tensors.get_slice(name)
-                    places[name], shapes[name] = path, tuple(part.get_shape())
-                    dtypes[name] = _saved_dtype(name, part.get_dtype())
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); fetch or save the model again") from error
-    return SourceWeights(places, shapes, dtypes)
-
-
-def _saved_dtype(name: str, dtype: str) -> torch.dtype:
-    if dtype not in SAVED_DTYPES:
-        raise ValueError(
-            f"{name} is saved as {dtype}: quantised weights cannot be trained on; take the model that they were made "
-            f"from ({', '.join(SAVED_DTYPES)})"
-        )
-    return SAVED_DTYPES[dtype]
-
-
-def _has_own_head(weights: SourceWeights) -> bool:
+def _has_own_head(weights: StoredWeights) -> bool:
     """Whether the files hold a head that differs from the embeddings, which transformers then does not tie to them."""
     if not {HEAD, EMBEDDINGS} <= weights.files.keys():
         return False
@@ -269,20 +213,6 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
             f"{type(loaded).__name__}; take the tokenizer's files out of the source's folder, and name the tokenizer "
             "with --tokenizer later on"
         )
-
-
-def _write_weights(start: WarmStart, folder: Path) -> None:
-    plans, split = {plan.name: plan for plan in start.plans}, start.shards()
-    with tqdm(total=start.total_bytes, desc="Converting", unit="B", unit_scale=True) as progress:
-        for file, names in split.filename_to_tensors.items():
-            tensors = {}
-            for name in names:
-                tensors[name] = _tensor(start, plans[name])
-                progress.update(start.bytes_of(plans[name]))
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _tensor(start: WarmStart, plan: TensorPlan) -> torch.Tensor:

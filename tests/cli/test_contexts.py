@@ -13,6 +13,7 @@ from collections import namedtuple
 import pytest
 import requests
 import typer
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from ttt_e2e import TTTE2ECache
@@ -286,6 +287,11 @@ def test_models_that_cannot_be_used(place, bad, text_model):
     assert refused(run(bad, "generate", "--prompt", "x", model="missing"), "missing")
     text_model.model.save_pretrained(bad / "bare")
     assert refused(run(bad, "generate", "--prompt", "x", model="bare"), "bare", "no tokenizer")
+    save_text_model(text_model, bad / "lacking")
+    tensors = load_file(bad / "lacking" / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, bad / "lacking" / "model.safetensors", {"format": "pt"})
+    assert refused(run(bad, "generate", "--prompt", "x", model="lacking"), "model.norm.weight is missing")
     preset = CliRunner().invoke(app, ["chat", "--model", "tiny"], env={"COLUMNS": "400"})
     assert refused(preset, "tiny", "no trained weights")
     plain = CliRunner().invoke(app, ["chat", "--model", "tiny-mamba2"], env={"COLUMNS": "400"})

@@ -28,7 +28,7 @@ def test_preset_builds_the_configuration_that_it_describes(name):
     fields = load_preset(name)
     config = load_config(name)
     kinds = {"mamba2": RecurrentHybridConfig, "gated-delta-net": RecurrentHybridConfig}
-    kinds |= {baseline: TTTLayersConfig for baseline in ("ttt-linear", "ttt-mlp", "ttt-kvb")}
+    kinds |= dict.fromkeys(("ttt-linear", "ttt-mlp", "ttt-kvb"), TTTLayersConfig)
     assert type(config) is kinds.get(name.partition("-")[2], TTTE2EConfig)
     assert {field: getattr(config, field) for field in fields} == fields
     assert preset_description(name)

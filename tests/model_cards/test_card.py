@@ -69,6 +69,24 @@ def test_a_baseline_is_not_said_to_learn(tmp_path, config):
     assert "a baseline for models that" in " ".join(written.text.split())
 
 
+NO_WINDOWS = [
+    TTTE2EConfig(use_attention=False),
+    TTTE2EConfig(num_hidden_layers=2, layer_types=["full_attention"] * 2, test_time_training=False),
+    RecurrentHybridConfig(num_hidden_layers=2, mixer_types=["mamba2", "full_attention"]),
+]
+
+
+@pytest.mark.parametrize("config", NO_WINDOWS, ids=["no attention", "full attention", "recurrent"])
+def test_a_model_without_windows_is_said_to_have_none(tmp_path, config):
+    assert config.sliding_window
+    assert "attention window" not in " ".join(card(tmp_path, config).text.split())
+
+
+def test_a_model_without_attention_is_said_to_have_none(tmp_path):
+    shown = " ".join(card(tmp_path, TTTE2EConfig(use_attention=False)).text.split())
+    assert "a decoder without attention that compresses" in shown and "What was read is remembered" in shown
+
+
 def test_folder_without_a_model_is_an_error(tmp_path):
     contents = ModelCardContents("A model", CONFIG, 1, torch.float32)
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
@@ -84,6 +102,7 @@ def test_folder_without_a_model_is_an_error(tmp_path):
         {"prime_intermediate_size": 20, "num_suffix_layers": 1},
         {"layer_types": WITH_FULL_ATTENTION},
         {"test_time_training": False},
+        {"use_attention": False},
     ],
 )
 def test_bytes_of_a_sequence_are_those_of_its_cache(dtype, changes):

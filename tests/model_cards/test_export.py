@@ -187,6 +187,12 @@ def test_other_files_are_never_overwritten(tmp_path):
     assert [path.name for path in hub.iterdir()] == ["notes.md"]
 
 
+def test_a_folder_below_the_home_is_written_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert exported(saved_model(tmp_path / "saved"), Path("~/hub")) == tmp_path / "hub"
+    assert (tmp_path / "hub" / "model.safetensors").is_file()
+
+
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
     model = saved_model(tmp_path / "saved")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(1000))

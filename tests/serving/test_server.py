@@ -123,6 +123,14 @@ def test_the_same_seed_samples_the_same(served):
     assert again == alone and served.complete(PROMPTS[0], seed=4, **ask) != alone
 
 
+def test_a_seed_is_of_its_own_request_only(served):
+    ask, texts = {"temperature": 1.5, "max_tokens": 8}, []
+    for _ in range(3):
+        served.complete(PROMPTS[0], seed=3, **ask)
+        texts.append(served.complete(PROMPTS[1], **ask))
+    assert len(set(texts)) > 1
+
+
 def test_a_temperature_is_not_ignored(served):
     texts = {served.complete(PROMPTS[0], temperature=1.5, seed=seed) for seed in range(3)}
     assert len(texts) > 1

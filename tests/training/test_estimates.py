@@ -150,3 +150,14 @@ def test_models_of_another_kind_have_counts_without_memory():
         assert estimate.parameters == AutoModelForCausalLM.from_config(config).num_parameters()
     assert estimate.fast_weight_bytes_per_sequence == 0 and estimate.tokens == 240 * 8 * 512
     assert "peak_memory_bytes: unknown" in estimate.lines()
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "kvb"])
+def test_fast_weights_of_ttt_layers_are_as_many_as_their_initial_values(kind):
+    config = load_config(f"tiny-ttt-{kind}")
+    estimate = estimate_run(config, load_recipe("pretrain-tiny", f"tiny-ttt-{kind}"))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    fast = sum(p.numel() for name, p in model.named_parameters() if ".ttt.initial_" in name)
+    assert estimate.fast_weight_bytes_per_sequence == 4 * fast
+    assert estimate.mini_batches_per_sequence == 512 // config.mini_batch_size

@@ -206,6 +206,7 @@ def test_models_of_ours_come_back_as_they_were(tmp_path, changes, dtype):
         (lambda f: change_tensors(f, extra=torch.ones(2)), ValueError, r"`extra` has shape \(2,\).*no such tensor"),
         (lambda f: change_tensors(f, dtype=torch.float16), ValueError, "float16; all.*dtype=torch.float32"),
         (lambda f: change_config(f, hidden_act="gelu"), ValueError, "hidden_act.*gelu.*silu"),
+        (lambda f: change_config(f, use_attention=False), ValueError, "use_attention.* False, .* needs True"),
         (lambda f: change_config(f, model_type="llama"), ValueError, "llama model; only ttt_e2e"),
     ],
     ids=[
@@ -217,6 +218,7 @@ def test_models_of_ours_come_back_as_they_were(tmp_path, changes, dtype):
         "extra",
         "float16",
         "inexpressible",
+        "no-attention",
         "other-model",
     ],
 )
