@@ -4,7 +4,7 @@ import pytest
 import torch
 from huggingface_hub import EvalResult, ModelCard
 
-from ttt_e2e import RecurrentHybridConfig, TTTE2ECache, TTTE2EConfig
+from ttt_e2e import RecurrentHybridConfig, TTTE2ECache, TTTE2EConfig, TTTLayersConfig
 from ttt_e2e.evaluation import Table
 from ttt_e2e.model_cards import ModelCardContents, ResultsSection, TrainingHistory, write_model_card
 from ttt_e2e.model_cards.card import sequence_memory
@@ -67,6 +67,12 @@ def test_a_baseline_is_not_said_to_learn(tmp_path, config):
     written = card(tmp_path, config)
     assert "learn_from" not in written.text and "test-time-training" not in written.data.tags
     assert "a baseline for models that" in " ".join(written.text.split())
+
+
+def test_ttt_layers_are_said_to_learn_with_their_memory_per_sequence(tmp_path):
+    config = TTTLayersConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, mixer_types=["ttt_linear"] * 2)
+    shown = " ".join(card(tmp_path, config).text.split())
+    assert f"{4 * 2 * 4 * 16 * 17:,} bytes of their weights for every sequence" in shown and "a baseline" not in shown
 
 
 NO_WINDOWS = [

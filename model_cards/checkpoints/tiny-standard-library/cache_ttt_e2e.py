@@ -1,0 +1,272 @@
+"""The cache of a TTT-E2E model: a learned context under transformers' name `past_key_values`.
+
+Its size does not depend on how much was read: a window of keys and values, at most one pending mini-batch, and one copy
+of the fast weights per sequence that has learned something of its own.
+"""
+
+import copy
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import Cache
+
+from .cache_files import load_context, save_context
+from .context import LearnedContext, Pending
+from .fast_weights import FastWeights
+
+
+@dataclass(frozen=True)
+class CachedLayer:
+    """Keys and values of one block, [batch, key/value heads, columns, head_dim], for inspection."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    is_sliding: bool
+
+
+class TTTE2ECache(Cache):
+    """What a batch of sequences has read and learned; pass it as `past_key_values` and read on.
+
+    Everything in it is detached. Contexts are immutable values, so `fork()` and reordering rows copy no fast weights:
+    rows share theirs until they differ.
+
+    Args:
+        config: the model's configuration.
+
+    Attributes:
+        context: the [`LearnedContext`], None before anything is read.
+        columns: columns read so far, padding included.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, config):
+        self.config = config
+        self.context: LearnedContext | None = None
+        self.columns = 0
+        self.finished: tuple[bool, ...] | None = None
+        self.padding_id: int | None = None
+        self._reader: weakref.ref | None = None
+        self._marks: WeightMarks | None = None
+        super().__init__(layers=[])
+
+    @property
+    def layers(self) -> list[CachedLayer]:
+        if self.context is None:
+            return []
+        types = zip(self.config.layer_types, self.context.histories, strict=True)
+        return [CachedLayer(*history, kind == "sliding_attention") for kind, history in types if history is not None]
+
+    @layers.setter
+    def layers(self, value: list) -> None:
+        """transformers assigns an empty list; the layers are a view of `context`."""
+
+    def __repr__(self) -> str:
+        return f"TTTE2ECache(columns={self.columns}, batch_size={self.batch_size}, learned={self.has_learned})"
+
+    def __deepcopy__(self, memo) -> "TTTE2ECache":
+        return self.fork()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_reader": None, "_marks": None}
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, or -1 before anything is read."""
+        return -1 if self.context is None else self.context.rows
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.context is not None
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether an inner step has been taken."""
+        return self.context is not None and self.context.fast is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors; fast weights that rows share count once."""
+        return sum(tensor.nbytes for tensor in _tensors(self.context))
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns read so far, padding included."""
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Keys that `query_length` new columns see, and the column of the first of them."""
+        kept = 0
+        if self.context is not None and self.context.histories[layer_idx] is not None:
+            kept = self.context.histories[layer_idx][0].shape[2]
+        return kept + query_length, self.columns - kept
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: there is no longest text."""
+        return -1
+
+    def store(self, context: LearnedContext, columns: int, reader: torch.nn.Module) -> None:
+        """Take over a context after `columns` more columns were read by the model `reader`."""
+        if self._reader is None or self._reader() is not reader:
+            self._reader = weakref.ref(reader)
+            self._marks = WeightMarks.of(reader)
+        if self.finished is not None:
+            rows = zip(self.finished, self.context.tokens, context.tokens, strict=True)
+            self.finished = tuple(finished and old == new for finished, old, new in rows)
+        self.context = _compact(context.detach())
+        self.columns += columns
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.context, self.columns, self.finished, self.padding_id = None, 0, None, None
+        self._reader, self._marks = None, None
+
+    def fork(self) -> "TTTE2ECache":
+        """An independent cache with the same content; costs no memory until either reads on."""
+        return copy.copy(self)
+
+    def to(self, device: torch.device | str) -> "TTTE2ECache":
+        """Move all tensors, in place; returns itself."""
+        if self.context is not None:
+            self.context = _map(self.context, lambda tensor: tensor.to(device))
+        return self
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices` (ids, or a bool per row), in that order."""
+        if self.context is None:
+            return
+        indices = indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices
+        rows = indices.tolist()
+        if rows != list(range(self.context.rows)):
+            self.context = self.context.select(rows)
+            self.finished = None if self.finished is None else tuple(self.finished[row] for row in rows)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was; fast weights are shared, not copied."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row, for beams or several answers to one prompt; fast weights are shared."""
+        if self.context is not None:
+            self.batch_select_indices(torch.arange(self.context.rows).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Only 0 (nothing) is possible: what is learned cannot be unlearned. Fork the cache before reading instead."""
+        if tokens_to_remove:
+            raise NotImplementedError(
+                f"crop({tokens_to_remove}): a learned context cannot be rolled back. Keep a `fork()` from before."
+            )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the learned context to a folder, with a fingerprint of the model's weights and configuration.
+
+        Raises:
+            ValueError: nothing was read yet, the model is gone, or its weights changed since it read.
+        """
+        reader = None if self._reader is None else self._reader()
+        if self.context is None:
+            raise ValueError("This cache is empty: read something with it before `save_pretrained`.")
+        if reader is None:
+            raise ValueError("The model that read this context is gone: save the context while the model is loaded.")
+        if not self._marks.match(reader):
+            raise ValueError(
+                "The model's weights changed after this context was read, so it does not belong to them: read the "
+                "text again, then save."
+            )
+        save_context(Path(folder), self.context, self._counters(), reader)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, model: torch.nn.Module) -> "TTTE2ECache":
+        """Load what `save_pretrained` wrote, onto the model's device.
+
+        Args:
+            model: the model whose weights read the text, or anything that wraps it.
+
+        Raises:
+            FileNotFoundError: the folder holds no learned context.
+            ValueError: the files are damaged, or belong to other weights or another configuration.
+        """
+        reader = next((module for module in model.modules() if hasattr(module, "rotary_emb")), None)
+        if reader is None:
+            raise ValueError(f"`model` is a {type(model).__name__}, which holds no TTTE2EModel.")
+        context, counters = load_context(Path(folder), reader)
+        cache = cls(reader.config)
+        cache.context = context
+        cache.columns = counters["columns"]
+        cache.finished = None if counters["finished"] is None else tuple(counters["finished"])
+        cache.padding_id = counters["padding_id"]
+        cache._reader, cache._marks = weakref.ref(reader), WeightMarks.of(reader)
+        return cache
+
+    def _counters(self) -> dict:
+        finished = None if self.finished is None else list(self.finished)
+        return {"columns": self.columns, "finished": finished, "padding_id": self.padding_id}
+
+
+@dataclass(frozen=True)
+class WeightMarks:
+    """Cheap marks of a model's weights, to notice that they changed.
+
+    Attributes:
+        versions: change when a parameter is replaced, cast, or written in place.
+        samples: a few values of each parameter, because writing through `.data` leaves no other trace.
+    """
+
+    versions: tuple
+    samples: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> "WeightMarks":
+        versions, samples = [], []
+        for parameter in model.parameters():
+            versions += [id(parameter), parameter.dtype, 0 if parameter.is_inference() else parameter._version]
+            values = parameter.data
+            if type(values) is torch.Tensor and not values.is_meta:
+                samples.append(values.flatten()[:: max(1, values.numel() // 16)].clone())
+        return cls(tuple(versions), tuple(samples))
+
+    def match(self, model: torch.nn.Module) -> bool:
+        now = WeightMarks.of(model)
+        return self.versions == now.versions and all(
+            torch.equal(old, new.to(old.device)) for old, new in zip(self.samples, now.samples, strict=True)
+        )
+
+
+def _tensors(context: LearnedContext | None) -> Sequence[torch.Tensor]:
+    if context is None:
+        return []
+    found = [states for history in context.histories if history is not None for states in history]
+    if context.fast is not None:
+        found += context.fast.tensors
+    if context.pending is not None:
+        found += [context.pending.inputs, context.pending.ids, context.pending.positions]
+    return found
+
+
+def _map(context: LearnedContext, function) -> LearnedContext:
+    """The context with `function` applied to every tensor."""
+    fast, pending = context.fast, context.pending
+    return LearnedContext(
+        tokens=context.tokens,
+        next_positions=context.next_positions,
+        histories=tuple(kv if kv is None else (function(kv[0]), function(kv[1])) for kv in context.histories),
+        fast=None if fast is None else FastWeights(tuple(map(function, fast.tensors)), fast.rows),
+        pending=None
+        if pending is None
+        else Pending(pending.counts, *map(function, (pending.inputs, pending.ids, pending.positions))),
+    )
+
+
+def _compact(context: LearnedContext) -> LearnedContext:
+    """Copies of views that hold much more memory than they show, so that a long text's segment can be freed."""
+
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone() if tensor.untyped_storage().nbytes() > 1.25 * tensor.nbytes + 1024 else tensor
+
+    return _map(context, own)
+
+
+__all__ = ["TTTE2ECache"]

@@ -1,0 +1,122 @@
+"""The learned context: everything that reading leaves behind, as one immutable value.
+
+    learned context = fast weights + the window of keys and values + the pending tokens
+
+Reading maps a context and new tokens to a new context; nothing is ever written in place, so copies are free.
+
+Row-wise layout: keys and values end with the row's newest token (aligned right; rows that have read less have unused
+columns on the left). Pending tokens start with the mini-batch (aligned left; unused columns on the right).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .fast_weights import FastWeights
+from .layers import KeysValues
+
+
+@dataclass(frozen=True)
+class Pending:
+    """The mini-batch that is not learned yet, because its last target has not been read.
+
+    Attributes:
+        counts: tokens per row, at most `mini_batch_size`.
+        inputs: [rows, max(counts), hidden_size], the hidden states that enter the inner loop.
+        ids: [rows, max(counts)].
+        positions: [rows, max(counts)], for RoPE.
+    """
+
+    counts: tuple[int, ...]
+    inputs: torch.Tensor
+    ids: torch.Tensor
+    positions: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LearnedContext:
+    """What a batch of sequences has read and learned.
+
+    Attributes:
+        tokens: real tokens read, per row.
+        next_positions: position id of the next token, per row.
+        histories: per block, keys and values [rows, key/value heads, columns, head_dim], or None.
+        fast: fast weights, or None before the first inner step.
+        pending: the unfinished mini-batch, or None when no token waits.
+    """
+
+    tokens: tuple[int, ...]
+    next_positions: tuple[int, ...]
+    histories: tuple[KeysValues | None, ...]
+    fast: FastWeights | None = None
+    pending: Pending | None = None
+
+    @classmethod
+    def start(cls, rows: int, num_layers: int) -> "LearnedContext":
+        return cls(tokens=(0,) * rows, next_positions=(0,) * rows, histories=(None,) * num_layers)
+
+    @property
+    def rows(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def pending_counts(self) -> tuple[int, ...]:
+        return self.pending.counts if self.pending is not None else (0,) * self.rows
+
+    def select(self, indices: Sequence[int]) -> "LearnedContext":
+        """The rows `indices`, in that order, repeats allowed. Fast weights are shared, not copied."""
+        index = torch.tensor(list(indices), dtype=torch.long)
+
+        def pick(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.index_select(0, index.to(tensor.device))
+
+        def pick_counts(counts: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(counts[i] for i in indices)
+
+        pending = self.pending
+        if pending is not None:
+            tensors = (pick(tensor) for tensor in (pending.inputs, pending.ids, pending.positions))
+            pending = Pending(pick_counts(pending.counts), *tensors)
+        return LearnedContext(
+            tokens=pick_counts(self.tokens),
+            next_positions=pick_counts(self.next_positions),
+            histories=tuple(kv if kv is None else (pick(kv[0]), pick(kv[1])) for kv in self.histories),
+            fast=None if self.fast is None else self.fast.select(indices),
+            pending=pending,
+        )
+
+    def detach(self) -> "LearnedContext":
+        """The same values, cut off from any graph."""
+        fast, pending = self.fast, self.pending
+        if fast is not None:
+            fast = replace(fast, tensors=tuple(tensor.detach() for tensor in fast.tensors))
+        if pending is not None:
+            pending = replace(pending, inputs=pending.inputs.detach())
+        histories = tuple(kv if kv is None else (kv[0].detach(), kv[1].detach()) for kv in self.histories)
+        return replace(self, fast=fast, pending=pending, histories=histories)
+
+
+def take_last(states: torch.Tensor, ends: Sequence[int], length: int) -> torch.Tensor:
+    """The `length` columns before column `ends[row]` of each row, aligned right.
+
+    Args:
+        states: [rows, heads, columns, channels].
+        ends: one past the last wanted column, per row.
+
+    Returns:
+        [rows, heads, min(length, max(ends)), channels]; columns that a row lacks hold copies of its first column.
+    """
+    length = min(length, max(ends))
+    if min(ends) == max(ends):
+        return states[:, :, ends[0] - length : ends[0]]
+    index = torch.tensor(ends)[:, None] - length + torch.arange(length)  # [rows, length]
+    return gather_columns(states, index.clamp_min(0), dim=2)
+
+
+def gather_columns(tensor: torch.Tensor, index: torch.Tensor, dim: int = 1) -> torch.Tensor:
+    """Per row, the columns `index` [rows, n] of axis `dim` (every axis between the rows and it is kept whole)."""
+    index = index.to(tensor.device)
+    shape = [index.shape[0]] + [1] * (tensor.dim() - 1)
+    shape[dim] = index.shape[1]
+    return torch.take_along_dim(tensor, index.view(shape), dim=dim)

@@ -1,0 +1,256 @@
+"""Parts of the decoder: RMSNorm, RoPE, gated MLP, attention, and the two kinds of blocks.
+
+A block, with a residual around each line (sandwich norms when `post_norm`):
+
+    x += post_attention_norm(attention(input_norm(x)))
+    x += post_prime_norm(prime_mlp(pre_prime_norm(x)))          suffix blocks only
+    x += post_feedforward_norm(mlp(pre_feedforward_norm(x)))
+
+Axis letters: B batch rows, T new tokens, H history columns, D hidden size, C channels of a head.
+"""
+
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .attention import AttentionInputs, BlockMasks, at_least_float32, attend_in_blocks, attention_function
+from .fast_weights import Delta, FastWeights, linear
+from .rms_norm import rms_normalize
+
+KeysValues = tuple[torch.Tensor, torch.Tensor]
+
+
+class TTTE2ERMSNorm(nn.Module):
+    """x * rsqrt(mean(x^2) + eps) * weight over the last axis, in at least float32, returned in x's dtype."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = rms_normalize(x.to(at_least_float32(x.dtype)), self.eps)
+        return (normed * self.weight).to(x.dtype)
+
+
+class TTTE2ERotaryEmbedding(nn.Module):
+    """Cosines and sines of the RoPE angles, half-split layout. Angles are float64: exact at any position."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.rope_type = config.rope_parameters.get("rope_type", "default")
+        make = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+        inverse_frequencies, self.attention_scaling = make(config)
+        self.inv_freq = nn.Buffer(inverse_frequencies, persistent=False)
+        self.original_inv_freq = nn.Buffer(inverse_frequencies.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config, device=None, **kwargs) -> tuple[torch.Tensor, float]:
+        """theta^(-2i / head_dim) for i < head_dim / 2, and the scale of cosines and sines (1)."""
+        channels = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=device)
+        return 1.0 / config.rope_parameters["rope_theta"] ** (channels / config.head_dim), 1.0
+
+    @torch.no_grad()
+    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> KeysValues:
+        """position_ids [1 or B, T] -> cosines and sines, each [1 or B, T, C], in `dtype` but at least float32."""
+        angles = position_ids[..., None].double() * self.inv_freq.double()
+        angles = torch.cat([angles, angles], dim=-1)
+        dtype = at_least_float32(dtype)
+        return (angles.cos() * self.attention_scaling).to(dtype), (angles.sin() * self.attention_scaling).to(dtype)
+
+
+def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """Apply RoPE to x [B, heads, T, C]; computed in the angles' dtype, returned in x's."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (x * cosines.unsqueeze(1) + turned * sines.unsqueeze(1)).to(x.dtype)
+
+
+class TTTE2EMLP(nn.Module):
+    """down(act(gate x) * up x); with fast weights each of the three layers has its row's difference added."""
+
+    def __init__(self, config, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    @property
+    def projections(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """The three layers, in the order of their fast weights."""
+        return self.gate_proj, self.up_proj, self.down_proj
+
+    def forward(self, x: torch.Tensor, deltas: tuple[Delta, Delta, Delta] | None = None) -> torch.Tensor:
+        gate, up, down = (None, None, None) if deltas is None else deltas
+        activated = self.act_fn(linear(self.gate_proj, x, gate)) * linear(self.up_proj, x, up)
+        return linear(self.down_proj, activated, down)
+
+
+class TTTE2EAttention(nn.Module):
+    """Multi-head attention over a history of rotated keys and values."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.layer_type = config.layer_types[layer_idx]
+        self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = True
+        query_size, key_size = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = TTTE2ERMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = TTTE2ERMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self, x: torch.Tensor, attention: AttentionInputs, history: KeysValues | None
+    ) -> tuple[torch.Tensor, KeysValues, torch.Tensor | None]:
+        """x [B, T, D] and a history of keys and values, each [B, key/value heads, H, C], rotated.
+
+        Returns:
+            The output [B, T, D], the new tokens' keys and values, and the weights [B, heads, T, H + T] (eager only).
+        """
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        query = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), *attention.position_embeddings)
+        key = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), *attention.position_embeddings)
+        value = self.v_proj(x).view(heads).transpose(1, 2)
+        if history is not None:
+            history = (history[0].to(key.dtype), history[1].to(value.dtype))
+        mask = attention.masks[self.layer_type]
+        if isinstance(mask, BlockMasks):
+
+            def attend(*states: torch.Tensor) -> torch.Tensor:
+                return self._attend(attention.implementation, *states)[0]
+
+            output, weights = attend_in_blocks(attend, query, (key, value), history, mask), None
+        else:
+            seen = (key, value)
+            if history is not None:
+                seen = [torch.cat(pair, dim=2) for pair in zip(history, seen, strict=True)]
+            output, weights = self._attend(attention.implementation, query, *seen, mask)
+        output = self.o_proj(output.reshape(*x.shape[:-1], -1))
+        return output, (key, value), weights
+
+    def _attend(self, implementation: str, query, keys, values, mask) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attend = attention_function(implementation)
+        return attend(self, query, keys, values, mask, scaling=self.scaling, sliding_window=self.sliding_window)
+
+
+class NoAttention(nn.Module):
+    """Stands in for attention in a model without it: adds nothing, and remembers keys and values of no channels."""
+
+    sliding_window = 1
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.layer_type = config.layer_types[layer_idx]
+        self.num_key_value_heads = config.num_key_value_heads
+
+    def forward(
+        self, x: torch.Tensor, attention: AttentionInputs, history: KeysValues | None
+    ) -> tuple[torch.Tensor, KeysValues, None]:
+        """x [B, T, D] -> zeros, empty keys and values [B, key/value heads, T, 0], and no weights."""
+        empty = x.new_empty(x.shape[0], self.num_key_value_heads, x.shape[1], 0)
+        return torch.zeros_like(x), (empty, empty), None
+
+
+class Block(nn.Module):
+    """Attention and MLP, with what both kinds of blocks share."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        norm = lambda: TTTE2ERMSNorm(config.hidden_size, config.rms_norm_eps)  # noqa: E731
+        optional_norm = norm if config.post_norm else nn.Identity
+        self.self_attn = (TTTE2EAttention if config.use_attention else NoAttention)(config, layer_idx)
+        self.mlp = TTTE2EMLP(config, config.intermediate_size)
+        self.input_layernorm = norm() if config.use_attention else nn.Identity()
+        self.post_attention_layernorm = optional_norm() if config.use_attention else nn.Identity()
+        self.pre_feedforward_layernorm = norm()
+        self.post_feedforward_layernorm = optional_norm()
+
+    def attend(
+        self, x: torch.Tensor, attention: AttentionInputs, history: KeysValues | None
+    ) -> tuple[torch.Tensor, KeysValues, torch.Tensor | None]:
+        output, new, weights = self.self_attn(self.input_layernorm(x), attention, history)
+        return x + self.post_attention_layernorm(output), new, weights
+
+    def feed_forward(self, x: torch.Tensor, deltas: tuple[Delta, Delta, Delta] | None = None) -> torch.Tensor:
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), deltas))
+
+    def forward(
+        self, x: torch.Tensor, attention: AttentionInputs, history: KeysValues | None
+    ) -> tuple[torch.Tensor, KeysValues, torch.Tensor | None]:
+        """x [B, T, D] -> the block's output [B, T, D], the new keys and values, the attention weights or None."""
+        x, new, weights = self.attend(x, attention, history)
+        return self.feed_forward(x), new, weights
+
+
+class TTTE2EDecoderLayer(Block, GradientCheckpointingLayer):
+    """A prefix block: the inner loop never touches it."""
+
+
+class TTTE2ESuffixLayer(Block):
+    """A suffix block: the inner loop updates its prime MLP (or its MLP, when `use_prime_mlp` is False).
+
+    The attention half of the first suffix block does not depend on any fast weight, so it can run once over a long
+    text while the rest runs mini-batch by mini-batch: `part` names which half a call computes.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.use_prime_mlp = config.use_prime_mlp
+        if config.use_prime_mlp:
+            self.pre_prime_layernorm = TTTE2ERMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.prime_mlp = TTTE2EMLP(config, config.prime_intermediate_size)
+            self.post_prime_layernorm = (
+                TTTE2ERMSNorm(config.hidden_size, config.rms_norm_eps) if config.post_norm else nn.Identity()
+            )
+
+    @property
+    def inner_mlp(self) -> TTTE2EMLP:
+        """The MLP whose weights the inner loop updates."""
+        return self.prime_mlp if self.use_prime_mlp else self.mlp
+
+    def feed_forward(self, x: torch.Tensor, deltas: tuple[Delta, Delta, Delta] | None = None) -> torch.Tensor:
+        if not self.use_prime_mlp:
+            return super().feed_forward(x, deltas)
+        x = x + self.post_prime_layernorm(self.prime_mlp(self.pre_prime_layernorm(x), deltas))
+        return super().feed_forward(x)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        attention: AttentionInputs | None,
+        history: KeysValues | None,
+        deltas: tuple[Delta, Delta, Delta] | None = None,
+        part: Literal["whole", "attention", "feed_forward"] = "whole",
+    ) -> tuple[torch.Tensor, KeysValues | None, torch.Tensor | None]:
+        """As in a prefix block; `deltas` are the fast weights of the block's inner MLP."""
+        new = weights = None
+        if part != "feed_forward":
+            x, new, weights = self.attend(x, attention, history)
+        if part != "attention":
+            x = self.feed_forward(x, deltas)
+        return x, new, weights
+
+
+def zero_fast_weights(layers: list[TTTE2ESuffixLayer], rows: int, device: torch.device) -> FastWeights:
+    """Fast weights before any inner step: one zero difference per inner matrix, shared by all rows."""
+    tensors = []
+    for layer in layers:
+        for projection in layer.inner_mlp.projections:
+            # A quantised weight has an integer dtype; its differences are float32.
+            dtype = at_least_float32(projection.weight.dtype)
+            tensors.append(torch.zeros(1, projection.out_features, projection.in_features, dtype=dtype, device=device))
+    return FastWeights(tuple(tensors), (0,) * rows)

@@ -1,0 +1,234 @@
+"""From the columns of a padded batch to the tokens of its rows, and back.
+
+A call has columns, some of them padding; a row has tokens. Reading works on tokens: each row's own are moved to the
+left, and the outputs are returned to their columns. So padding changes nothing, wherever it stands.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional as F
+
+from .context import LearnedContext, gather_columns
+from .reader import Segment
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The input of a call, column by column.
+
+    Attributes:
+        ids: [B, N] or None; embeddings: [B, N, D] or None; position_ids: [B, N] or None for consecutive ones.
+        real: [B, N] bool, False at padding; None when every column holds a token.
+        labels: [B, N] what each column's output predicts, or None.
+        last_needed: per row, one past the last column whose output anyone will use.
+    """
+
+    ids: torch.Tensor | None
+    embeddings: torch.Tensor | None
+    position_ids: torch.Tensor | None
+    real: torch.Tensor | None
+    labels: torch.Tensor | None
+    last_needed: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        tensor = self.ids if self.ids is not None else self.embeddings
+        return tensor.shape[0], tensor.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return (self.ids if self.ids is not None else self.embeddings).device
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the tokens of a segment stand: columns[row, token] for token < counts[row]."""
+
+    columns: torch.Tensor
+    counts: tuple[int, ...]
+    consecutive: bool
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive columns [start, end) that are read in one manner: learning on or off."""
+
+    start: int
+    end: int
+    learning: bool
+
+
+def split_by_learning(columns: int, seen: int, learning: bool, span: tuple[int, int] | None) -> list[Piece]:
+    """Pieces of `columns` new columns after `seen` earlier ones, learning only within the columns of `span`."""
+    if not learning or span is None:
+        return [Piece(0, columns, learning)]
+    start, end = (min(max(bound - seen, 0), columns) for bound in span)
+    pieces = [Piece(0, start, False), Piece(start, end, True), Piece(end, columns, False)]
+    return [piece for piece in pieces if piece.end > piece.start]
+
+
+def segments(
+    columns: Columns, piece: Piece, context: LearnedContext, size: int | None, keep_context: bool
+) -> Iterator[tuple[Segment, Placement]]:
+    """Cut a piece into segments of at most `size` tokens (None: one segment).
+
+    Args:
+        context: before the piece.
+        size: tokens per segment; the first is shorter when a mini-batch is already begun.
+        keep_context: the learned context after the piece will be used.
+    """
+    where, known, counts = _tokens_of_piece(columns, piece)
+    # A piece of nothing but padding is read as well, one column of it, for the shapes of its outputs.
+    longest = max(1, *counts)
+    device = where.device
+
+    def pick(tensor: torch.Tensor | None, start: int, end: int) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        if consecutive:
+            return tensor[:, piece.start + start : piece.start + end]
+        return gather_columns(tensor, where[:, start:end])
+
+    consecutive = columns.real is None
+    starts = torch.tensor(sorted(set(context.next_positions)), device=device)[:, None]
+    if len(starts) > 1:
+        starts = torch.tensor(context.next_positions, device=device)[:, None]
+    start = 0
+    while start < longest:
+        step = longest if size is None else size
+        if start == 0 and size is not None and piece.learning:
+            step = max(1, size - max(context.pending_counts))
+        end = min(start + step, longest)
+        own = tuple(min(max(count - start, 0), end - start) for count in counts)
+        position_ids = pick(columns.position_ids, start, end)
+        if position_ids is None:
+            position_ids = starts + torch.arange(start, end, device=device)
+        segment = Segment(
+            ids=pick(columns.ids, start, end),
+            embeddings=pick(columns.embeddings, start, end),
+            counts=own,
+            position_ids=position_ids,
+            next_ids=_next_ids(columns, where, known, start, own) if piece.learning else (-1,) * len(own),
+            labels=pick(columns.labels, start, end),
+            learning=piece.learning,
+            needs_context=keep_context or end < longest,
+        )
+        yield segment, Placement(where[:, start:end], own, consecutive and min(own) == end - start)
+        start = end
+
+
+def _tokens_of_piece(columns: Columns, piece: Piece) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]:
+    """Columns of each row's tokens [B, n], how many there are per row, and how many have to be read."""
+    rows, _ = columns.shape
+    device = columns.device
+    if columns.real is None:
+        where = torch.arange(piece.start, piece.end, device=device).expand(rows, -1)
+        known = (piece.end - piece.start,) * rows
+        needed = tuple(min(max(last - piece.start, 0), piece.end - piece.start) for last in columns.last_needed)
+        return where, known, needed
+    real = columns.real[:, piece.start : piece.end]
+    where = real.logical_not().long().argsort(dim=1, stable=True) + piece.start
+    last = torch.tensor(columns.last_needed, device=device)[:, None]
+    needed = real & (torch.arange(piece.start, piece.end, device=device) < last)
+    return where, tuple(real.sum(dim=1).tolist()), tuple(needed.sum(dim=1).tolist())
+
+
+def _next_ids(
+    columns: Columns, where: torch.Tensor, known: Sequence[int], start: int, counts: Sequence[int]
+) -> tuple[int, ...]:
+    """Per row the id of the token after the segment's last one; -1 when the piece does not hold it."""
+    last = torch.tensor([start + count for count in counts], device=where.device)[:, None]
+    index = where.gather(1, last.clamp_max(where.shape[1] - 1))
+    ids = columns.ids.gather(1, index).squeeze(1).tolist()
+    return tuple(id if start + n < total else -1 for id, n, total in zip(ids, counts, known, strict=True))
+
+
+@dataclass
+class ColumnWriter:
+    """Collects outputs of tokens and returns them in columns [first, end); padding holds zeros."""
+
+    rows: int
+    first: int
+    end: int
+    consecutive: bool = True
+    parts: list[tuple[torch.Tensor, Placement]] = field(default_factory=list)
+
+    def add(self, values: torch.Tensor, placement: Placement) -> None:
+        """values [B, n, ...] of the tokens at `placement`."""
+        if placement.consecutive:
+            # Only what is asked for is kept: a long text may want nothing but its last column.
+            start = int(placement.columns[0, 0])
+            skipped = min(max(self.first - start, 0), values.shape[1])
+            values = values[:, skipped:].clone() if skipped and not values.requires_grad else values[:, skipped:]
+            placement = Placement(placement.columns[:, skipped:], placement.counts, True)
+            if not values.shape[1]:
+                return
+        else:
+            tokens = torch.arange(values.shape[1], device=values.device)
+            counts = torch.tensor(placement.counts, device=values.device)[:, None]
+            wanted = (tokens < counts) & (placement.columns >= self.first)
+            values, columns = values[wanted], wanted.nonzero()[:, :1]
+            columns = torch.cat([columns, placement.columns[wanted][:, None]], dim=1)
+            placement = Placement(columns, placement.counts, False)
+            self.consecutive = False
+        self.parts.append((values, placement))
+
+    def result(self) -> torch.Tensor:
+        """[B, end - first, ...]"""
+        if self.consecutive:
+            values = torch.cat([values for values, _ in self.parts], dim=1)
+            missing = self.end - self.first - values.shape[1]
+            return F.pad(values, [0, 0] * (values.dim() - 2) + [0, missing]) if missing else values
+        flat, places = zip(*(self._flat(values, placement) for values, placement in self.parts), strict=True)
+        flat, places = torch.cat(flat), torch.cat(places)
+        result = flat.new_zeros(self.rows, self.end - self.first, *flat.shape[1:])
+        return result.index_put((places[:, 0], places[:, 1] - self.first), flat)
+
+    def _flat(self, values: torch.Tensor, placement: Placement) -> tuple[torch.Tensor, torch.Tensor]:
+        if not placement.consecutive:
+            return values, placement.columns
+        rows = torch.arange(self.rows, device=values.device)[:, None].expand(-1, values.shape[1])
+        return values.flatten(0, 1), torch.stack([rows, placement.columns], dim=-1).flatten(0, 1)
+
+
+class AttentionWriter:
+    """Collects one block's attention weights and returns them over the columns of a call.
+
+    Args:
+        history: key columns from before the call.
+        columns_of_rows: per row, the columns of its tokens in the call, in order.
+        columns: N, columns of the call.
+    """
+
+    def __init__(self, history: int, columns_of_rows: Sequence[torch.Tensor], columns: int):
+        self.history = history
+        self.columns_of_rows = columns_of_rows
+        self.columns = columns
+        self.parts = []
+
+    def add(self, weights: torch.Tensor, first_queries: Sequence[int], begin: Sequence[int]) -> None:
+        """weights [B, heads, Q, K]; per row the index, among the call's tokens, of query 0 and of the first query
+        that is new."""
+        self.parts.append((weights, first_queries, begin))
+
+    def result(self) -> torch.Tensor:
+        """[B, heads, N, history + N]; zero where a query or key is padding."""
+        weights = self.parts[0][0]
+        size = (*weights.shape[:2], self.columns, self.history + self.columns)
+        result = weights.new_zeros(size)
+        for weights, first_queries, begin in self.parts:
+            for row, (first, fresh) in enumerate(zip(first_queries, begin, strict=True)):
+                places = self.columns_of_rows[row]
+                queries = torch.arange(weights.shape[2], device=weights.device) + first
+                keys = torch.arange(weights.shape[3], device=weights.device) + first
+                keys = keys - (weights.shape[3] - weights.shape[2])
+                good_queries = (queries >= fresh) & (queries < len(places))
+                good_keys = (keys >= -self.history) & (keys < len(places))
+                queries, keys = queries[good_queries], keys[good_keys]
+                past = keys + self.history
+                key_columns = torch.where(keys < 0, past, places[keys.clamp_min(0)] + self.history)
+                block = weights[row][:, good_queries][:, :, good_keys]
+                result[row][:, places[queries][:, None], key_columns[None, :]] = block
+        return result
