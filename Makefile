@@ -19,12 +19,12 @@ INSTALLED_DEV := $(INSTALLED)-dev
 CHECKPOINT ?= tiny-standard-library
 CHECKPOINT_RUNS ?= runs/checkpoint
 CHECKPOINT_FOLDER ?= model_cards/checkpoints
-CHECKPOINT_STEPS ?= 2400
+CHECKPOINT_STEPS ?= 1200
 
 # Threads that wait for one another by spinning bring torch to a crawl on a machine that does other work besides.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-all lint bench checkpoint install install-dev
+.PHONY: help demo test test-all lint bench checkpoint checkpoint-code install install-dev
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -63,6 +63,12 @@ checkpoint: $(INSTALLED) ## train, evaluate and export the small model of model_
 	$(BIN)/ttt-e2e evaluate loss-by-position --lengths 4096 --output $(RESULTS)/loss-by-position $(MEASURED)
 	$(BIN)/ttt-e2e export --model $(RUN) --dtype bfloat16 --license apache-2.0 --output $(CHECKPOINT_FOLDER)/$(CHECKPOINT) \
 		--results "$(READ)=$(RESULTS)/context-length" --results "$(READ)=$(RESULTS)/loss-by-position"
+
+REFRESH = from ttt_e2e.model_cards import export; folder = "$(CHECKPOINT_FOLDER)/$(CHECKPOINT)"; \
+	export.write_code(__import__("pathlib").Path(folder), export.auto_classes(export.find_saved_model(folder)))
+
+checkpoint-code: $(INSTALLED) ## give the small model the present code of the package
+	$(BIN)/python -c '$(REFRESH)'
 
 install: $(INSTALLED) ## only the set-up
 install-dev: $(INSTALLED_DEV) ## only the set-up, with what the tests need

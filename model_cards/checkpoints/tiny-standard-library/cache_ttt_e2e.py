@@ -126,7 +126,9 @@ class TTTE2ECache(Cache):
 
     def fork(self) -> "TTTE2ECache":
         """An independent cache with the same content; costs no memory until either reads on."""
-        return copy.copy(self)
+        other = copy.copy(self)
+        other._reader, other._marks = self._reader, self._marks  # which a pickle leaves out
+        return other
 
     def to(self, device: torch.device | str) -> "TTTE2ECache":
         """Move all tensors, in place; returns itself."""

@@ -121,10 +121,23 @@ class TTTE2EAttention(nn.Module):
         Returns:
             The output [B, T, D], the new tokens' keys and values, and the weights [B, heads, T, H + T] (eager only).
         """
-        heads = (*x.shape[:-1], -1, self.head_dim)
-        query = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), *attention.position_embeddings)
-        key = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), *attention.position_embeddings)
-        value = self.v_proj(x).view(heads).transpose(1, 2)
+        output, new, weights = self.mix(self.q_proj(x), self.k_proj(x), self.v_proj(x), attention, history)
+        return self.o_proj(output), new, weights
+
+    def mix(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention: AttentionInputs,
+        history: KeysValues | None,
+    ) -> tuple[torch.Tensor, KeysValues, torch.Tensor | None]:
+        """As `forward`, from the projections [B, T, heads * C] to the output before its own, of the same shape."""
+        shape = query.shape
+        heads = (*shape[:-1], -1, self.head_dim)
+        query = rotate(self.q_norm(query.view(heads)).transpose(1, 2), *attention.position_embeddings)
+        key = rotate(self.k_norm(key.view(heads)).transpose(1, 2), *attention.position_embeddings)
+        value = value.view(heads).transpose(1, 2)
         if history is not None:
             history = (history[0].to(key.dtype), history[1].to(value.dtype))
         mask = attention.masks[self.layer_type]
@@ -139,8 +152,7 @@ class TTTE2EAttention(nn.Module):
             if history is not None:
                 seen = [torch.cat(pair, dim=2) for pair in zip(history, seen, strict=True)]
             output, weights = self._attend(attention.implementation, query, *seen, mask)
-        output = self.o_proj(output.reshape(*x.shape[:-1], -1))
-        return output, (key, value), weights
+        return output.reshape(shape), (key, value), weights
 
     def _attend(self, implementation: str, query, keys, values, mask) -> tuple[torch.Tensor, torch.Tensor | None]:
         attend = attention_function(implementation)
