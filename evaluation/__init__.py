@@ -1,11 +1,12 @@
 """Evaluation of any causal language model against context length, learning while it reads or not."""
 
-from .context_length import measure_loss_at_context
-from .decoding_loss import measure_decoding_loss
-from .latency import measure_latency
+from .bits_per_byte import bits_per_byte
+from .decoding_loss import decoding_loss
+from .latency import latency
+from .loss_by_context_length import loss_by_context_length
 from .loss_by_position import bucket_bounds, bucket_means, loss_by_position
-from .needle import measure_needle
-from .perplexity import measure_perplexity
+from .needle_in_a_haystack import needle_in_a_haystack
+from .perplexity import perplexity
 from .plots import plot_loss_by_position
 from .reading import read_tokens
 from .runs import EvaluationRequest, measure_missing, prepare_evaluation, write_comparison
@@ -16,17 +17,18 @@ __all__ = [
     "EvaluationRequest",
     "Subject",
     "Table",
+    "bits_per_byte",
     "bucket_bounds",
     "bucket_means",
+    "decoding_loss",
+    "latency",
     "load_subject",
+    "loss_by_context_length",
     "loss_by_position",
     "loss_table",
-    "measure_decoding_loss",
-    "measure_latency",
-    "measure_loss_at_context",
     "measure_missing",
-    "measure_needle",
-    "measure_perplexity",
+    "needle_in_a_haystack",
+    "perplexity",
     "plot_loss_by_position",
     "prepare_evaluation",
     "read_tokens",

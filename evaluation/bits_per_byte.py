@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from .subject import Subject, token_losses
 
 
-def measure_bits_per_byte(subject: Subject, texts: Sequence[str], length: int) -> dict[str, float | int | list[float]]:
+def bits_per_byte(subject: Subject, texts: Sequence[str], length: int) -> dict[str, float | int | list[float]]:
     """Bits per byte of the first `length` bytes of every text, each read once from its beginning.
 
     The model's token for the beginning of a text (for its end, where there is none) stands before the first token, so

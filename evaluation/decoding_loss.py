@@ -16,7 +16,7 @@ from .subject import Subject, check_positions, first_tokens, token_losses
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 0, "repetition_penalty": 1.1}
 
 
-def measure_decoding_loss(
+def decoding_loss(
     subject: Subject,
     judge: Subject,
     documents: torch.Tensor,

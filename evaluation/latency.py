@@ -21,7 +21,7 @@ from .subject import Subject
 CACHE_NAMES = ("past_key_values", "cache_params", "state", "mems")
 
 
-def measure_latency(
+def latency(
     subject: Subject,
     length: int,
     new_tokens: int,

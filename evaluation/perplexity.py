@@ -6,9 +6,7 @@ from .loss_by_position import loss_by_position
 from .subject import Subject, first_tokens
 
 
-def measure_perplexity(
-    subject: Subject, documents: torch.Tensor, length: int, batch_size: int = 1
-) -> dict[str, float | int]:
+def perplexity(subject: Subject, documents: torch.Tensor, length: int, batch_size: int = 1) -> dict[str, float | int]:
     """Perplexity of the first `length` tokens of every document, each read once from its beginning.
 
     It counts tokens, not words, so that only models with the same tokenizer can be compared.

@@ -9,14 +9,14 @@ import torch
 from huggingface_hub.dataclasses import strict
 
 from ..configuration.reading import build_strictly, parse_yaml
-from .bits_per_byte import measure_bits_per_byte
+from .bits_per_byte import bits_per_byte
 from .comparison import Quantity
-from .context_length import measure_loss_at_context
-from .decoding_loss import measure_decoding_loss
-from .latency import measure_latency
+from .decoding_loss import decoding_loss
+from .latency import latency
+from .loss_by_context_length import loss_by_context_length
 from .loss_by_position import loss_by_position
-from .needle import measure_needle
-from .perplexity import measure_perplexity
+from .needle_in_a_haystack import needle_in_a_haystack
+from .perplexity import perplexity
 from .subject import Subject
 
 
@@ -82,7 +82,7 @@ class LatencySettings:
 @strict
 @dataclass
 class NeedleSettings:
-    """Attributes: as `measure_needle` takes them; `task` 1, 2 or 3 is RULER's S-NIAH-1, -2 or -3."""
+    """Attributes: as `needle_in_a_haystack` takes them; `task` 1, 2 or 3 is RULER's S-NIAH-1, -2 or -3."""
 
     task: int = 1
     samples: int = 100
@@ -128,19 +128,19 @@ def _by_position(subject: Subject, data: TaskData, length: int, settings: NoSett
 
 
 def _perplexity(subject: Subject, data: TaskData, length: int, settings: NoSettings) -> dict:
-    return measure_perplexity(subject, data.documents, length, batch_size=data.batch_size)
+    return perplexity(subject, data.documents, length, batch_size=data.batch_size)
 
 
 def _context_length(subject: Subject, data: TaskData, length: int, settings: NoSettings) -> dict:
-    return measure_loss_at_context(subject, data.documents, length, batch_size=data.batch_size)
+    return loss_by_context_length(subject, data.documents, length, batch_size=data.batch_size)
 
 
 def _bits_per_byte(subject: Subject, data: TaskData, length: int, settings: NoSettings) -> dict:
-    return measure_bits_per_byte(subject, data.texts, length)
+    return bits_per_byte(subject, data.texts, length)
 
 
 def _decoding(subject: Subject, data: TaskData, length: int, settings: DecodingSettings) -> dict:
-    numbers = measure_decoding_loss(
+    numbers = decoding_loss(
         subject,
         data.judge,
         data.documents,
@@ -155,11 +155,11 @@ def _decoding(subject: Subject, data: TaskData, length: int, settings: DecodingS
 
 
 def _latency(subject: Subject, data: TaskData, length: int, settings: LatencySettings) -> dict:
-    return measure_latency(subject, length, settings.new_tokens, rows=settings.rows, repeats=settings.repeats)
+    return latency(subject, length, settings.new_tokens, rows=settings.rows, repeats=settings.repeats)
 
 
 def _needle(subject: Subject, data: TaskData, length: int, settings: NeedleSettings) -> dict:
-    return measure_needle(
+    return needle_in_a_haystack(
         subject, length=length, haystack=data.haystack, batch_size=data.batch_size, **dataclasses.asdict(settings)
     )
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ttt_e2e.evaluation import Subject
-from ttt_e2e.evaluation.bits_per_byte import first_bytes, measure_bits_per_byte
+from ttt_e2e.evaluation.bits_per_byte import bits_per_byte, first_bytes
 from ttt_e2e.training.tokenizer import train_tokenizer
 
 from .subjects import learner, losses_by_hand
@@ -26,7 +26,7 @@ def test_bits_per_byte_by_hand():
         ids = tested.tokenizer(text, add_special_tokens=False).input_ids
         row = torch.tensor([[tested.tokenizer.bos_token_id, *ids]])
         bits.append(losses_by_hand(tested.model, row).sum().item() / math.log(2) / 16)
-    measured = measure_bits_per_byte(tested, TEXTS, 16)
+    measured = bits_per_byte(tested, TEXTS, 16)
     assert measured["bits_per_byte_by_document"] == pytest.approx(bits, rel=1e-5)
     assert measured["bits_per_byte"] == pytest.approx(sum(bits) / 2, rel=1e-5) and measured["bytes"] == 32
 
@@ -36,7 +36,7 @@ def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary_per_to
     for text in ("some text about something", "zzzz"):
         tested = reader(text)
         torch.nn.init.zeros_(tested.model.model.embed_tokens.weight)
-        measured = measure_bits_per_byte(tested, TEXTS, 20)
+        measured = bits_per_byte(tested, TEXTS, 20)
         expected = measured["tokens"] * math.log2(tested.vocabulary_size) / measured["bytes"]
         assert measured["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
 
@@ -49,4 +49,4 @@ def test_a_character_is_not_cut():
 
 def test_a_subject_without_tokenizer_is_an_error():
     with pytest.raises(ValueError, match="'bare' has no tokenizer"):
-        measure_bits_per_byte(Subject("bare", learner()), TEXTS, 8)
+        bits_per_byte(Subject("bare", learner()), TEXTS, 8)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ttt_e2e.evaluation import Subject, measure_decoding_loss
+from ttt_e2e.evaluation import Subject, decoding_loss
 from ttt_e2e.training.tokenizer import train_tokenizer
 
 from .subjects import learner, losses_by_hand, mistral, random_documents, subject
@@ -25,7 +25,7 @@ def written_greedily(model, prompts, new_tokens, **arguments):
 @pytest.mark.parametrize("kind", ["ours", "hybrid", "mistral"])
 def test_a_model_that_judges_its_own_likeliest_tokens(kind):
     tested, documents = subject(kind), random_documents(3, 20)
-    measured = measure_decoding_loss(tested, tested, documents, 13, 10, sampling=GREEDY, batch_size=2, buckets=3)
+    measured = decoding_loss(tested, tested, documents, 13, 10, sampling=GREEDY, batch_size=2, buckets=3)
     written = written_greedily(tested.model, documents[:, :13], 10)
     losses = losses_by_hand(tested.model, written)[:, 12:]
     by_bucket = [losses[:, :4].mean().item(), losses[:, 4:7].mean().item(), losses[:, 7:].mean().item()]
@@ -37,7 +37,7 @@ def test_a_model_that_judges_its_own_likeliest_tokens(kind):
 def test_the_judge_is_another_model_and_learning_off_is_kept():
     writer, judge = subject("ours", test_time_training=False), subject("mistral")
     documents = random_documents(2, 13)
-    measured = measure_decoding_loss(writer, judge, documents, 13, 6, sampling=GREEDY, buckets=1)
+    measured = decoding_loss(writer, judge, documents, 13, 6, sampling=GREEDY, buckets=1)
     written = written_greedily(writer.model, documents, 6, test_time_training=False)
     assert measured["loss"] == pytest.approx(losses_by_hand(judge.model, written)[:, 12:].mean().item(), rel=1e-4)
 
@@ -46,7 +46,7 @@ def test_samples_depend_on_the_seed_alone():
     tested, documents = subject("ours"), random_documents(2, 13)
 
     def measure(seed):
-        return measure_decoding_loss(tested, tested, documents, 13, 12, seed=seed)["loss"]
+        return decoding_loss(tested, tested, documents, 13, 12, seed=seed)["loss"]
 
     first = measure(1)
     torch.rand(1)
@@ -63,7 +63,7 @@ def test_every_row_gets_all_its_tokens():
     model.lm_head.bias.data[[7, 9]] = 5.0
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = [7], 9
     tested = Subject("ends", model)
-    measured = measure_decoding_loss(tested, tested, random_documents(2, 5), 5, 6, sampling=GREEDY, buckets=2)
+    measured = decoding_loss(tested, tested, random_documents(2, 5), 5, 6, sampling=GREEDY, buckets=2)
     # Two tokens at e^5 and 38 at 1, of which the first of the 38 is written.
     expected = math.log(2 * math.exp(5) + 38)
     assert measured["loss_by_bucket"] == pytest.approx([expected] * 2, rel=1e-5)
@@ -71,14 +71,14 @@ def test_every_row_gets_all_its_tokens():
 
 def test_more_buckets_than_tokens():
     tested = subject("mistral")
-    measured = measure_decoding_loss(tested, tested, random_documents(1, 5), 5, 3, sampling=GREEDY)
+    measured = decoding_loss(tested, tested, random_documents(1, 5), 5, 3, sampling=GREEDY)
     assert measured["bucket_starts"] == [0, 1, 2] and len(measured["loss_by_bucket"]) == 3
 
 
 def test_a_judge_with_another_vocabulary_is_an_error():
     judge = Subject("judge", mistral(vocab_size=41))
     with pytest.raises(ValueError, match="judge='judge': it knows 41 tokens, but 'mistral' 40"):
-        measure_decoding_loss(subject("mistral"), judge, random_documents(1, 5), 5, 3)
+        decoding_loss(subject("mistral"), judge, random_documents(1, 5), 5, 3)
 
 
 def test_a_judge_with_other_tokens_reads_the_text():
@@ -88,7 +88,7 @@ def test_a_judge_with_other_tokens_reads_the_text():
     given = "some text"
     documents = torch.tensor([first(given, add_special_tokens=False).input_ids])
     length, new_tokens = documents.shape[1], 12
-    measured = measure_decoding_loss(one, two, documents, length, new_tokens, sampling=GREEDY, buckets=new_tokens)
+    measured = decoding_loss(one, two, documents, length, new_tokens, sampling=GREEDY, buckets=new_tokens)
     written = written_greedily(one.model, documents, new_tokens)
     text = first.decode(written[0], skip_special_tokens=True)
     encoded = second(text, return_offsets_mapping=True)
@@ -107,11 +107,11 @@ def test_a_judge_that_cannot_say_where_its_tokens_stand_is_an_error():
 
     one = Subject("one", learner(), train_tokenizer(["some text some text"], 280))
     with pytest.raises(ValueError, match="judge='two': its tokenizer is not that of 'one', and does not tell"):
-        measure_decoding_loss(one, Subject("two", learner(), Slow()), random_documents(1, 5), 5, 3)
+        decoding_loss(one, Subject("two", learner(), Slow()), random_documents(1, 5), 5, 3)
 
 
 @pytest.mark.parametrize("wrong", [{"length": 0}, {"length": 6}, {"new_tokens": 0}, {"buckets": 0}, {"batch_size": 0}])
 def test_numbers_out_of_range_are_errors(wrong):
     tested, right = subject("mistral"), {"length": 5, "new_tokens": 3}
     with pytest.raises(ValueError, match="=".join(map(str, *wrong.items()))):
-        measure_decoding_loss(tested, tested, random_documents(1, 5), **right | wrong)
+        decoding_loss(tested, tested, random_documents(1, 5), **right | wrong)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ttt_e2e.evaluation import Subject, measure_latency
+from ttt_e2e.evaluation import Subject, latency
 from ttt_e2e.evaluation.latency import peak_memory
 
 from .subjects import BATCH, mistral, subject
@@ -29,7 +29,7 @@ class Clock:
 def test_time_is_divided_by_the_tokens_of_all_rows(kind):
     tested = subject(kind)
     clock = Clock(tested.model, step_seconds=[0.001, 0.002, 0.006])
-    measured = measure_latency(tested, length=50, new_tokens=3, rows=4, repeats=2, clock=clock)
+    measured = latency(tested, length=50, new_tokens=3, rows=4, repeats=2, clock=clock)
     assert clock.passes == 3 * 4, "two repeats and one to warm up"
     assert measured["tokens"] == 200
     assert measured["prefill_seconds_per_1k_tokens"] == pytest.approx(2.0 / 0.2)
@@ -46,7 +46,7 @@ def test_padding_is_not_counted():
 
     tested.model.register_forward_pre_hook(keep_mask, with_kwargs=True)
     clock = Clock(tested.model, step_seconds=[0.001])
-    measured = measure_latency(tested, length=50, new_tokens=1, row_lengths=[50, 20, 10], repeats=1, clock=clock)
+    measured = latency(tested, length=50, new_tokens=1, row_lengths=[50, 20, 10], repeats=1, clock=clock)
     assert measured["tokens"] == 80
     assert measured["prefill_seconds_per_1k_tokens"] == pytest.approx(2.0 / 0.080)
     assert masks[0].sum(dim=1).tolist() == [50, 20, 10] and (masks[0][:, -10:] == 1).all()
@@ -62,25 +62,25 @@ def test_the_median_of_the_repeats_counts():
             clock.now += next(slow)
 
     tested.model.model.register_forward_pre_hook(read_slower, with_kwargs=True)
-    measured = measure_latency(tested, length=10, new_tokens=1, repeats=3, clock=clock)
+    measured = latency(tested, length=10, new_tokens=1, repeats=3, clock=clock)
     assert measured["prefill_seconds_per_1k_tokens"] == pytest.approx(7.0 / 0.010)
 
 
 def test_bytes_of_the_cache():
     """Two layers, keys and values, one head of 8 channels, float32; beside them a few counters."""
     token, counters = 2 * 2 * 8 * 4, 100
-    measured = measure_latency(subject("mistral"), length=30, new_tokens=2, rows=3, repeats=1)
+    measured = latency(subject("mistral"), length=30, new_tokens=2, rows=3, repeats=1)
     assert 0 <= measured["cache_bytes"] - 3 * 8 * token < counters, "a window of 8 tokens"
-    full = measure_latency(Subject("full", mistral(sliding_window=None)), length=30, new_tokens=2, repeats=1)
+    full = latency(Subject("full", mistral(sliding_window=None)), length=30, new_tokens=2, repeats=1)
     assert 0 <= full["cache_bytes"] - (30 + 2) * token < counters, "the last token is written but not read"
 
 
 def test_bytes_of_recurrent_states_and_learned_weights_do_not_grow():
     for kind in ("ours", "hybrid"):
-        short, long = (measure_latency(subject(kind), length, BATCH, repeats=1) for length in (32, 128))
+        short, long = (latency(subject(kind), length, BATCH, repeats=1) for length in (32, 128))
         assert short["cache_bytes"] == long["cache_bytes"] > 0
-    learned = measure_latency(subject("ours"), 32, BATCH, repeats=1)["cache_bytes"]
-    plain = measure_latency(subject("ours", test_time_training=False), 32, BATCH, repeats=1)["cache_bytes"]
+    learned = latency(subject("ours"), 32, BATCH, repeats=1)["cache_bytes"]
+    plain = latency(subject("ours", test_time_training=False), 32, BATCH, repeats=1)["cache_bytes"]
     # Two suffix blocks hold three matrices of 16 x 24 each, and what is not yet learned.
     assert learned - plain >= 2 * 3 * 16 * 24 * 4
 
@@ -89,7 +89,7 @@ def test_bytes_of_the_model():
     tested = subject("mistral")
     parameters = sum(parameter.numel() for parameter in tested.model.parameters())
     buffers = sum(buffer.numel() for buffer in tested.model.buffers())
-    assert measure_latency(tested, 5, 1, repeats=1)["model_bytes"] == 4 * (parameters + buffers)
+    assert latency(tested, 5, 1, repeats=1)["model_bytes"] == 4 * (parameters + buffers)
 
 
 def test_peak_memory_by_hand():
@@ -103,7 +103,7 @@ def test_peak_memory_by_hand():
 
 
 def test_peak_memory_grows_with_what_is_held():
-    short, long = (measure_latency(Subject("full", mistral(sliding_window=None)), n, 1, repeats=1) for n in (32, 256))
+    short, long = (latency(Subject("full", mistral(sliding_window=None)), n, 1, repeats=1) for n in (32, 256))
     assert long["peak_memory_bytes"] > 4 * short["peak_memory_bytes"] > 0
 
 
@@ -111,10 +111,10 @@ def test_peak_memory_grows_with_what_is_held():
 def test_numbers_that_are_not_positive_are_errors(wrong):
     right = {"length": 5, "new_tokens": 1}
     with pytest.raises(ValueError, match="=0: must be at least 1"):
-        measure_latency(subject("mistral"), **right | wrong)
+        latency(subject("mistral"), **right | wrong)
 
 
 @pytest.mark.parametrize("lengths", [[], [5, 0], [4, 3], [6, 5]])
 def test_row_lengths_that_do_not_fit_are_errors(lengths):
     with pytest.raises(ValueError, match="row_lengths="):
-        measure_latency(subject("mistral"), length=5, new_tokens=1, row_lengths=lengths)
+        latency(subject("mistral"), length=5, new_tokens=1, row_lengths=lengths)

@@ -5,18 +5,18 @@ import math
 import pytest
 import torch
 
-from ttt_e2e.evaluation import loss_by_position, measure_loss_at_context, measure_perplexity
+from ttt_e2e.evaluation import loss_by_context_length, loss_by_position, perplexity
 
 from .subjects import losses_by_hand, random_documents, subject
 
 KINDS = ["ours", "hybrid", "mistral"]
-MEASURES = [measure_perplexity, measure_loss_at_context]
+MEASURES = [perplexity, loss_by_context_length]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_perplexity_is_exp_of_the_mean_loss(kind):
     tested, documents = subject(kind), random_documents(3, 30)
-    measured = measure_perplexity(tested, documents, length=21, batch_size=2)
+    measured = perplexity(tested, documents, length=21, batch_size=2)
     expected = losses_by_hand(tested.model, documents[:, :21]).mean().item()
     assert measured["loss"] == pytest.approx(expected, rel=1e-5)
     assert measured["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
@@ -26,14 +26,14 @@ def test_perplexity_is_exp_of_the_mean_loss(kind):
 def test_perplexity_of_a_model_that_knows_nothing_is_the_size_of_its_vocabulary():
     tested = subject("mistral")
     torch.nn.init.zeros_(tested.model.lm_head.weight)
-    assert measure_perplexity(tested, random_documents(2, 9), length=9)["perplexity"] == pytest.approx(40)
+    assert perplexity(tested, random_documents(2, 9), length=9)["perplexity"] == pytest.approx(40)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_by_position_averages_to_the_loss(kind):
     tested, documents = subject(kind), random_documents(3, 30)
     by_position = loss_by_position(tested, documents, batch_size=2).mean(dim=0)
-    assert by_position.mean().item() == pytest.approx(measure_loss_at_context(tested, documents, 30)["loss"], rel=1e-6)
+    assert by_position.mean().item() == pytest.approx(loss_by_context_length(tested, documents, 30)["loss"], rel=1e-6)
 
 
 def test_arguments_come_over_those_of_the_subject():
@@ -45,7 +45,7 @@ def test_arguments_come_over_those_of_the_subject():
 
 def test_loss_at_a_context_length_by_hand():
     tested, documents = subject("ours"), random_documents(3, 30)
-    measured = measure_loss_at_context(tested, documents, length=21)
+    measured = loss_by_context_length(tested, documents, length=21)
     a, b, c = losses_by_hand(tested.model, documents[:, :21]).mean(dim=1).tolist()
     mean = (a + b + c) / 3
     error = math.sqrt(((a - mean) ** 2 + (b - mean) ** 2 + (c - mean) ** 2) / 2) / math.sqrt(3)
@@ -56,7 +56,7 @@ def test_loss_at_a_context_length_by_hand():
 
 
 def test_one_document_has_no_standard_error():
-    assert measure_loss_at_context(subject("mistral"), random_documents(1, 9), 9)["standard_error"] is None
+    assert loss_by_context_length(subject("mistral"), random_documents(1, 9), 9)["standard_error"] is None
 
 
 @pytest.mark.parametrize("measure", MEASURES)
@@ -74,4 +74,4 @@ def test_documents_shorter_than_the_context_are_an_error(measure):
 
 def test_a_batch_of_no_documents_is_an_error():
     with pytest.raises(ValueError, match="batch_size=0"):
-        measure_perplexity(subject("mistral"), random_documents(2, 9), 9, batch_size=0)
+        perplexity(subject("mistral"), random_documents(2, 9), 9, batch_size=0)

@@ -20,8 +20,13 @@ from transformers import (
 )
 
 from ttt_e2e import RecurrentHybridConfig, RecurrentHybridForCausalLM, TTTE2EConfig, TTTE2EForCausalLM
-from ttt_e2e.evaluation.needle import continuation_ids, measure_needle, value_losses, written_answers
 from ttt_e2e.evaluation.needle_data import documentation_texts, needle_prompts, needle_settings, ruler_essays
+from ttt_e2e.evaluation.needle_in_a_haystack import (
+    continuation_ids,
+    needle_in_a_haystack,
+    value_losses,
+    written_answers,
+)
 from ttt_e2e.evaluation.subject import Subject, token_losses
 
 NUMBER, UUID = r"\d{7}", r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
@@ -200,7 +205,7 @@ def test_rulers_essays_are_asked_of_the_hub(monkeypatch):
 
 @pytest.mark.parametrize("task", [1, 2, 3])
 def test_an_oracle_finds_the_needle(task):
-    measured = measure_needle(subject(Oracle()), task, 900, 10, seed=0, haystack=NOVEL, batch_size=10)
+    measured = needle_in_a_haystack(subject(Oracle()), task, 900, 10, seed=0, haystack=NOVEL, batch_size=10)
     assert measured["accuracy"] == measured["likelihood_accuracy"] == 1 and measured["margin"] > 20
     assert measured["depth"] == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9]) and measured["accuracy_by_depth"] == [1.0] * 5
     assert json.loads(json.dumps(measured)) == measured
@@ -208,7 +213,7 @@ def test_an_oracle_finds_the_needle(task):
 
 def test_a_random_model_is_at_chance():
     """Of 40 guesses with chance 1/4, 3 standard deviations are 8.2; writing seven digits by chance does not happen."""
-    measured = measure_needle(subject(llama()), 1, 460, 40, seed=1, **SETTINGS)
+    measured = needle_in_a_haystack(subject(llama()), 1, 460, 40, seed=1, **SETTINGS)
     assert measured["chance"] == 0.25 and measured["accuracy"] == 0
     assert abs(measured["likelihood_accuracy"] - 0.25) <= 8.2 / 40
     assert measured["prompt_tokens"] <= 460 - 8 and len(measured["margin_by_depth"]) == 5
@@ -224,7 +229,7 @@ def test_a_found_value_is_counted_where_it_was_planted():
             text = TOKENIZER.decode(ids, skip_special_tokens=True)
             return value if text.index("One of") > 0.5 * len(text) else [5] * len(value)
 
-    measured = measure_needle(subject(Forgetful()), 1, 4000, 10, seed=0, batch_size=10)
+    measured = needle_in_a_haystack(subject(Forgetful()), 1, 4000, 10, seed=0, batch_size=10)
     assert measured["accuracy_by_depth"][0] == 0 and measured["accuracy_by_depth"][-1] == 1
     assert measured["likelihood_accuracy_by_depth"] == measured["accuracy_by_depth"]
     assert 0 < measured["accuracy"] < 1
@@ -283,7 +288,7 @@ def test_tokens_of_a_value_are_those_behind_the_question():
 def test_mistakes_are_named_before_any_work(changes, message):
     arguments = {"task": 1, "length": 460, "samples": 1, "seed": 0} | SETTINGS | changes
     with pytest.raises(ValueError, match=message):
-        measure_needle(subject(Untouchable()), **arguments)
+        needle_in_a_haystack(subject(Untouchable()), **arguments)
 
 
 class Untouchable(Oracle):
@@ -297,9 +302,9 @@ class Untouchable(Oracle):
 
 def test_a_model_without_a_tokenizer_is_refused():
     with pytest.raises(ValueError, match="subject: 'plain' has no tokenizer"):
-        measure_needle(Subject("plain", Untouchable(), None, {}), 1, 460, 1, seed=0)
+        needle_in_a_haystack(Subject("plain", Untouchable(), None, {}), 1, 460, 1, seed=0)
 
 
 def test_learned_positions_are_a_limit():
     with pytest.raises(ValueError, match="2048"):
-        measure_needle(subject(gpt2()), 1, 4096, 1, seed=0)
+        needle_in_a_haystack(subject(gpt2()), 1, 4096, 1, seed=0)

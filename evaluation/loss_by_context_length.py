@@ -6,7 +6,7 @@ from .loss_by_position import loss_by_position
 from .subject import Subject, first_tokens
 
 
-def measure_loss_at_context(
+def loss_by_context_length(
     subject: Subject, documents: torch.Tensor, length: int, batch_size: int = 1
 ) -> dict[str, float | int | list[float] | None]:
     """Mean loss over all tokens of the first `length` tokens of every document.

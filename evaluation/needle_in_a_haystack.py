@@ -15,7 +15,7 @@ from .subject import Subject, check_positions, token_losses
 DEPTH_BUCKETS = 5
 
 
-def measure_needle(
+def needle_in_a_haystack(
     subject: Subject,
     task: int,
     length: int,
