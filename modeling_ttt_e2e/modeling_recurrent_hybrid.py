@@ -16,7 +16,6 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -29,6 +28,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Q
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from .causal_lm_loss import hidden_nll, mean_loss, position_labels
 from .configuration_recurrent_hybrid import RecurrentHybridConfig
 from .recurrent_inputs import check_cache, check_padding, check_positions, create_recurrent_mask
 
@@ -37,7 +37,6 @@ MASKS: dict[str, Callable] = {
     "full_attention": create_causal_mask,
     "linear_attention": create_recurrent_mask,
 }
-LOSS_SEGMENT = 1024  # positions whose logits are held at once when the caller wants none
 
 
 @dataclass
@@ -276,13 +275,11 @@ class RecurrentHybridForCausalLM(RecurrentHybridPreTrainedModel, GenerationMixin
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         elif labels is not None:
-            hidden, targets = outputs.last_hidden_state[:, :-1], labels[:, 1:]
-            if kwargs.get("shift_labels") is not None:
-                hidden, targets = outputs.last_hidden_state, kwargs["shift_labels"]
-            token_nll = self._token_nll(hidden, targets)
-            items = kwargs.get("num_items_in_batch")
-            items = (targets != -100).sum().clamp_min(1) if items is None else items
-            loss = token_nll.sum() / (items.to(token_nll.device) if torch.is_tensor(items) else items)
+            targets = position_labels(labels, kwargs.get("shift_labels"), None)
+            hidden = outputs.last_hidden_state[:, : targets.shape[1]]
+            checkpointing = self.training and self.is_activation_checkpointing
+            token_nll = hidden_nll(self.lm_head, hidden, targets, checkpointing)
+            loss = mean_loss(token_nll, targets, kwargs.get("num_items_in_batch"))
         return RecurrentHybridCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -291,19 +288,6 @@ class RecurrentHybridForCausalLM(RecurrentHybridPreTrainedModel, GenerationMixin
             attentions=outputs.attentions,
             token_nll=token_nll,
         )
-
-    def _token_nll(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """hidden [batch, length, hidden_size] and the labels [batch, length] of the same positions -> their losses."""
-
-        def nll(part: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            logits = self.lm_head(part)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return nn.functional.cross_entropy(logits.mT, targets.to(logits.device), reduction="none")
-
-        if torch.is_grad_enabled() and self.training and self.is_activation_checkpointing:
-            nll = partial(checkpoint, nll, use_reentrant=False)
-        parts = zip(hidden.split(LOSS_SEGMENT, dim=1), labels.split(LOSS_SEGMENT, dim=1), strict=True)
-        return torch.cat([nll(part, targets) for part, targets in parts], dim=1)
 
 
 __all__ = ["RecurrentHybridForCausalLM", "RecurrentHybridModel", "RecurrentHybridPreTrainedModel"]

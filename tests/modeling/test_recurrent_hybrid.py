@@ -141,7 +141,7 @@ def test_loss_is_the_mean_over_labelled_tokens(model, logits):
 
 
 def test_loss_without_logits(model, logits, monkeypatch):
-    monkeypatch.setattr("ttt_e2e.modeling_recurrent_hybrid.LOSS_SEGMENT", 20)
+    monkeypatch.setattr("ttt_e2e.causal_lm_loss.LOSS_SEGMENT", 20)
     labels = IDS.clone()
     labels[0, :30] = -100
     expected = cross_entropy(logits[:, :-1].mT, labels[:, 1:], reduction="none")
