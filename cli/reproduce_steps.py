@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from filelock import FileLock
 from rich.console import Console
 
 from ..configuration import Recipe, load_recipe, load_systems, system_preset
@@ -69,12 +70,14 @@ def train_row(experiment: Experiment, row: Trained, models_folder: Path, cache: 
     for recipe in recipes:
         identity.append(dataclasses.asdict(recipe))
         run = models_folder / f"{preset}-{recipe.name}-{digest(identity)[:8]}"
-        if not (run / MODEL).is_dir():
-            resume = (run / RECORD).is_file()
-            request = TrainingRequest(
-                model, recipe, experiment.data, run, cache, tokenizer=experiment.tokenizer or None, resume=resume
-            )
-            finish_run(prepare_run(request), resume)
+        models_folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{run}.lock"):  # another experiment may be training the same model
+            if not (run / MODEL).is_dir():
+                resume = (run / RECORD).is_file()
+                request = TrainingRequest(
+                    model, recipe, experiment.data, run, cache, tokenizer=experiment.tokenizer or None, resume=resume
+                )
+                finish_run(prepare_run(request), resume)
         model = str(run / MODEL)
     return model
 
