@@ -34,7 +34,7 @@ def reproduce(
 
     if experiment is None:
         for name in experiment_names():
-            typer.echo(f"{name:22}{experiment_description(name)}")
+            typer.echo(f"{name:28}{experiment_description(name)}")
         return
     try:
         chosen = load_experiment(experiment)
