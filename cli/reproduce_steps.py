@@ -133,7 +133,11 @@ def evaluation_request(
 def verdict(smaller: Number, larger: Number, points: list[Point]) -> tuple[bool, str]:
     """Whether two numbers are in the paper's order, and both in words."""
     low, high = measured_number(smaller, points), measured_number(larger, points)
-    return low < high, f"{smaller.row} {low:.3f}, {larger.row} {high:.3f}"
+    return low < high, f"{smaller.row} {_shown(low)}, {larger.row} {_shown(high)}"
+
+
+def _shown(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def measured_number(number: Number, points: list[Point]) -> float:

@@ -93,6 +93,8 @@ def test_verdict_is_the_order_of_the_numbers():
     assert verdict(a, b, points) == (True, "a 1.000, b 2.000")
     assert not verdict(b, a, points)[0] and not verdict(a, a, points)[0]
     assert measured_number(Number("b", 8, "losses", first=0, end=2), points) == 3.0
+    points[1].numbers["loss"] = 67371008
+    assert verdict(a, b, points) == (True, "a 1.000, b 67,371,008")
 
 
 def test_experiments_are_listed_and_mistakes_refused():
