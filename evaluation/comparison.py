@@ -106,7 +106,10 @@ def standard_errors(points: Sequence[Point], quantity: Quantity, baseline: str) 
 def comparison_panels(
     points: Sequence[Point], quantities: Sequence[Quantity], baseline: str | None
 ) -> list[list[Panel]]:
-    """What `plot_panels` draws: a row per quantity (and length, of a quantity by position), differences beside it."""
+    """What `plot_panels` draws: a row per quantity (and length, of a quantity by position), differences beside it.
+
+    Without differences two of them share a row.
+    """
     rows = []
     for quantity in quantities:
         series = measured(points, quantity)
@@ -118,6 +121,9 @@ def comparison_panels(
                 rows.append([_position_panel(part, quantity, title, length) for part, title in variants])
         elif series:
             rows.append([_length_panel(part, quantity, title) for part, title in variants])
+    if baseline is None:
+        panels = [panel for row in rows for panel in row]
+        rows = [panels[first : first + 2] for first in range(0, len(panels), 2)]
     return rows
 
 

@@ -74,7 +74,7 @@ def plot_panels(rows: Sequence[Sequence[Panel]], path: Path, title: str = "") ->
     """Draw panels as one picture, PNG and SVG; a curve has the same colour in all of them.
 
     Args:
-        rows: the panels of each row, as many in every row.
+        rows: the panels of each row, as many in every row; the last one may have fewer.
         path: of the picture without its suffix; its folder is made where it is missing.
         title: above the picture.
 
@@ -89,8 +89,11 @@ def plot_panels(rows: Sequence[Sequence[Panel]], path: Path, title: str = "") ->
         name: {"color": COLOURS[n % len(COLOURS)], "linestyle": LINES[n // len(COLOURS) % len(LINES)]}
         for n, name in enumerate(names)
     }
-    for axes, panel in zip(grid.flat, itertools.chain.from_iterable(rows), strict=True):
-        _draw_panel(axes, panel, styles)
+    for axes, panel in itertools.zip_longest(grid.flat, itertools.chain.from_iterable(rows)):
+        if panel is None:
+            axes.set_visible(False)
+        else:
+            _draw_panel(axes, panel, styles)
     handles = [plt.Line2D([], [], linewidth=2, **style) for style in styles.values()]
     figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False)
     figure.suptitle(title)

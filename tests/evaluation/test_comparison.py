@@ -85,10 +85,10 @@ def test_panels_hold_the_curves():
     assert math.isnan(losses.curves["third"][1][0])
 
 
-def test_panels_by_position_have_a_row_per_length_and_count_from_the_first_position():
+def test_panels_by_position_are_one_per_length_and_count_from_the_first_position():
     points = [point("ours", 4, curve=[3.0, 2.0, 1.0]), point("ours", 2, curve=[3.0])]
-    rows = comparison_panels(points, [CURVE], None)
-    assert [row[0].curves["ours"] for row in rows] == [([1], [3.0]), ([1, 2, 3], [3.0, 2.0, 1.0])]
+    ((short, long),) = comparison_panels(points, [CURVE], None)
+    assert [panel.curves["ours"] for panel in (short, long)] == [([1], [3.0]), ([1, 2, 3], [3.0, 2.0, 1.0])]
     written = Quantity("curve", "Loss", "nats", by_position=True, first=0)
     assert comparison_panels(points[:1], [written], None)[0][0].curves["ours"][0] == [0, 1, 2]
 
@@ -101,7 +101,7 @@ def test_long_curves_are_averaged_to_what_a_picture_can_show():
 def test_picture_is_written_as_png_and_svg(tmp_path):
     names = [f"system {n}" for n in range(len(COLOURS) + 1)]
     panel = Panel("the title", "x", "y", {name: ([1, 2], [n, n]) for n, name in enumerate(names)}, ticks=[1, 2])
-    files = plot_panels([[panel, panel], [panel, panel]], tmp_path / "new" / "results.v1", "above")
+    files = plot_panels([[panel, panel], [panel]], tmp_path / "new" / "results.v1", "above")
     assert [file.name for file in files] == ["results.v1.png", "results.v1.svg"]
     assert sorted(file.name for file in files[0].parent.iterdir()) == ["results.v1.png", "results.v1.svg"]
     assert matplotlib.image.imread(files[0]).shape[:2] == (1260, 1950)
