@@ -6,15 +6,13 @@ through the inner steps.
 
 import difflib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoints import ADAPTER_CONFIG, BASE_CONFIG
-from .disk import check_disk_space
+from .disk import check_disk_space, folder_written_whole
 from .tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -120,15 +118,10 @@ def merge_lora(adapter_folder: str | Path, output: str | Path) -> None:
     # safe_merge refuses adapters whose values are not finite.
     merged = peft.PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True)
     check_disk_space(output, sum(p.numel() * p.element_size() for p in merged.parameters()), "the merged model")
-    part = output.with_name(f".{output.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-    try:
+    with folder_written_whole(output) as part:
         merged.save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
-        os.replace(part, output)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _adapter_folder(asked: Path) -> Path:

@@ -130,7 +130,6 @@ def test_nothing_is_left_of_a_merge_that_fails(tmp_path, monkeypatch):
     _, folder = adapter_folder(tmp_path)
 
     def save(self, target, **others):
-        target.mkdir()
         (target / "config.json").write_text("{}")
         raise OSError("no space left")
 
