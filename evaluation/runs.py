@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -245,20 +246,23 @@ def read_data(request: EvaluationRequest, task: Task, candidates: Sequence[Candi
     return TaskData(documents=documents, batch_size=request.batch_size), tokens_digest(documents)
 
 
+def requested_documents(request: EvaluationRequest) -> Dataset:
+    """The documents that a request names."""
+    return load_documents(
+        request.data, cache_folder=request.cache, text_column=request.text_column, split=request.split
+    )
+
+
 def haystack(request: EvaluationRequest) -> list[str] | None:
     """Texts to hide needles in; None for those that are built in."""
     if request.data in (None, RULER_ESSAYS):
         return None if request.data is None else ruler_essays()
-    return load_documents(
-        request.data, cache_folder=request.cache, text_column=request.text_column, split=request.split
-    )["text"][: request.documents]
+    return requested_documents(request)["text"][: request.documents]
 
 
 def read_texts(request: EvaluationRequest) -> list[str]:
     """The beginnings of the first documents that are as long as the longest length, which counts bytes."""
-    documents = load_documents(
-        request.data, cache_folder=request.cache, text_column=request.text_column, split=request.split
-    )
+    documents = requested_documents(request)
     longest, available, texts = max(request.lengths), 0, []
     for batch in text_batches(documents):
         sizes = [len(text.encode()) for text in batch]
@@ -276,9 +280,7 @@ def read_texts(request: EvaluationRequest) -> list[str]:
 
 def read_documents(request: EvaluationRequest, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """The beginnings of the first documents that are as long as the longest length, int64 [documents, length]."""
-    texts = load_documents(
-        request.data, cache_folder=request.cache, text_column=request.text_column, split=request.split
-    )
+    texts = requested_documents(request)
     store, longest = tokenize_documents(texts, tokenizer, request.cache), max(request.lengths)
     available = int(store.lengths().max())
     if longest > available:
