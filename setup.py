@@ -43,7 +43,7 @@ setup(
     entry_points={"console_scripts": ["ttt-e2e = ttt_e2e.cli.main:app"]},
     install_requires=[
         "torch",
-        "transformers>=5.23",
+        "transformers>=5.24,<5.25",
         "accelerate",
         "datasets",
         "evaluate",

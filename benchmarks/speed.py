@@ -133,7 +133,7 @@ def read_context(model: TTTE2EForCausalLM, sizes: SpeedSizes, mini_batches: int,
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(sizes.vocab_size, (1, mini_batches * sizes.mini_batch_size), generator=generator)
     cache = TTTE2ECache(model.config)
-    model(input_ids.to(device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids.to(device), cache=cache, use_cache=True, logits_to_keep=1)
     return cache
 
 
@@ -143,5 +143,5 @@ def decoding(model: TTTE2EForCausalLM, cache: TTTE2ECache, tokens: int) -> None:
     cache = cache.fork()
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     for _ in range(tokens):
-        logits = model(token, past_key_values=cache, use_cache=True).logits
+        logits = model(token, cache=cache, use_cache=True).logits
         token = logits[:, -1:].argmax(-1)

@@ -243,7 +243,7 @@ def read_and_continue(recipe: DemoRecipe, data: DemoData, folder: Path, console:
     loaded = TTTE2ECache.from_pretrained(folder / "learned_context", model=model)
     set_seed(recipe.seed)
     # generate takes the whole sequence and reads only what the cache has not seen: here one more token of the file.
-    output = model.generate(sequence, past_key_values=loaded, max_new_tokens=settings.new_tokens, **SAMPLING)
+    output = model.generate(sequence, cache=loaded, max_new_tokens=settings.new_tokens, **SAMPLING)
     prompt = data.tokenizer.decode(sequence[0, -300:])
     title = f"{' + '.join(paths)}, from the saved context"
     show_continuation(console, title, prompt, data.tokenizer.decode(output[0, sequence.shape[1] :]))

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from .decoding_loss import write_tokens
 from .subject import Subject
 
-CACHE_NAMES = ("past_key_values", "cache_params", "state", "mems")
+CACHE_NAMES = ("cache", "state", "mems")
 
 
 def latency(

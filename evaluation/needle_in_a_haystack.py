@@ -121,12 +121,12 @@ def value_losses(subject: Subject, prompt: NeedlePrompt) -> list[float]:
     """Negative log-likelihood in nats of each of the prompt's values, all of its tokens, right after the prompt.
 
     The prompt is read once; each value goes on from a copy of the cache. A model that returns no
-    `past_key_values` reads prompt and value together, once per value.
+    `cache` reads prompt and value together, once per value.
     """
     model, device = subject.model, subject.model.device
     ids = torch.tensor([prompt.ids], device=device)
     memory = model(ids[:, :-1], use_cache=True, logits_to_keep=1, **subject.arguments)
-    memory = getattr(memory, "past_key_values", None)
+    memory = getattr(memory, "cache", None)
     losses = []
     for value in prompt.values:
         tokens = torch.tensor([continuation_ids(subject.tokenizer, prompt.question, f" {value}")], device=device)
@@ -135,7 +135,7 @@ def value_losses(subject: Subject, prompt: NeedlePrompt) -> list[float]:
         else:
             read = torch.cat([ids[:, -1:], tokens[:, :-1]], dim=1)
             forked = copy.deepcopy(memory)
-            logits = model(read, past_key_values=forked, use_cache=True, **subject.arguments).logits
+            logits = model(read, cache=forked, use_cache=True, **subject.arguments).logits
             nll = cross_entropy(logits[0].float(), tokens[0], reduction="sum")
         losses.append(nll.item())
     return losses

@@ -20,5 +20,5 @@ def read_tokens(
     """
     with tqdm(total=input_ids.shape[1], desc=description, unit=" tokens", unit_scale=True) as progress:
         for piece in input_ids.split(step, dim=1):
-            model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(piece, cache=cache, use_cache=True, logits_to_keep=1)
             progress.update(piece.shape[1])

@@ -89,7 +89,7 @@ def token_losses(subject: Subject, ids: torch.Tensor) -> torch.Tensor:
 
     Logits exist for one segment of the text at a time, so that memory does not grow with them: a model that learns
     while it reads takes care of that itself, any other model reads in segments with its cache. Only a model whose
-    forward returns no `past_key_values` has to read everything at once.
+    forward returns no `cache` has to read everything at once.
 
     Args:
         ids: int64 [rows, length], length at least 2, no padding; on any device.
@@ -107,7 +107,7 @@ def token_losses(subject: Subject, ids: torch.Tensor) -> torch.Tensor:
         output = model(ids, labels=ids, use_cache=False, skip_logits=True, **arguments)
         return output.token_nll.float().cpu()
     size = max(1, min(SEGMENT_TOKENS, SEGMENT_LOGITS // subject.vocabulary_size) // len(ids))
-    if ids.shape[1] - 1 > size and "past_key_values" in inspect.signature(model.forward).parameters:
+    if ids.shape[1] - 1 > size and "cache" in inspect.signature(model.forward).parameters:
         losses = _read_in_segments(subject, ids, size)
         if losses is not None:
             return losses
@@ -158,8 +158,8 @@ def _read_in_segments(subject: Subject, ids: torch.Tensor, size: int) -> torch.T
     losses, cache = [], None
     inputs, targets = ids[:, :-1].split(size, dim=1), ids[:, 1:].split(size, dim=1)
     for piece, expected in zip(inputs, targets, strict=True):
-        output = subject.model(piece, past_key_values=cache, use_cache=True, return_dict=True, **subject.arguments)
-        cache = getattr(output, "past_key_values", None)
+        output = subject.model(piece, cache=cache, use_cache=True, return_dict=True, **subject.arguments)
+        cache = getattr(output, "cache", None)
         if cache is None:
             return None
         losses.append(_cross_entropy(output.logits, expected, size))

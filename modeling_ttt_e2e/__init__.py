@@ -1,5 +1,8 @@
 """End-to-End Test-Time Training for transformers: importing this package registers the Auto classes."""
 
+from .transformers_version import OLDEST_TRANSFORMERS  # noqa: F401  (first: an older release lacks names below)
+
+# isort: split
 from .cache_ttt_e2e import TTTE2ECache
 from .cache_ttt_layers import TTTLayersCache
 from .configuration_recurrent_hybrid import RecurrentHybridConfig

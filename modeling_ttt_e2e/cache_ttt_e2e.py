@@ -1,4 +1,4 @@
-"""The cache of a TTT-E2E model: a learned context under transformers' name `past_key_values`.
+"""The cache of a TTT-E2E model: a learned context under transformers' name `cache`.
 
 Its size does not depend on how much was read: a window of keys and values, at most one pending mini-batch, and one copy
 of the fast weights per sequence that has learned something of its own.
@@ -28,7 +28,7 @@ class CachedLayer:
 
 
 class TTTE2ECache(Cache):
-    """What a batch of sequences has read and learned; pass it as `past_key_values` and read on.
+    """What a batch of sequences has read and learned; pass it as `cache` and read on.
 
     Everything in it is detached. Contexts are immutable values, so `fork()` and reordering rows copy no fast weights:
     rows share theirs until they differ.
@@ -73,6 +73,12 @@ class TTTE2ECache(Cache):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_reader": None, "_marks": None}
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Per block: transformers need not know where the new tokens of a longer sequence begin. False for all, because
+        what is read twice is learned twice."""
+        return [False] * self.config.num_hidden_layers
 
     @property
     def batch_size(self) -> int:

@@ -1,4 +1,4 @@
-"""The cache of a [`TTTLayersModel`]: what its blocks learned and keep, under transformers' name `past_key_values`.
+"""The cache of a [`TTTLayersModel`]: what its blocks learned and keep, under transformers' name `cache`.
 
 Its size does not depend on how much was read, except in `full_attention` blocks: inner weights and running sums, the
 last inputs of the convolutions, windows of keys and values, and counters.
@@ -13,7 +13,7 @@ from transformers import Cache
 
 
 class TTTLayersCache(Cache):
-    """What a batch of rows has read; pass it as `past_key_values` and read on.
+    """What a batch of rows has read; pass it as `cache` and read on.
 
     Everything in it is detached, and tensors are replaced, never written in place: copies are free, and gradients of
     an earlier call are not disturbed.
@@ -66,6 +66,12 @@ class TTTLayersCache(Cache):
     def fork(self) -> "TTTLayersCache":
         """An independent cache with the same content; costs no memory until either reads on."""
         return copy.copy(self)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Per block: transformers need not know where the new tokens of a longer sequence begin. False for all, because
+        what is read twice is learned twice."""
+        return [False] * self.config.num_hidden_layers
 
     @property
     def batch_size(self) -> int:

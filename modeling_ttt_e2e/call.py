@@ -29,7 +29,7 @@ class CallArguments:
     input_ids: torch.Tensor | None
     attention_mask: torch.Tensor | None
     position_ids: torch.Tensor | None
-    past_key_values: TTTE2ECache | None
+    cache: TTTE2ECache | None
     inputs_embeds: torch.Tensor | None
     labels: torch.Tensor | None
     shift_labels: torch.Tensor | None
@@ -89,7 +89,7 @@ def make_request(model: torch.nn.Module, arguments: CallArguments, unknown: dict
     check_extra_arguments(unknown)
     ids, embeddings = _out_of_inference_mode(arguments.input_ids), _out_of_inference_mode(arguments.inputs_embeds)
     shape = _check_inputs(ids, embeddings, model.embed_tokens.num_embeddings)
-    cache = arguments.past_key_values
+    cache = arguments.cache
     _check_cache(cache, shape[0], config)
     context = cache.context if cache is not None and cache.context is not None else None
     context = context or LearnedContext.start(shape[0], config.num_hidden_layers)
@@ -244,16 +244,16 @@ def _check_cache(cache: TTTE2ECache | None, rows: int, config) -> None:
         return
     if not isinstance(cache, TTTE2ECache):
         raise TypeError(
-            f"`past_key_values` is a {type(cache).__name__}; this model needs a TTTE2ECache, because it also has to "
+            f"`cache` is a {type(cache).__name__}; this model needs a TTTE2ECache, because it also has to "
             "keep what was learned. Make one with TTTE2ECache(model.config), or leave it to generate()."
         )
     if cache.context is not None and cache.context.rows != rows:
         raise ValueError(
-            f"`past_key_values` holds {cache.context.rows} rows but the inputs have {rows}: use "
+            f"`cache` holds {cache.context.rows} rows but the inputs have {rows}: use "
             "`batch_repeat_interleave` or `batch_select_indices` on the cache."
         )
     if cache.config is not config and cache.config.context_settings() != config.context_settings():
-        raise ValueError("`past_key_values` belongs to a model of another configuration: read the text with this one.")
+        raise ValueError("`cache` belongs to a model of another configuration: read the text with this one.")
 
 
 def _check_learning(
@@ -269,7 +269,7 @@ def _check_learning(
             )
     elif context.fast is not None:
         raise ValueError(
-            "`test_time_training=False` asks for the plain model, but `past_key_values` has learned: start from an "
+            "`test_time_training=False` asks for the plain model, but `cache` has learned: start from an "
             'empty cache, or stop further learning with generate(..., learn_from="none").'
         )
     return learning

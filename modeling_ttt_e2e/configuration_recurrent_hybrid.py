@@ -3,6 +3,9 @@
 Their mixers are those of transformers; this page only says which block has which one, and how large they are.
 """
 
+from .transformers_version import OLDEST_TRANSFORMERS  # noqa: F401  (first: an older release lacks names below)
+
+# isort: split
 from huggingface_hub.dataclasses import strict
 from transformers import Mamba2Config, PreTrainedConfig
 
@@ -52,7 +55,7 @@ class RecurrentHybridConfig(PreTrainedConfig):
     """
 
     model_type = "recurrent_hybrid"
-    keys_to_ignore_at_inference = ["past_key_values", "token_nll"]
+    keys_to_ignore_at_inference = ["cache", "token_nll"]
     default_theta = 500000.0
     # Ranges of the initial decay and time step of Gated DeltaNet, read by its mixer in transformers.
     linear_a_log_min = 0.0

@@ -4,6 +4,9 @@ One class describes every attention-only system of the paper: TTT-E2E itself, it
 sliding-window and hybrid baselines (`layer_types` and `test_time_training` tell them apart).
 """
 
+from .transformers_version import OLDEST_TRANSFORMERS  # noqa: F401  (first: an older release lacks names below)
+
+# isort: split
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -62,7 +65,7 @@ class TTTE2EConfig(PreTrainedConfig):
     """
 
     model_type = "ttt_e2e"
-    keys_to_ignore_at_inference = ["past_key_values", "inner_loss", "inner_grad_norm", "token_nll"]
+    keys_to_ignore_at_inference = ["cache", "inner_loss", "inner_grad_norm", "token_nll"]
     default_theta = 500000.0
     # With FSDP2 only prefix blocks are units of their own, see `TTTE2EPreTrainedModel._expand_parallel_plan`.
     base_model_fsdp_plan = {"layers.*": "free_full_weight"}

@@ -1,5 +1,8 @@
 """Configuration of TTT-Linear and TTT-MLP (arXiv 2407.04620) and TTT-KVB, alone or mixed with attention blocks."""
 
+from .transformers_version import OLDEST_TRANSFORMERS  # noqa: F401  (first: an older release lacks names below)
+
+# isort: split
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -78,7 +81,7 @@ class TTTLayersConfig(PreTrainedConfig):
     """
 
     model_type = "ttt_layers"
-    keys_to_ignore_at_inference = ["past_key_values", "token_nll"]
+    keys_to_ignore_at_inference = ["cache", "token_nll"]
     default_theta = 500000.0
 
     vocab_size: int = 32000

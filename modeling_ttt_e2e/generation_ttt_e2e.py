@@ -65,7 +65,7 @@ class TTTE2EGenerationMixin(GenerationMixin):
             learn_from: `"context"` learns from everything that is read and written (the paper's method), `"prompt"`
                 only from the prompt of this call, `"none"` from nothing (a learned context is used as it is).
             test_time_training: `False` runs the plain model.
-            past_key_values: a [`TTTE2ECache`] to go on from, with either the whole sequence as `input_ids`, or only
+            cache: a [`TTTE2ECache`] to go on from, with either the whole sequence as `input_ids`, or only
                 its new part together with an `attention_mask` over all columns.
 
         Raises:
@@ -74,7 +74,7 @@ class TTTE2EGenerationMixin(GenerationMixin):
         if learn_from not in LEARN_FROM:
             raise ValueError(f"`learn_from` must be one of {list(LEARN_FROM)}, got {learn_from!r}.")
         config, _ = self._prepare_generation_config(generation_config, **kwargs)
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("cache")
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         embeddings = kwargs.get("inputs_embeds")
         mask = kwargs.get("attention_mask")
@@ -95,7 +95,7 @@ class TTTE2EGenerationMixin(GenerationMixin):
         quiet = tuple(set(ends) - set(_end_ids(config)))
         written = WrittenColumns(number_of_ids, columns - number_of_ids, ends, quiet)
         output = super().generate(inputs, generation_config, *args, written=written, **kwargs)
-        if config.num_beams == 1 and isinstance(getattr(output, "past_key_values", None), TTTE2ECache):
+        if config.num_beams == 1 and isinstance(getattr(output, "cache", None), TTTE2ECache):
             _note_finished(output, written, config)
         return output
 
@@ -126,10 +126,10 @@ class TTTE2EGenerationMixin(GenerationMixin):
         return model_inputs
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if model_kwargs.get("past_key_values") is not None:
+        if model_kwargs.get("cache") is not None:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = TTTE2ECache(self.config)
+            model_kwargs["cache"] = TTTE2ECache(self.config)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         """None: the model counts each row's own tokens, also across calls and padding."""
@@ -149,7 +149,7 @@ def check_supported(config, cache, assistant_model) -> None:
             )
     if cache is not None and not isinstance(cache, TTTE2ECache):
         raise TypeError(
-            f"`past_key_values` is a {type(cache).__name__}; this model needs a TTTE2ECache, because it also has to "
+            f"`cache` is a {type(cache).__name__}; this model needs a TTTE2ECache, because it also has to "
             "keep what was learned. Make one with TTTE2ECache(model.config), or leave it out."
         )
     if config.cache_implementation not in (None, "dynamic"):
@@ -158,7 +158,7 @@ def check_supported(config, cache, assistant_model) -> None:
             "of its own kind. Leave the argument out."
         )
     if cache is not None and config.use_cache is False:
-        raise ValueError("`use_cache=False` contradicts `past_key_values`: leave one of them out.")
+        raise ValueError("`use_cache=False` contradicts `cache`: leave one of them out.")
 
 
 def check_embeddings(ids, embeddings, prefill_chunk_size: int | None) -> None:
@@ -200,7 +200,7 @@ def check_continuation(cache: TTTE2ECache, ids, embeddings, mask) -> None:
     whole = length > read and columns == length and (ids is None or _matches_pending(cache, ids, mask))
     if not whole:
         raise ValueError(
-            f"`past_key_values` has read {read} columns, but `{name}` ({length} columns"
+            f"`cache` has read {read} columns, but `{name}` ({length} columns"
             + (f", with an `attention_mask` of {columns})" if mask is not None else ")")
             + " are not the whole sequence. Pass the whole sequence (what was read and the new tokens), or the new "
             f"tokens with an `attention_mask` of {read} + {length} columns."
@@ -232,7 +232,7 @@ def _all_end_ids(config) -> tuple[int, ...]:
 
 def _note_finished(output, written: WrittenColumns, config) -> None:
     """Tell the cache which rows ended, so that their padding is not read when somebody goes on from it."""
-    cache, after_end = output.past_key_values, written.after_end(output.sequences)
+    cache, after_end = output.cache, written.after_end(output.sequences)
     cache.finished = None if after_end is None else tuple(after_end.any(dim=1).tolist())
     cache.padding_id = None
     if cache.finished is not None:

@@ -25,6 +25,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.models.olmo_hybrid.modeling_olmo_hybrid import OlmoHybridGatedDeltaNet
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -87,21 +88,21 @@ class RecurrentHybridDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """[batch, length, hidden_size] -> the same shape."""
         x = self.input_layernorm(hidden_states)
         if self.mixer_type == "mamba2":
-            x = self.mamba(x, cache_params=past_key_values, attention_mask=attention_mask, **kwargs)
+            x = self.mamba(x, cache=cache, attention_mask=attention_mask, **kwargs)
         elif self.mixer_type == "gated_delta_net":
-            x = self.linear_attn(x, cache_params=past_key_values, attention_mask=attention_mask, **kwargs)
+            x = self.linear_attn(x, cache=cache, attention_mask=attention_mask, **kwargs)
         else:
             x, _ = self.self_attn(
                 x,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 **kwargs,
             )
         hidden_states = hidden_states + self.post_attention_layernorm(x)
@@ -115,7 +116,7 @@ class RecurrentHybridPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["RecurrentHybridDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _is_stateful = True  # a recurrent state cannot be rolled back, as assisted decoding would
@@ -153,13 +154,14 @@ class RecurrentHybridModel(RecurrentHybridPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @capture_outputs
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | dict | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
@@ -171,7 +173,7 @@ class RecurrentHybridModel(RecurrentHybridPreTrainedModel):
             attention_mask: [batch, columns in the cache + length], 0 for padding, on the left; on the right only
                 where nothing comes after it. Attention alone can skip padding elsewhere.
             position_ids: [1 or batch, length]; None counts columns.
-            past_key_values: a `DynamicCache(config=model.config)` to go on from, updated in place.
+            cache: a `DynamicCache(config=model.config)` to go on from, updated in place.
             inputs_embeds: [batch, length, hidden_size] instead of `input_ids`.
             use_cache: return the cache (default: `config.use_cache` except when training).
             kwargs: passed on to the mixers; packed documents need `seq_idx` and `cu_seq_lens_q`, and fused kernels.
@@ -186,15 +188,15 @@ class RecurrentHybridModel(RecurrentHybridPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if "linear_attention" in self.config.layer_types and not torch.compiler.is_compiling():
-            check_cache(past_key_values, self.config.layer_types)
+            check_cache(cache, self.config.layer_types)
             check_padding(attention_mask)
             if kwargs.get("seq_idx") is None or kwargs.get("cu_seq_lens_q") is None:
                 check_positions(position_ids, attention_mask)
         if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            seen = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen
         masks = attention_mask
         if not isinstance(masks, dict):  # `generate` prepares them itself when it compiles the forward pass
@@ -202,7 +204,7 @@ class RecurrentHybridModel(RecurrentHybridPreTrainedModel):
                 "config": self.config,
                 "inputs_embeds": inputs_embeds,
                 "attention_mask": attention_mask,
-                "past_key_values": past_key_values,
+                "cache": cache,
                 "position_ids": position_ids,
             }
             masks = {name: MASKS[name](**arguments) for name in set(self.config.layer_types)}
@@ -214,12 +216,10 @@ class RecurrentHybridModel(RecurrentHybridPreTrainedModel):
                 hidden_states,
                 attention_mask=masks[layer_type],
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
+                cache=cache,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
-        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache if use_cache else None)
 
 
 class RecurrentHybridForCausalLM(RecurrentHybridPreTrainedModel, GenerationMixin):
@@ -234,13 +234,14 @@ class RecurrentHybridForCausalLM(RecurrentHybridPreTrainedModel, GenerationMixin
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | dict | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -264,7 +265,7 @@ class RecurrentHybridForCausalLM(RecurrentHybridPreTrainedModel, GenerationMixin
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -283,7 +284,7 @@ class RecurrentHybridForCausalLM(RecurrentHybridPreTrainedModel, GenerationMixin
         return RecurrentHybridCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             token_nll=token_nll,

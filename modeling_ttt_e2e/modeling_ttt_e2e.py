@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from .cache_ttt_e2e import TTTE2ECache
@@ -55,7 +56,7 @@ class TTTE2EPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["TTTE2EDecoderLayer", "TTTE2ESuffixLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = False
@@ -111,13 +112,14 @@ class TTTE2EModel(TTTE2EPreTrainedModel):
         self.inner_learning_rate_multiplier = 1.0
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: TTTE2ECache | None = None,
+        cache: TTTE2ECache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -136,7 +138,7 @@ class TTTE2EModel(TTTE2EPreTrainedModel):
             attention_mask: [batch, length] or, with a cache, [batch, columns read + length]; 0 marks padding, on any
                 side. None: nothing is padded.
             position_ids: [batch, length], growing along each row; None counts each row's tokens.
-            past_key_values: the learned context to go on from; updated in place unless `use_cache=False`.
+            cache: the learned context to go on from; updated in place unless `use_cache=False`.
             inputs_embeds: [batch, length, hidden_size] instead of embedding the ids; learning needs the ids too.
             labels: [batch, length]; position t is compared with label t+1, -100 is skipped. Never seen by the inner
                 loss.
@@ -161,7 +163,7 @@ class TTTE2EModel(TTTE2EPreTrainedModel):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 inputs_embeds=inputs_embeds,
                 labels=labels,
                 shift_labels=shift_labels,
@@ -176,14 +178,14 @@ class TTTE2EModel(TTTE2EPreTrainedModel):
         )
         answer = answer_request(self, request)
         if request.use_cache:
-            past_key_values = TTTE2ECache(self.config) if past_key_values is None else past_key_values
-            past_key_values.store(answer.context, request.columns.shape[1], self)
+            cache = TTTE2ECache(self.config) if cache is None else cache
+            cache.store(answer.context, request.columns.shape[1], self)
         hidden = answer.hidden
         if hidden is not None and not isinstance(logits_to_keep, int):
             hidden = slice_logits_to_keep(hidden, logits_to_keep)
         return TTTE2EModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=past_key_values if request.use_cache else None,
+            cache=cache if request.use_cache else None,
             hidden_states=answer.layers,
             attentions=answer.attentions,
             loss=None if answer.token_nll is None else answer.token_nll.sum() / request.labelled_tokens.clamp_min(1),
@@ -211,13 +213,14 @@ class TTTE2EForCausalLM(TTTE2EPreTrainedModel, TTTE2EGenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.model.lm_head = new_embeddings
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: TTTE2ECache | None = None,
+        cache: TTTE2ECache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -245,7 +248,7 @@ class TTTE2EForCausalLM(TTTE2EPreTrainedModel, TTTE2EGenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
@@ -264,7 +267,7 @@ class TTTE2EForCausalLM(TTTE2EPreTrainedModel, TTTE2EGenerationMixin):
         return TTTE2ECausalLMOutputWithPast(
             loss=loss,
             logits=None if skip_logits else self.lm_head(outputs.last_hidden_state),
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             token_nll=outputs.token_nll,

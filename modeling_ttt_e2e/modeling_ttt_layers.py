@@ -20,6 +20,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from .attention import AttentionInputs, attention_mask, block_masks, valid_columns
@@ -101,7 +102,7 @@ class TTTLayersPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["TTTLayersDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _can_compile_fullgraph = False
@@ -158,13 +159,14 @@ class TTTLayersModel(TTTLayersPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: TTTLayersCache | None = None,
+        cache: TTTLayersCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -178,7 +180,7 @@ class TTTLayersModel(TTTLayersPreTrainedModel):
             attention_mask: [batch, length] or [batch, columns in the cache + length], 0 for padding, anywhere.
             position_ids: [1 or batch, length], for the RoPE of attention blocks, growing along each row's tokens; None
                 counts them. TTT blocks always count real tokens.
-            past_key_values: a [`TTTLayersCache`] to go on from; updated unless `use_cache=False`.
+            cache: a [`TTTLayersCache`] to go on from; updated unless `use_cache=False`.
             inputs_embeds: [batch, length, hidden_size] instead of `input_ids`.
             use_cache: return the cache (default: `config.use_cache` except when training, or when one is given).
             output_attentions: weights of the attention blocks, in their order.
@@ -196,7 +198,6 @@ class TTTLayersModel(TTTLayersPreTrainedModel):
         if inputs_embeds is None:
             check_ids(input_ids, self.embed_tokens.num_embeddings)
             inputs_embeds = self.embed_tokens(input_ids)
-        cache = past_key_values
         check_cache(cache, inputs_embeds.shape[0], self.config)
         if use_cache is None:
             use_cache = cache is not None or (self.config.use_cache and not self.training)
@@ -220,7 +221,7 @@ class TTTLayersModel(TTTLayersPreTrainedModel):
             layers = (*map(columns.restore, blocks), hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=cache if use_cache else None,
+            cache=cache if use_cache else None,
             hidden_states=layers,
             attentions=None if writers is None else tuple(writer.result() for writer in writers.values()),
         )
@@ -290,13 +291,14 @@ class TTTLayersForCausalLM(TTTLayersPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: TTTLayersCache | None = None,
+        cache: TTTLayersCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -324,12 +326,12 @@ class TTTLayersForCausalLM(TTTLayersPreTrainedModel, GenerationMixin):
         for name, given in (("labels", labels), ("shift_labels", shift_labels)):
             if given is not None and inputs is not None:
                 check_labels(given, inputs.shape[:2], self.lm_head.out_features, name)
-        columns_read = 0 if past_key_values is None else past_key_values.get_seq_length()
+        columns_read = 0 if cache is None else cache.get_seq_length()
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             return_dict=True,
@@ -350,7 +352,7 @@ class TTTLayersForCausalLM(TTTLayersPreTrainedModel, GenerationMixin):
         return TTTLayersCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             token_nll=token_nll,
@@ -368,11 +370,11 @@ class TTTLayersForCausalLM(TTTLayersPreTrainedModel, GenerationMixin):
                 "The prompt is padded on the right, so the model would continue from padding: tokenise with "
                 "`padding_side='left'`."
             )
-        check_cache(model_kwargs.get("past_key_values"), None, self.config)
-        if model_kwargs.get("past_key_values") is not None:
+        check_cache(model_kwargs.get("cache"), None, self.config)
+        if model_kwargs.get("cache") is not None:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = TTTLayersCache(self.config)
+            model_kwargs["cache"] = TTTLayersCache(self.config)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         """None: the model counts each row's own tokens, also across calls and padding."""

@@ -25,7 +25,7 @@ def check_cache(cache: Cache | None, layer_types: list[str]) -> None:
     """
     if cache is not None and list(cache.is_linear) != [name == "linear_attention" for name in layer_types]:
         raise ValueError(
-            f"`past_key_values` ({type(cache).__name__}) has no recurrent states where the model has recurrent blocks: "
+            f"`cache` ({type(cache).__name__}) has no recurrent states where the model has recurrent blocks: "
             "make it with `DynamicCache(config=model.config)`, or pass None."
         )
 

@@ -121,13 +121,13 @@ def check_cache(cache: TTTLayersCache | None, rows: int | None, config) -> None:
         return
     if not isinstance(cache, TTTLayersCache):
         raise TypeError(
-            f"`past_key_values` is a {type(cache).__name__}; this model needs a TTTLayersCache, because it also has to "
+            f"`cache` is a {type(cache).__name__}; this model needs a TTTLayersCache, because it also has to "
             "keep what was learned. Make one with TTTLayersCache(model.config), or leave it to generate()."
         )
     if cache.is_initialized and rows is not None and cache.batch_size != rows:
         raise ValueError(
-            f"`past_key_values` holds {cache.batch_size} rows but the inputs have {rows}: use "
+            f"`cache` holds {cache.batch_size} rows but the inputs have {rows}: use "
             "`batch_repeat_interleave` or `batch_select_indices` on the cache."
         )
     if cache.config is not config and cache.config.context_settings() != config.context_settings():
-        raise ValueError("`past_key_values` belongs to a model of another configuration: read the text with this one.")
+        raise ValueError("`cache` belongs to a model of another configuration: read the text with this one.")

@@ -169,7 +169,7 @@ class RequestGeneration(GenerateManager):
             "stopping_criteria": StoppingCriteriaList([StopWhen(self.gone.is_set)]),
         }
         if read:
-            arguments["past_key_values"] = start.cache
+            arguments["cache"] = start.cache
         if request.learn_from is not None:
             arguments["learn_from"] = request.learn_from
         return arguments

@@ -59,14 +59,14 @@ def write(
     sequences = model.generate(
         new,
         attention_mask=new.new_ones(1, read + new.shape[1]),
-        past_key_values=cache,
+        cache=cache,
         learn_from=learn_from,
         suppress_tokens=_padding(model),
         **arguments,
     )
     spans = {"context": None, "prompt": (read, read + new.shape[1]), "none": (0, 0)}
     # generate has not read its last token.
-    model(sequences[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1, learning_span=spans[learn_from])
+    model(sequences[:, -1:], cache=cache, use_cache=True, logits_to_keep=1, learning_span=spans[learn_from])
     return sequences[0, new.shape[1] :].tolist()
 
 

@@ -32,7 +32,7 @@ def mistral(**changes) -> MistralForCausalLM:
 
 
 def without_key_cache() -> Mamba2ForCausalLM:
-    """A model of transformers whose forward knows no `past_key_values`."""
+    """A model of transformers whose forward knows no `cache`."""
     sizes = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 8}
     heads = {"num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 8}
     return Mamba2ForCausalLM(Mamba2Config(**sizes, **heads, **SPECIAL))

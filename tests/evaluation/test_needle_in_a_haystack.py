@@ -73,11 +73,11 @@ class Oracle:
         values = [self.value(row[mask.bool()])[:max_new_tokens] for row, mask in zip(ids, attention_mask, strict=True)]
         return torch.cat([ids, torch.tensor(values)], dim=1)
 
-    def __call__(self, ids, past_key_values=None, **_):
+    def __call__(self, ids, cache=None, **_):
         """The cache is the list of all ids so far; the prompt's last id begins what is asked of the cache."""
-        if past_key_values is None:
-            return SimpleNamespace(past_key_values=ids[0].tolist())
-        value = torch.tensor(self.value(past_key_values))[: ids.shape[1]]
+        if cache is None:
+            return SimpleNamespace(cache=ids[0].tolist())
+        value = torch.tensor(self.value(cache))[: ids.shape[1]]
         return SimpleNamespace(logits=torch.nn.functional.one_hot(value, 300)[None] * 20.0)
 
 
@@ -126,7 +126,7 @@ def hybrid():
 
 
 def mamba():
-    """Its forward returns no `past_key_values`."""
+    """Its forward returns no `cache`."""
     set_seed(0)
     return MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, state_size=4))
 

@@ -19,6 +19,6 @@ def test_size_of_the_pieces_does_not_change_what_was_learned(step):
     read_tokens(model, input_ids[:, :30], cache, step)
     assert cache.get_seq_length() == 30
     with torch.no_grad():
-        continued = model(input_ids[:, 30:], past_key_values=cache, use_cache=True).logits[:, -1]
+        continued = model(input_ids[:, 30:], cache=cache, use_cache=True).logits[:, -1]
         expected = model(input_ids, use_cache=False).logits[:, -1]
     torch.testing.assert_close(continued, expected, atol=1e-5, rtol=1e-4)

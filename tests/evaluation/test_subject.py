@@ -48,7 +48,7 @@ def test_without_a_usable_cache_the_text_is_read_in_one_pass(kind, monkeypatch):
     if kind == "mistral":
 
         def forget(_, __, output):
-            output.past_key_values = None
+            output.cache = None
 
         tested.model.register_forward_hook(forget)
     torch.testing.assert_close(token_losses(tested, ids).double(), expected, atol=1e-5, rtol=1e-4)

@@ -72,10 +72,10 @@ def learned_context(model, ids: torch.Tensor, folder: Path) -> dict:
     """Continue from a cache that was saved and loaded again, as the model card says."""
     cache_class = sys.modules[type(model).__module__].TTTE2ECache
     with torch.no_grad():
-        cache = model(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+        cache = model(ids[:, :-1], use_cache=True, logits_to_keep=1).cache
     cache.save_pretrained(folder)
     cache = cache_class.from_pretrained(folder, model=model)
-    return {"written from a context": model.generate(ids, past_key_values=cache, **GREEDY)}
+    return {"written from a context": model.generate(ids, cache=cache, **GREEDY)}
 
 
 def fine_tuned(model, folder: Path) -> list[float]:

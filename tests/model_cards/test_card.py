@@ -117,7 +117,7 @@ def test_bytes_of_a_sequence_are_those_of_its_cache(dtype, changes):
     ids, cache, held = random_ids(1, 60), TTTE2ECache(model.config), []
     with torch.no_grad():
         for column in ids.split(1, dim=1):
-            model(column, past_key_values=cache, use_cache=True)
+            model(column, cache=cache, use_cache=True)
             memory = sequence_memory(model.config, dtype)
             held.append(cache.nbytes - memory.per_token * cache.get_seq_length())
     assert max(held) == memory.fast_weights + memory.window

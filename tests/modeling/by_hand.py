@@ -45,7 +45,7 @@ class ReadingByHand:
             self._before = self.cache.fork()
         with torch.no_grad():
             ids = torch.tensor([[token]])
-            output = self.model(ids, past_key_values=self.cache, test_time_training=False)
+            output = self.model(ids, cache=self.cache, test_time_training=False)
         if learning:
             self._waiting.append(token)
         return output.logits[0, -1]
@@ -74,7 +74,7 @@ class ReadingByHand:
         targets = torch.tensor([*self._waiting[1:], following])
         with torch.enable_grad():
             cache = self._before.fork()
-            logits = self.model(ids, past_key_values=cache, use_cache=False, test_time_training=False).logits[0]
+            logits = self.model(ids, cache=cache, use_cache=False, test_time_training=False).logits[0]
             nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
             wanted = targets != self.config.bos_token_id
             loss = (nll * wanted).sum() / wanted.sum().clamp_min(1)

@@ -46,7 +46,7 @@ def test_reading_in_parts_is_reading_at_once(changes, learning):
     with torch.no_grad():
         cache, parts, start = TTTE2ECache(model.config), [], 0
         for end in (1, 2, BATCH, BATCH + 1, 2 * BATCH + 3, LENGTH):
-            parts.append(model(ids[:, start:end], past_key_values=cache, **arguments).logits)
+            parts.append(model(ids[:, start:end], cache=cache, **arguments).logits)
             start = end
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-9, atol=1e-10)
     plain = model(ids, test_time_training=False).logits

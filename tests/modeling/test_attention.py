@@ -94,9 +94,9 @@ def test_attention_block_by_block_equals_attention_at_once(implementation, read_
         cache = TTTE2ECache(model.config)
         if read_before:
             with torch.no_grad():
-                model(ids[:, :read_before], mask[:, :read_before], past_key_values=cache)
+                model(ids[:, :read_before], mask[:, :read_before], cache=cache)
         new = ids[:, read_before:]
-        output = model(new, mask, past_key_values=cache, labels=new)
+        output = model(new, mask, cache=cache, labels=new)
         output.loss.backward()
         results.append({"logits": output.logits, **gradients(model)})
     for name, at_once in results[1].items():

@@ -134,12 +134,12 @@ FORWARD = {
     "label too large": ({"input_ids": IDS, "labels": with_value(0, 1, VOCAB)}, rf"`labels`.*{VOCAB}"),
     "negative label": ({"input_ids": IDS, "labels": with_value(0, 1, -1)}, r"`labels`.*-1"),
     "unknown argument": ({"input_ids": IDS, "learn_form": "prompt"}, r"learn_form"),
-    "foreign cache": ({"input_ids": IDS, "past_key_values": DynamicCache()}, r"`past_key_values`.*DynamicCache"),
+    "foreign cache": ({"input_ids": IDS, "cache": DynamicCache()}, r"`cache`.*DynamicCache"),
     "static cache": (
-        {"input_ids": IDS, "past_key_values": StaticCache(config=small_config(), max_cache_len=64)},
-        r"`past_key_values`.*StaticCache",
+        {"input_ids": IDS, "cache": StaticCache(config=small_config(), max_cache_len=64)},
+        r"`cache`.*StaticCache",
     ),
-    "cache of the old kind": ({"input_ids": IDS, "past_key_values": ((IDS, IDS),)}, r"`past_key_values`.*tuple"),
+    "cache of the old kind": ({"input_ids": IDS, "cache": ((IDS, IDS),)}, r"`cache`.*tuple"),
 }
 
 
@@ -169,12 +169,12 @@ def test_an_error_leaves_the_given_cache_as_it_was():
     model = small_model()
     cache = TTTE2ECache(model.config)
     with torch.no_grad():
-        model(IDS, past_key_values=cache)
+        model(IDS, cache=cache)
     assert cache.has_learned
     before = contents(cache)
     later = torch.arange(LENGTH).expand(2, -1) + LENGTH
     refused = [
-        *(arguments for arguments, _ in FORWARD.values() if "past_key_values" not in arguments),
+        *(arguments for arguments, _ in FORWARD.values() if "cache" not in arguments),
         {"input_ids": IDS[:1]},
         {"input_ids": IDS, "test_time_training": False},
         {"input_ids": IDS, "position_ids": later - 1},
@@ -182,24 +182,24 @@ def test_an_error_leaves_the_given_cache_as_it_was():
     ]
     for arguments in refused:
         with pytest.raises((ValueError, TypeError)):
-            model(past_key_values=cache, **arguments)
+            model(cache=cache, **arguments)
         counters, *tensors = contents(cache)
         assert counters == before[0]
         assert all(torch.equal(now, then) for now, then in zip(tensors, before[1:], strict=True))
-    assert model(IDS, past_key_values=cache, position_ids=later).logits.isfinite().all()
+    assert model(IDS, cache=cache, position_ids=later).logits.isfinite().all()
 
 
 def learned_cache(model) -> TTTE2ECache:
     cache = TTTE2ECache(model.config)
     with torch.no_grad():
-        model(IDS, past_key_values=cache)
+        model(IDS, cache=cache)
     return cache
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"input_ids": IDS[:1]}, r"`past_key_values` holds 2 rows.*1"),
+        ({"input_ids": IDS[:1]}, r"`cache` holds 2 rows.*1"),
         ({"input_ids": IDS, "test_time_training": False}, r"`test_time_training=False`.*learned"),
         (
             {"input_ids": IDS[:, :1], "position_ids": torch.zeros(2, 1, dtype=torch.long)},
@@ -215,14 +215,14 @@ def learned_cache(model) -> TTTE2ECache:
 def test_what_does_not_go_with_a_learned_context_is_named(arguments, message):
     model = small_model()
     with pytest.raises(ValueError, match=message):
-        model(past_key_values=learned_cache(model), **arguments)
+        model(cache=learned_cache(model), **arguments)
 
 
 @pytest.mark.parametrize("changes", [{"mini_batch_size": 4}, {"num_suffix_layers": 1}, {"sliding_window": 12}])
 def test_a_context_of_another_configuration_is_refused(changes):
     cache = learned_cache(small_model())
-    with pytest.raises(ValueError, match=r"`past_key_values`.*another configuration"):
-        small_model(**changes)(IDS, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"`cache`.*another configuration"):
+        small_model(**changes)(IDS, cache=cache)
 
 
 def test_ids_are_checked_against_the_embeddings_that_are_there():

@@ -36,7 +36,7 @@ def read(model, ids, sizes=None, cache=None, mask=None, **arguments):
         part = slice(begin, begin + size)
         own = None if mask is None else mask[:, part]
         with torch.no_grad():
-            output = model(ids[:, part], attention_mask=own, past_key_values=cache, **arguments)
+            output = model(ids[:, part], attention_mask=own, cache=cache, **arguments)
         logits.append(output.logits)
         if output.inner_loss is not None:
             for losses, row in zip(inner, output.inner_loss.tolist(), strict=True):
@@ -129,7 +129,7 @@ def test_cache_equals_no_cache(model, length):
     logits, _, _ = read(model, ids, [1] * length)
     with torch.no_grad():
         whole = model(ids, use_cache=False)
-    assert whole.past_key_values is None
+    assert whole.cache is None
     torch.testing.assert_close(logits, whole.logits, **CLOSE)
 
 
@@ -177,7 +177,7 @@ def test_a_mask_over_all_columns_reads_as_one_over_the_new_ones(two_blocks):
     new = random_ids(2, 5, seed=9)
     logits, _, _ = read(two_blocks, new, cache=cache)
     with torch.no_grad():
-        full = two_blocks(new, attention_mask=torch.cat([mask, torch.ones_like(new)], 1), past_key_values=other)
+        full = two_blocks(new, attention_mask=torch.cat([mask, torch.ones_like(new)], 1), cache=other)
     assert torch.equal(full.logits, logits)
 
 
@@ -188,11 +188,11 @@ def test_position_ids_continue_across_calls(two_blocks):
     cache, parts = TTTE2ECache(two_blocks.config), []
     for part in (slice(0, 11), slice(11, 30)):
         with torch.no_grad():
-            parts.append(two_blocks(ids[:, part], position_ids=positions[:, part], past_key_values=cache).logits)
+            parts.append(two_blocks(ids[:, part], position_ids=positions[:, part], cache=cache).logits)
     torch.testing.assert_close(torch.cat(parts, dim=1), logits, **CLOSE)
     before = cache.fork()
     with pytest.raises(ValueError, match="position_ids"):
-        two_blocks(ids[:, :3], position_ids=positions[:, :3], past_key_values=cache)
+        two_blocks(ids[:, :3], position_ids=positions[:, :3], cache=cache)
     assert cache.columns == 30 and cache.context is before.context
 
 
@@ -315,7 +315,7 @@ def test_size_does_not_depend_on_how_much_was_read(extra):
 def test_no_cached_tensor_keeps_a_long_text_alive(two_blocks, gradients):
     """The memory behind a tensor is about what it shows, also where it is the end of a long one."""
     with torch.set_grad_enabled(gradients):
-        cache = two_blocks(random_ids(1, 32 * BATCH + 5), use_cache=True).past_key_values
+        cache = two_blocks(random_ids(1, 32 * BATCH + 5), use_cache=True).cache
     context = cache.context
     tensors = [states for history in context.histories for states in history]
     tensors += [*context.fast.tensors, context.pending.inputs, context.pending.ids, context.pending.positions]
@@ -331,7 +331,7 @@ def test_reading_with_gradients_leaves_a_detached_cache(two_blocks, training):
     _, cache, _ = read(two_blocks, ids)
     expected_cache = cache.fork()
     expected, _, _ = read(two_blocks, new, cache=expected_cache)
-    output = model(new, labels=new, past_key_values=cache)
+    output = model(new, labels=new, cache=cache)
     output.loss.backward()
     torch.testing.assert_close(output.logits, expected, **CLOSE)
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
@@ -347,16 +347,16 @@ def test_forward_without_use_cache_reads_a_cache_and_leaves_it(two_blocks):
     _, cache, _ = read(two_blocks, ids[:, :11])
     before = cache.context
     with torch.no_grad():
-        output = two_blocks(ids[:, 11:], past_key_values=cache, use_cache=False)
+        output = two_blocks(ids[:, 11:], cache=cache, use_cache=False)
     torch.testing.assert_close(output.logits, logits[:, 11:], **CLOSE)
-    assert output.past_key_values is None and cache.context is before and cache.columns == 11
+    assert output.cache is None and cache.context is before and cache.columns == 11
 
 
 def test_the_plain_model_refuses_a_learned_context(two_blocks):
     _, cache, _ = read(two_blocks, random_ids(1, BATCH + 1))
     before = cache.context
     with pytest.raises(ValueError, match=r"test_time_training=False.*learn_from"):
-        two_blocks(random_ids(1, 3), past_key_values=cache, test_time_training=False)
+        two_blocks(random_ids(1, 3), cache=cache, test_time_training=False)
     assert cache.context is before and cache.columns == BATCH + 1
 
 
@@ -450,10 +450,10 @@ def test_moving_a_cache_keeps_its_content(two_blocks):
 def test_a_cache_of_another_shape_is_refused(two_blocks):
     _, cache, _ = read(two_blocks, random_ids(2, 20))
     before = cache.context
-    with pytest.raises(ValueError, match=r"past_key_values. holds 2 rows but the inputs have 3"):
-        two_blocks(random_ids(3, 2), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"cache. holds 2 rows but the inputs have 3"):
+        two_blocks(random_ids(3, 2), cache=cache)
     with pytest.raises(ValueError, match="another configuration"):
-        small_model(torch.float64, num_suffix_layers=1)(random_ids(2, 2), past_key_values=cache)
+        small_model(torch.float64, num_suffix_layers=1)(random_ids(2, 2), cache=cache)
     with pytest.raises(ValueError, match=f"{VOCAB}"):
-        two_blocks(torch.full((2, 2), VOCAB), past_key_values=cache)
+        two_blocks(torch.full((2, 2), VOCAB), cache=cache)
     assert cache.context is before and cache.columns == 20

@@ -16,7 +16,7 @@ FILES = ("context.safetensors", "context.json")
 def read(model, ids, cache=None, **arguments):
     """A cache that has read `ids`."""
     with torch.no_grad():
-        return model(ids, past_key_values=cache, use_cache=True, **arguments).past_key_values
+        return model(ids, cache=cache, use_cache=True, **arguments).cache
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def finished(model):
     prompt = random_ids(2, 5)
     end = model.generate(prompt[:1], max_new_tokens=3, do_sample=False)[0, -1].item()
     arguments = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": end, "return_dict_in_generate": True}
-    cache = model.generate(prompt, **arguments).past_key_values
+    cache = model.generate(prompt, **arguments).cache
     assert cache.finished is not None
     return cache
 
@@ -82,12 +82,11 @@ def test_loaded_equals_kept(make, dtype, tmp_path):
     mask = torch.ones(cache.batch_size, cache.get_seq_length() + 5, dtype=torch.long)
     arguments = {"attention_mask": mask, "max_new_tokens": 2 * BATCH, "return_dict_in_generate": True}
     kept, again = (
-        model.generate(new, past_key_values=own, output_logits=True, do_sample=False, **arguments)
-        for own in (cache, loaded)
+        model.generate(new, cache=own, output_logits=True, do_sample=False, **arguments) for own in (cache, loaded)
     )
     assert torch.equal(kept.sequences, again.sequences)
     assert torch.equal(torch.stack(kept.logits), torch.stack(again.logits))
-    assert_identical(again.past_key_values, kept.past_key_values)
+    assert_identical(again.cache, kept.cache)
 
 
 def assert_identical(cache, other):
@@ -117,8 +116,8 @@ def test_a_fork_can_be_saved_before_it_reads_on(model, cache, tmp_path):
     ids = random_ids(2, 5, seed=1)
     loaded = TTTE2ECache.from_pretrained(tmp_path / "fork", model=model)
     with torch.no_grad():
-        logits = model(ids, past_key_values=loaded).logits
-        torch.testing.assert_close(logits, model(ids, past_key_values=cache).logits)
+        logits = model(ids, cache=loaded).logits
+        torch.testing.assert_close(logits, model(ids, cache=cache).logits)
 
 
 def test_another_copy_of_the_model_answers_the_same(model, cache, folder, tmp_path):
@@ -128,8 +127,8 @@ def test_another_copy_of_the_model_answers_the_same(model, cache, folder, tmp_pa
     loaded = TTTE2ECache.from_pretrained(folder, model=other)
     new = random_ids(2, 9, seed=1)
     with torch.no_grad():
-        expected = model(new, past_key_values=cache).logits
-        assert torch.equal(other(new, past_key_values=loaded).logits, expected)
+        expected = model(new, cache=cache).logits
+        assert torch.equal(other(new, cache=loaded).logits, expected)
 
 
 def test_a_loaded_context_can_be_saved_again(model, folder, tmp_path):

@@ -47,11 +47,11 @@ def test_decoding_with_the_cache_is_the_full_forward(model):
     ids = random_ids(2)
     whole = model(ids, use_cache=False).logits
     first = model(ids[:, : LENGTH - 12], use_cache=True)
-    parts, cache = [first.logits], first.past_key_values
+    parts, cache = [first.logits], first.cache
     for column in range(LENGTH - 12, LENGTH):
-        output = model(ids[:, column : column + 1], past_key_values=cache, use_cache=True)
+        output = model(ids[:, column : column + 1], cache=cache, use_cache=True)
         parts.append(output.logits)
-        cache = output.past_key_values
+        cache = output.cache
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, **tolerance(model))
 
 

@@ -38,7 +38,7 @@ def test_what_follows_a_generated_end_is_not_read(two_blocks, padding_id, use_ca
     output, mask, rows, special, place = ending_batch(two_blocks, padding_id, use_cache=use_cache)
     question = random_ids(2, 10, seed=3)
     if use_cache:
-        assert output.past_key_values.context.tokens == (rows[0].shape[1] + place + 1, rows[1].shape[1] + NEW - 1)
+        assert output.cache.context.tokens == (rows[0].shape[1] + place + 1, rows[1].shape[1] + NEW - 1)
     conversation = torch.cat([output.sequences, question], dim=1)
     full_mask = torch.cat([mask, torch.ones(2, NEW + 10, dtype=torch.long)], dim=1)
     if not use_cache:
@@ -48,21 +48,21 @@ def test_what_follows_a_generated_end_is_not_read(two_blocks, padding_id, use_ca
         two_blocks,
         conversation,
         attention_mask=full_mask if pass_mask else None,
-        past_key_values=output.past_key_values,
+        cache=output.cache,
         **special | {"eos_token_id": None},
     )
     for row, length in enumerate((place + 1, NEW)):
         alone = generate(two_blocks, rows[row], **special)
         text = alone.sequences[:, : rows[row].shape[1] + length]
         both = torch.cat([text, question[row : row + 1]], dim=1)
-        cache = alone.past_key_values if use_cache else None
+        cache = alone.cache if use_cache else None
         arguments = special | {"eos_token_id": None, "attention_mask": torch.ones_like(both)}
-        expected = generate(two_blocks, both, past_key_values=cache, **arguments)
+        expected = generate(two_blocks, both, cache=cache, **arguments)
         assert torch.equal(rest.sequences[row, -NEW:], expected.sequences[0, -NEW:])
         if use_cache:
-            own = rest.past_key_values.fork()
+            own = rest.cache.fork()
             own.batch_select_indices(torch.tensor([row]))
-            assert_contexts_equal(own, expected.past_key_values)
+            assert_contexts_equal(own, expected.cache)
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -85,10 +85,10 @@ def test_new_ids_after_a_finished_row(two_blocks):
     """The same with only the new ids and a full-length mask, read in chunks."""
     output, mask, rows, special, place = ending_batch(two_blocks, 0)
     question = random_ids(2, 10, seed=3)
-    cache = output.past_key_values
+    cache = output.cache
     new = torch.cat([output.sequences, question], dim=1)[:, cache.get_seq_length() :]
     full_mask = torch.cat([mask, torch.ones(2, NEW + 10, dtype=torch.long)], dim=1)
-    arguments = {"attention_mask": full_mask, "past_key_values": cache, "prefill_chunk_size": 3}
+    arguments = {"attention_mask": full_mask, "cache": cache, "prefill_chunk_size": 3}
     rest = generate(two_blocks, new, **arguments, **special | {"eos_token_id": None})
     text = torch.cat([rows[0], output.sequences[:1, mask.shape[1] :][:, : place + 1], question[:1]], dim=1)
     expected = generate(two_blocks, text, **special | {"eos_token_id": None})
@@ -97,7 +97,7 @@ def test_new_ids_after_a_finished_row(two_blocks):
 
 def test_a_finished_row_stays_finished_through_selection_and_files(two_blocks, tmp_path):
     output, *_ = ending_batch(two_blocks, 0)
-    cache = output.past_key_values
+    cache = output.cache
     assert (cache.finished, cache.padding_id) == ((True, False), 0)
     cache.batch_repeat_interleave(2)
     assert cache.finished == (True, True, False, False)
@@ -117,8 +117,8 @@ def test_ends_inside_a_prompt_finish_nothing(two_blocks):
     output = two_blocks.generate(
         prompt, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True, **special
     )
-    assert output.past_key_values.context.tokens == (20 + NEW - 1,) * 2
-    assert output.past_key_values.finished is None
+    assert output.cache.context.tokens == (20 + NEW - 1,) * 2
+    assert output.cache.finished is None
     for row in range(2):
         by_hand = ReadingByHand(two_blocks)
         for token in output.sequences[row].tolist()[:-1]:
@@ -134,4 +134,4 @@ def test_a_generated_padding_token_finishes_a_row(two_blocks, rows):
     padding = int(free[0, 5])
     output = generate(two_blocks, prompt, pad_token_id=padding)
     first = (output.sequences[0, 9:] == padding).nonzero()[0].item()
-    assert output.past_key_values.context.tokens[0] == 9 + first + 1
+    assert output.cache.context.tokens[0] == 9 + first + 1

@@ -34,7 +34,7 @@ def test_cache_equals_no_cache(model, way):
     with_cache, without = (generate(model, ids, attention_mask=mask, use_cache=use, **way) for use in (True, False))
     assert torch.equal(with_cache.sequences, without.sequences)
     torch.testing.assert_close(torch.stack(with_cache.logits), torch.stack(without.logits), **CLOSE_LOGITS)
-    assert with_cache.past_key_values.has_learned and without.past_key_values is None
+    assert with_cache.cache.has_learned and without.cache is None
 
 
 def test_greedy_equals_reading_by_hand(model):
@@ -63,7 +63,7 @@ def test_more_padding_changes_nothing(two_blocks, padding):
     ids = torch.cat([torch.zeros(1, padding, dtype=torch.long), prompt], dim=1)
     output, plain = generate(two_blocks, ids, attention_mask=(ids > 0).long()), generate(two_blocks, prompt)
     assert torch.equal(output.sequences[:, padding:], plain.sequences)
-    assert output.past_key_values.context.tokens == plain.past_key_values.context.tokens
+    assert output.cache.context.tokens == plain.cache.context.tokens
 
 
 @pytest.mark.parametrize("chunk", [1, 3, BATCH, BATCH + 1, 100])
@@ -72,7 +72,7 @@ def test_prefill_in_chunks_equals_one_prefill(model, chunk):
     ids, mask, _ = left_padded()
     one, chunked = (generate(model, ids, attention_mask=mask, prefill_chunk_size=size) for size in (None, chunk))
     assert torch.equal(one.sequences, chunked.sequences)
-    assert_contexts_equal(one.past_key_values, chunked.past_key_values)
+    assert_contexts_equal(one.cache, chunked.cache)
 
 
 def test_prefill_in_chunks_of_nothing_but_padding(two_blocks):
@@ -88,14 +88,14 @@ def test_continuing_from_a_returned_cache_equals_one_shot(model, way, new_only, 
     """Whole sequences, or only what is new with a mask over all columns."""
     ids, mask, _ = left_padded()
     whole = generate(model, ids, attention_mask=mask, **way)
-    cache = generate(model, ids, attention_mask=mask, max_new_tokens=first, **way).past_key_values
+    cache = generate(model, ids, attention_mask=mask, max_new_tokens=first, **way).cache
     given = whole.sequences[:, : ids.shape[1] + first]
     mask = torch.cat([mask, torch.ones(len(ids), first, dtype=torch.long)], dim=1)
     rest = generate(
         model,
         given[:, cache.get_seq_length() :] if new_only else given,
         attention_mask=mask,
-        past_key_values=cache,
+        cache=cache,
         max_new_tokens=NEW - first,
     )
     if way["do_sample"]:
@@ -103,8 +103,8 @@ def test_continuing_from_a_returned_cache_equals_one_shot(model, way, new_only, 
         torch.testing.assert_close(rest.logits[0], whole.logits[first], **CLOSE_LOGITS)
         return
     assert torch.equal(rest.sequences[:, -(NEW - first) :], whole.sequences[:, -(NEW - first) :])
-    assert_contexts_equal(rest.past_key_values, whole.past_key_values)
-    assert rest.past_key_values is cache
+    assert_contexts_equal(rest.cache, whole.cache)
+    assert rest.cache is cache
 
 
 def test_continuing_with_more_text_equals_reading_it_all(model):
@@ -113,9 +113,7 @@ def test_continuing_with_more_text_equals_reading_it_all(model):
     first = generate(model, prompt)
     conversation = torch.cat([first.sequences, question], dim=1)
     expected = generate(model, conversation)
-    assert torch.equal(
-        generate(model, conversation, past_key_values=first.past_key_values).sequences, expected.sequences
-    )
+    assert torch.equal(generate(model, conversation, cache=first.cache).sequences, expected.sequences)
 
 
 @pytest.mark.parametrize("chunk", [None, 5])
@@ -123,16 +121,16 @@ def test_answers_from_one_context_are_independent(two_blocks, chunk):
     """Read once, answer many: forks of a context, and rows of it for several samples."""
     text = random_ids(1, 3 * BATCH + 2)
     with torch.no_grad():
-        context = two_blocks(text, use_cache=True).past_key_values
+        context = two_blocks(text, use_cache=True).cache
     for seed in (1, 2):
         whole = torch.cat([text, random_ids(1, 6, seed=seed)], dim=1)
-        output = generate(two_blocks, whole, past_key_values=context.fork(), prefill_chunk_size=chunk)
+        output = generate(two_blocks, whole, cache=context.fork(), prefill_chunk_size=chunk)
         assert torch.equal(output.sequences, generate(two_blocks, whole).sequences)
     rows = context.fork()
     rows.batch_repeat_interleave(3)
     beams = {"num_beams": 3}
     assert torch.equal(
-        generate(two_blocks, whole, past_key_values=rows, **beams).sequences,
+        generate(two_blocks, whole, cache=rows, **beams).sequences,
         generate(two_blocks, whole, **beams).sequences,
     )
     assert context.columns == text.shape[1]
@@ -152,7 +150,7 @@ def test_all_outputs_have_their_shapes(two_blocks):
         for weights in attentions:
             sums = weights.sum(-1)[:, :, -1]
             torch.testing.assert_close(sums, torch.ones_like(sums))
-    assert isinstance(output.past_key_values, TTTE2ECache)
+    assert isinstance(output.cache, TTTE2ECache)
     with torch.no_grad():
         whole = two_blocks(
             output.sequences[:, :-1],
@@ -180,9 +178,9 @@ def test_learning_from_a_part_equals_a_loop_by_hand(two_blocks, learn_from, leng
     assert output.sequences[0, length:].tolist() == written
     assert by_hand.steps == {"context": length + NEW - 1, "prompt": length - 1, "none": 0}[learn_from] // BATCH
     if use_cache:
-        assert output.past_key_values.has_learned == (by_hand.steps > 0)
+        assert output.cache.has_learned == (by_hand.steps > 0)
         if by_hand.steps and learn_from == "prompt":
-            fast = [tensor[0] for tensor in output.past_key_values.context.fast.own_copies().tensors]
+            fast = [tensor[0] for tensor in output.cache.context.fast.own_copies().tensors]
             torch.testing.assert_close(fast, by_hand.fast_weights, **CLOSE)
 
 
@@ -201,11 +199,11 @@ def test_learning_from_a_part_on_continuation(two_blocks, learn_from, new_only):
     """The prompt of a continuation is what this call adds; what was read before stays as it was learned."""
     text, question = random_ids(1, 2 * BATCH + 3), random_ids(1, 2 * BATCH + 1, seed=1)
     with torch.no_grad():
-        cache = two_blocks(text, use_cache=True).past_key_values
+        cache = two_blocks(text, use_cache=True).cache
     whole = torch.cat([text, question], dim=1)
     given = question if new_only else whole
     mask = torch.ones_like(whole)
-    output = generate(two_blocks, given, attention_mask=mask, past_key_values=cache, learn_from=learn_from)
+    output = generate(two_blocks, given, attention_mask=mask, cache=cache, learn_from=learn_from)
     by_hand = ReadingByHand(two_blocks)
     for token in text[0].tolist():
         by_hand.read(token)
@@ -219,9 +217,9 @@ def test_learning_from_nothing_uses_what_was_learned(two_blocks):
     """The fast weights of a context stay the same tensors; they still matter."""
     text, question = random_ids(1, 3 * BATCH), random_ids(1, 5, seed=1)
     with torch.no_grad():
-        cache = two_blocks(text, use_cache=True).past_key_values
+        cache = two_blocks(text, use_cache=True).cache
     before = [tensor.clone() for tensor in cache.context.fast.tensors]
-    output = generate(two_blocks, torch.cat([text, question], 1), past_key_values=cache, learn_from="none")
+    output = generate(two_blocks, torch.cat([text, question], 1), cache=cache, learn_from="none")
     assert all(map(torch.equal, cache.context.fast.tensors, before))
     assert cache.context.pending is None
     plain = generate(two_blocks, torch.cat([text, question], 1), learn_from="none")
@@ -238,7 +236,7 @@ def test_generating_without_test_time_training_is_the_plain_model(two_blocks, wa
     learned = generate(two_blocks, ids, attention_mask=mask, **way)
     torch.testing.assert_close(torch.stack(output.logits), torch.stack(expected.logits), **CLOSE_LOGITS)
     assert torch.equal(output.sequences, expected.sequences)
-    assert not output.past_key_values.has_learned
+    assert not output.cache.has_learned
     assert not torch.equal(learned.sequences, expected.sequences)
 
 
@@ -258,7 +256,7 @@ def test_embeddings_with_ids_equal_ids(two_blocks, learn_from, way):
         two_blocks, input_ids=ids, inputs_embeds=embeds, attention_mask=mask, learn_from=learn_from, **way
     )
     assert torch.equal(output.sequences, expected.sequences)
-    assert_same_learning(output.past_key_values, expected.past_key_values)
+    assert_same_learning(output.cache, expected.cache)
 
 
 def assert_same_learning(cache, other):
@@ -284,10 +282,10 @@ def test_embeddings_go_on_from_a_cache(two_blocks, with_ids):
     learn_from = "context" if with_ids else "none"
     expected = generate(two_blocks, ids, learn_from=learn_from)
     with torch.no_grad():
-        cache = two_blocks(ids[:, :11], use_cache=True, learning_span=None if with_ids else (0, 0)).past_key_values
+        cache = two_blocks(ids[:, :11], use_cache=True, learning_span=None if with_ids else (0, 0)).cache
     embeds = two_blocks.get_input_embeddings()(ids).detach()
     given = {"input_ids": ids} if with_ids else {}
-    output = generate(two_blocks, inputs_embeds=embeds, past_key_values=cache, learn_from=learn_from, **given)
+    output = generate(two_blocks, inputs_embeds=embeds, cache=cache, learn_from=learn_from, **given)
     assert torch.equal(output.sequences[:, -NEW:], expected.sequences[:, -NEW:])
 
 
@@ -303,9 +301,9 @@ def test_embeddings_that_cannot_be_read_are_refused(two_blocks):
 def test_an_empty_cache_may_be_passed(two_blocks):
     ids, mask, _ = left_padded()
     cache = TTTE2ECache(two_blocks.config)
-    output = generate(two_blocks, ids, attention_mask=mask, past_key_values=cache)
+    output = generate(two_blocks, ids, attention_mask=mask, cache=cache)
     assert torch.equal(output.sequences, generate(two_blocks, ids, attention_mask=mask).sequences)
-    assert output.past_key_values is cache
+    assert output.cache is cache
 
 
 def test_without_a_prompt_generation_begins_with_bos(two_blocks):
@@ -323,7 +321,7 @@ def test_inference_mode_equals_no_grad(two_blocks, way):
     assert torch.equal(output.sequences, expected.sequences)
     if way == WAYS["greedy"]:
         more = random_ids(3, BATCH)
-        labels = two_blocks(more, past_key_values=output.past_key_values, labels=more)
+        labels = two_blocks(more, cache=output.cache, labels=more)
         labels.loss.backward()
         two_blocks.zero_grad()
 
@@ -368,7 +366,7 @@ def test_a_model_with_adapters_generates_the_same_with_and_without_cache(tmp_pat
         )
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)
     assert not torch.equal(outputs[0].sequences, plain.sequences)
-    cache = outputs[0].past_key_values
+    cache = outputs[0].cache
     cache.save_pretrained(tmp_path / "context")
     assert TTTE2ECache.from_pretrained(tmp_path / "context", model=model).columns == cache.columns
 

@@ -14,7 +14,7 @@ def assert_refused(model, cache, error, match, ids=None, **arguments):
     """The call raises, and the cache is as it was."""
     before = None if cache is None else (cache.context, cache.columns, cache.finished)
     if cache is not None:
-        arguments["past_key_values"] = cache
+        arguments["cache"] = cache
     with pytest.raises(error, match=match):
         generate(model, random_ids(1, 20) if ids is None else ids, **arguments)
     if cache is not None:
@@ -24,7 +24,7 @@ def assert_refused(model, cache, error, match, ids=None, **arguments):
 @pytest.fixture
 def cache(two_blocks):
     with torch.no_grad():
-        return two_blocks(random_ids(1, 20)[:, :19], use_cache=True).past_key_values
+        return two_blocks(random_ids(1, 20)[:, :19], use_cache=True).cache
 
 
 REFUSED = {
@@ -72,21 +72,21 @@ def test_what_is_impossible_is_refused_by_name(two_blocks, cache, case, with_cac
     ids=["new-ids", "short-mask", "mask-of-another-length", "nothing-new", "another-text"],
 )
 def test_a_cache_needs_the_whole_sequence_or_a_full_mask(two_blocks, cache, ids, mask):
-    match = r"`past_key_values` has read 19 columns.*`input_ids` \(\d+ columns.*`attention_mask`"
+    match = r"`cache` has read 19 columns.*`input_ids` \(\d+ columns.*`attention_mask`"
     assert_refused(two_blocks, cache, ValueError, match, ids=ids, attention_mask=mask)
 
 
 def test_a_foreign_cache_is_refused(two_blocks):
     foreign = DynamicCache(config=two_blocks.config)
-    with pytest.raises(TypeError, match=r"`past_key_values` is a DynamicCache.*TTTE2ECache"):
-        generate(two_blocks, random_ids(1, 5), past_key_values=foreign)
+    with pytest.raises(TypeError, match=r"`cache` is a DynamicCache.*TTTE2ECache"):
+        generate(two_blocks, random_ids(1, 5), cache=foreign)
     assert foreign.get_seq_length() == 0
-    with pytest.raises(TypeError, match="`past_key_values` is a DynamicCache"):
-        two_blocks(random_ids(1, 5), past_key_values=foreign)
+    with pytest.raises(TypeError, match="`cache` is a DynamicCache"):
+        two_blocks(random_ids(1, 5), cache=foreign)
 
 
 def test_a_cache_of_too_few_rows_is_refused(two_blocks, cache):
-    match = "`past_key_values` holds 1 rows but the inputs have 3.*batch_repeat_interleave"
+    match = "`cache` holds 1 rows but the inputs have 3.*batch_repeat_interleave"
     assert_refused(two_blocks, cache, ValueError, match, num_beams=3)
 
 

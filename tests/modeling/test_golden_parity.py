@@ -51,10 +51,10 @@ def test_inner_weights_and_states_are_the_official_ones(name):
     size, length = golden.config.mini_batch_size, golden.ids.shape[1] - 1
     cache = TTTE2ECache(golden.config)
     with torch.no_grad():
-        states = golden.model(golden.ids[:, :-1], past_key_values=cache, output_hidden_states=True).hidden_states
+        states = golden.model(golden.ids[:, :-1], cache=cache, output_hidden_states=True).hidden_states
         first, window = golden.config.num_prefix_layers, golden.config.sliding_window
         values = torch.stack([layer.values[:, :, 1 - window :] for layer in cache.layers[first:]], dim=1)
-        golden.model(golden.ids[:, -1:], past_key_values=cache)
+        golden.model(golden.ids[:, -1:], cache=cache)
     torch.testing.assert_close(states[first], golden["debug.prefix_output"], rtol=0, atol=5e-5)
     torch.testing.assert_close(
         values.transpose(2, 3).flatten(3), golden["debug.kv_final_v"][:, :, 1:], rtol=0, atol=5e-5
@@ -67,7 +67,7 @@ def test_inner_weights_and_states_are_the_official_ones(name):
             # The token after a mini-batch is its last target, so the step is taken when that one is read.
             begin = start + (start > 0)
             with torch.no_grad():
-                golden.model(golden.ids[:, begin : start + size + 1], past_key_values=cache)
+                golden.model(golden.ids[:, begin : start + size + 1], cache=cache)
             expected = golden.inner_weights("inner_trajectory", step)
             torch.testing.assert_close(golden.learned_weights(cache), expected, rtol=0, atol=5e-5)
 

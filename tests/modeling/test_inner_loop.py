@@ -24,7 +24,7 @@ def learned(model, ids, **arguments):
     """The fast weights (differences to the slow ones) after reading `ids`, one copy per row."""
     cache = TTTE2ECache(model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache, **arguments)
+        model(ids, cache=cache, **arguments)
     return cache.context.fast.own_copies().tensors
 
 

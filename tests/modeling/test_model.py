@@ -44,9 +44,9 @@ def test_a_target_is_learned_only_once_it_is_read():
     for text in (ids, other):
         cache = TTTE2ECache(model.config)
         with torch.no_grad():
-            model(text[:, :BATCH], past_key_values=cache)
+            model(text[:, :BATCH], cache=cache)
             assert not cache.has_learned
-            model(text[:, BATCH : BATCH + 1], past_key_values=cache)
+            model(text[:, BATCH : BATCH + 1], cache=cache)
         steps.append(cache.context.fast.own_copies().tensors)
     assert all((one - two).abs().max() > 1e-6 for one, two in zip(*steps, strict=True))
 
@@ -149,7 +149,7 @@ def test_a_row_of_nothing_but_padding_gives_nothing(rows, differentiable):
         assert not outputs.token_nll[:rows].any() and outputs.loss.isfinite()
         if rows == 1:
             torch.testing.assert_close(outputs.logits[1:], model(ids[1:]).logits, rtol=1e-9, atol=1e-10)
-        after = model(ids, past_key_values=outputs.past_key_values).logits
+        after = model(ids, cache=outputs.cache).logits
         torch.testing.assert_close(after[:1], model(ids[:1]).logits, rtol=1e-9, atol=1e-10)
     if differentiable:
         outputs.loss.backward()
@@ -169,7 +169,7 @@ def test_fields_of_ours_come_last():
     model = small_model()
     ids = random_ids(2, LENGTH)
     outputs = model(ids, labels=ids, use_cache=True, output_hidden_states=True, output_attentions=True)
-    names = "loss logits past_key_values hidden_states attentions token_nll inner_loss inner_grad_norm"
+    names = "loss logits cache hidden_states attentions token_nll inner_loss inner_grad_norm"
     assert list(outputs.keys()) == names.split()
     assert torch.equal(outputs[0], outputs.loss) and torch.equal(outputs[1], outputs.logits)
     as_tuple = model(ids, labels=ids, return_dict=False)
@@ -177,7 +177,7 @@ def test_fields_of_ours_come_last():
     torch.testing.assert_close(as_tuple[:2], (outputs.loss, outputs.logits))
     torch.testing.assert_close(as_tuple[2:], (outputs.token_nll, outputs.inner_loss, outputs.inner_grad_norm))
     ignored = set(model.config.keys_to_ignore_at_inference)
-    assert ignored == {"past_key_values", "token_nll", "inner_loss", "inner_grad_norm"}
+    assert ignored == {"cache", "token_nll", "inner_loss", "inner_grad_norm"}
 
 
 def test_token_nll_is_the_negative_log_likelihood_of_the_next_label():
@@ -249,8 +249,8 @@ def test_a_learned_context_is_returned_unless_training_or_scoring(arguments, ret
     model = small_model()
     ids = random_ids(1, LENGTH)
     arguments = {key: ids if key == "labels" else value for key, value in arguments.items()}
-    assert (model(ids, **arguments).past_key_values is not None) == returned
-    assert model.train()(ids).past_key_values is None
+    assert (model(ids, **arguments).cache is not None) == returned
+    assert model.train()(ids).cache is None
 
 
 @pytest.mark.parametrize("learning", [True, False])
@@ -306,8 +306,8 @@ def test_attentions_of_padded_rows_and_of_later_calls():
             torch.testing.assert_close(together[row, :, -length:, -length:], own[0])
             assert not together[row, :, :-length].any() and not together[row, :, :, :-length].any()
     whole, cache, split = model(ids, output_attentions=True).attentions, TTTE2ECache(model.config), BATCH + 3
-    model(ids[:, :split], past_key_values=cache)
-    rest = model(ids[:, split:], past_key_values=cache, output_attentions=True).attentions
+    model(ids[:, :split], cache=cache)
+    rest = model(ids[:, split:], cache=cache, output_attentions=True).attentions
     for weights, later in zip(whole, rest, strict=True):
         torch.testing.assert_close(later, weights[:, :, split:])
 
@@ -389,7 +389,7 @@ def test_half_precision_stays_close_and_learns_in_float32(dtype, how, checkpoint
         model.activation_checkpointing_enable()
     with torch.autocast("cpu", dtype=dtype, enabled=how == "autocast"):
         outputs = model(ids, labels=ids)
-        cache = model.eval()(ids, past_key_values=TTTE2ECache(model.config)).past_key_values
+        cache = model.eval()(ids, cache=TTTE2ECache(model.config)).cache
     outputs.loss.backward()
     assert outputs.loss.dtype == outputs.token_nll.dtype == outputs.inner_loss.dtype == torch.float32
     assert {tensor.dtype for tensor in cache.context.fast.tensors} == {torch.float32}
@@ -417,9 +417,9 @@ def test_inference_mode_equals_no_grad():
     with torch.inference_mode():
         made_inside = ids + 0
         outputs = model(made_inside, labels=made_inside, use_cache=True)
-        again = model(made_inside[:, :3], past_key_values=outputs.past_key_values)
+        again = model(made_inside[:, :3], cache=outputs.cache)
     with torch.no_grad():
-        expected_again = model(ids[:, :3], past_key_values=expected.past_key_values)
+        expected_again = model(ids[:, :3], cache=expected.cache)
     assert torch.equal(outputs.logits, expected.logits) and torch.equal(outputs.inner_loss, expected.inner_loss)
     assert torch.equal(again.logits, expected_again.logits)
 

@@ -48,8 +48,8 @@ def read(model, ids, sizes, mask=None):
         end += piece.shape[1]
         part = None if mask is None else mask[:, :end]
         with torch.no_grad():
-            output = model(piece, attention_mask=part, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+            output = model(piece, attention_mask=part, cache=cache, use_cache=True)
+        cache = output.cache
         logits.append(output.logits)
     return torch.cat(logits, dim=1)
 
@@ -103,7 +103,7 @@ def test_logits_to_keep_and_hidden_states(model, logits, mix):
         embedded = model(inputs_embeds=model.get_input_embeddings()(IDS)).logits
     torch.testing.assert_close(output.logits, logits[:, -2:], rtol=0, atol=1e-12)
     torch.testing.assert_close(embedded, logits, rtol=0, atol=1e-12)
-    assert output.past_key_values is None
+    assert output.cache is None
     assert [list(state.shape) for state in output.hidden_states] == [[3, LENGTH, 32]] * (len(MIXES[mix]) + 1)
 
 
@@ -121,7 +121,7 @@ def test_attention_weights_come_from_the_attention_blocks(mix):
 def test_every_parameter_gets_a_gradient(mix, tied):
     model = hybrid(mix, torch.float32, tie_word_embeddings=tied, attention_bias=True).train()
     output = model(IDS, labels=IDS)
-    assert output.past_key_values is None, "a cache would only cost memory while training"
+    assert output.cache is None, "a cache would only cost memory while training"
     output.loss.backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == []
@@ -264,10 +264,10 @@ class TestRefusals:
     def test_going_on_after_padding(self, mix):
         model, mask = hybrid(mix), torch.ones_like(IDS)
         mask[2, 30:] = 0
-        cache = model(IDS, attention_mask=mask, use_cache=True).past_key_values
+        cache = model(IDS, attention_mask=mask, use_cache=True).cache
         longer = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], dim=1)
         with pytest.raises(ValueError, match=r"padding between the tokens of row 2"):
-            model(IDS[:, :1], attention_mask=longer, past_key_values=cache)
+            model(IDS[:, :1], attention_mask=longer, cache=cache)
 
     def test_packed_documents(self, mix):
         positions = torch.cat([torch.arange(20), torch.arange(LENGTH - 20)])[None]
@@ -283,9 +283,9 @@ class TestRefusals:
             torch.testing.assert_close(padded[:, PADDING:], model(IDS).logits, **tolerance(mix))
 
     def test_cache_without_recurrent_states(self, mix):
-        cache = hybrid("attention-only")(IDS, use_cache=True).past_key_values
-        with pytest.raises(ValueError, match=r"`past_key_values` .*DynamicCache\(config=model.config\)"):
-            hybrid(mix)(IDS, past_key_values=cache)
+        cache = hybrid("attention-only")(IDS, use_cache=True).cache
+        with pytest.raises(ValueError, match=r"`cache` .*DynamicCache\(config=model.config\)"):
+            hybrid(mix)(IDS, cache=cache)
 
 
 def test_neither_ids_nor_embeddings():

@@ -63,7 +63,7 @@ def test_prompts_of_several_lengths(model):
 def test_going_on_from_a_returned_cache(model):
     settings = {"max_new_tokens": 10, "do_sample": False, "suppress_tokens": [0]}
     first = model.generate(IDS, return_dict_in_generate=True, **settings)
-    more = write(model, first.sequences, past_key_values=first.past_key_values, max_new_tokens=10)
+    more = write(model, first.sequences, cache=first.cache, max_new_tokens=10)
     assert torch.equal(torch.cat([first.sequences[:, LENGTH:], more], dim=1), write(model, IDS))
 
 
@@ -179,7 +179,7 @@ def test_rows_of_beams_follow_their_states(mix):
     model = hybrid(mix)
     order = torch.tensor([2, 0, 0])
     with torch.no_grad():
-        cache = model(IDS[:, :-1], use_cache=True).past_key_values
+        cache = model(IDS[:, :-1], use_cache=True).cache
         cache.reorder_cache(order)
-        after = model(IDS[order, -1:], past_key_values=cache).logits
+        after = model(IDS[order, -1:], cache=cache).logits
         torch.testing.assert_close(after, model(IDS[order]).logits[:, -1:], **tolerance(mix))

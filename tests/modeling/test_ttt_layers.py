@@ -121,8 +121,8 @@ def test_reading_on_after_the_longest_pause(model):
     mask = torch.ones(3, 11, dtype=torch.long)
     mask[1, 6:] = 0
     with torch.no_grad():
-        model(IDS[:, 6:11], attention_mask=mask, past_key_values=cache)
-        after = model(IDS[:, 11:12], past_key_values=cache).logits
+        model(IDS[:, 6:11], attention_mask=mask, cache=cache)
+        after = model(IDS[:, 11:12], cache=cache).logits
         skipped = torch.cat([IDS[1:2, :6], IDS[1:2, 11:12]], dim=1)
         torch.testing.assert_close(after[1:2], model(skipped).logits[:, -1:], **CLOSE)
         torch.testing.assert_close(after[:1], model(IDS[:1, :12]).logits[:, -1:], **CLOSE)
@@ -139,7 +139,7 @@ def test_logits_to_keep_hidden_states_and_embeddings(model, logits, mix):
         as_tuple = model(IDS, return_dict=False, use_cache=False)
     torch.testing.assert_close(output.logits, logits[:, -2:], **CLOSE)
     torch.testing.assert_close(embedded, logits, **CLOSE)
-    assert output.past_key_values is None and torch.equal(as_tuple[0], logits)
+    assert output.cache is None and torch.equal(as_tuple[0], logits)
     assert [list(state.shape) for state in output.hidden_states] == [[3, LENGTH, 24]] * (len(model.model.layers) + 1)
     for plain, other in zip(output.hidden_states, shifted.hidden_states, strict=True):
         torch.testing.assert_close(other[:, 9:], plain, **CLOSE)
@@ -178,7 +178,7 @@ def test_the_cache_does_not_grow(mix):
         mix = "mamba-backbone"
     model, cache, sizes = layers_model(mix), None, []
     for _ in range(9):
-        cache = model(random_ids(2, SIZE + 1), past_key_values=cache, use_cache=True).past_key_values
+        cache = model(random_ids(2, SIZE + 1), cache=cache, use_cache=True).cache
         sizes.append(cache.nbytes)
     assert sizes[1:5] == sizes[5:9]  # at the same places of a mini-batch
     assert cache.nbytes == sum(t.untyped_storage().nbytes() for t in tensors_of(cache.states))
@@ -198,9 +198,9 @@ def test_backward_through_a_call_that_fills_a_cache(model):
     torch.testing.assert_close(gradients, expected, rtol=0, atol=0)
     model.zero_grad()
     first = model(IDS[:, :6], labels=IDS[:, :6], use_cache=True)
-    cache = first.past_key_values
+    cache = first.cache
     assert not any(tensor.requires_grad for tensor in tensors_of(cache.states))
-    second = model(IDS[:, 6:], labels=IDS[:, 6:], past_key_values=cache)
+    second = model(IDS[:, 6:], labels=IDS[:, 6:], cache=cache)
     (first.loss + second.loss).backward()
 
 
@@ -208,8 +208,8 @@ def test_a_cache_that_is_read_without_being_used_stays_as_it_is(model, logits):
     cache = read(model, IDS[:, :6], 6)[1]
     for _ in range(2):
         with torch.no_grad():
-            output = model(IDS[:, 6:], past_key_values=cache, use_cache=False)
-        assert output.past_key_values is None and cache.get_seq_length() == 6
+            output = model(IDS[:, 6:], cache=cache, use_cache=False)
+        assert output.cache is None and cache.get_seq_length() == 6
         torch.testing.assert_close(output.logits, logits[:, 6:], **CLOSE)
 
 
@@ -217,8 +217,8 @@ def test_a_fork_and_a_change_of_weights_leave_a_cache_alone(mix):
     model = layers_model(mix)
     cache = read(model, IDS[:, :2], 2)[1]
     fork, copies = cache.fork(), [tensor.clone() for tensor in tensors_of(cache.states)]
-    read_on = model(IDS[:, 2:9], past_key_values=fork)
-    assert read_on.past_key_values is fork and (cache.get_seq_length(), fork.get_seq_length()) == (2, 9)
+    read_on = model(IDS[:, 2:9], cache=fork)
+    assert read_on.cache is fork and (cache.get_seq_length(), fork.get_seq_length()) == (2, 9)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2)
@@ -229,8 +229,8 @@ def test_a_fork_and_a_change_of_weights_leave_a_cache_alone(mix):
 
 def test_a_cache_from_inference_mode_can_be_trained_on(model, logits):
     with torch.inference_mode():
-        cache = model(IDS[:, :6], use_cache=True).past_key_values
-    output = model(IDS[:, 6:], labels=IDS[:, 6:], past_key_values=cache)
+        cache = model(IDS[:, :6], use_cache=True).cache
+    output = model(IDS[:, 6:], labels=IDS[:, 6:], cache=cache)
     output.loss.backward()
     torch.testing.assert_close(output.logits, logits[:, 6:], **CLOSE)
 
@@ -249,7 +249,7 @@ def test_rows_of_a_cache_can_be_chosen(model, how):
         cache.batch_select_indices(torch.tensor(order if how == "select" else [True, False, True]))
     order = torch.tensor(order)
     with torch.no_grad():
-        after = model(IDS[order, -1:], past_key_values=cache).logits
+        after = model(IDS[order, -1:], cache=cache).logits
         expected = model(IDS[order], attention_mask=mask[order]).logits[:, -1:]
     torch.testing.assert_close(after, expected, **CLOSE)
 
@@ -261,7 +261,7 @@ def test_rows_of_a_cache_can_be_chosen(model, how):
 def test_every_parameter_gets_a_gradient(mix, tied):
     model = layers_model(mix, torch.float32, tie_word_embeddings=tied, attention_bias=True).train()
     output = model(IDS, labels=IDS)
-    assert output.past_key_values is None, "a cache would only cost memory while training"
+    assert output.cache is None, "a cache would only cost memory while training"
     output.loss.backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == []
@@ -327,7 +327,7 @@ def test_weights_of_half_precision(mix, dtype):
     model = layers_model(mix, dtype, initializer_range=0.1)
     written = model.generate(IDS, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     assert written.sequences.shape == (3, LENGTH + 3)
-    for mixer, (_, state) in zip(model.config.mixer_types, written.past_key_values.states, strict=True):
+    for mixer, (_, state) in zip(model.config.mixer_types, written.cache.states, strict=True):
         if mixer.startswith("ttt"):
             weights = state.weights if mixer == "ttt_kvb" else state.inner.weights
             assert all(weight.dtype == torch.float32 for weight in weights)
@@ -356,14 +356,14 @@ class TestRefusals:
             model(IDS, token_type_ids=IDS)
 
     def test_caches_of_others(self, model):
-        with pytest.raises(TypeError, match="`past_key_values` is a DynamicCache; this model needs a TTTLayersCache"):
-            model(IDS, past_key_values=DynamicCache())
+        with pytest.raises(TypeError, match="`cache` is a DynamicCache; this model needs a TTTLayersCache"):
+            model(IDS, cache=DynamicCache())
         cache = read(model, IDS, LENGTH)[1]
         with pytest.raises(ValueError, match="holds 3 rows but the inputs have 2"):
-            model(IDS[:2], past_key_values=cache)
+            model(IDS[:2], cache=cache)
         cache.config = layers_config("linear", rms_norm_eps=1e-5)
         with pytest.raises(ValueError, match="another configuration"):
-            model(IDS, past_key_values=cache)
+            model(IDS, cache=cache)
         with pytest.raises(NotImplementedError, match="cannot be rolled back"):
             cache.crop(-1)
 
@@ -379,7 +379,7 @@ class TestRefusals:
 def test_an_empty_cache_is_a_fresh_start(model, logits):
     cache = TTTLayersCache(model.config)
     with torch.no_grad():
-        output = model(IDS, past_key_values=cache)
-    assert output.past_key_values is cache and len(cache) == len(model.model.layers)
+        output = model(IDS, cache=cache)
+    assert output.cache is cache and len(cache) == len(model.model.layers)
     torch.testing.assert_close(output.logits, logits, **CLOSE)
     assert math.isclose(cache.nbytes, cache.fork().nbytes)

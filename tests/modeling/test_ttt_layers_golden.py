@@ -88,7 +88,7 @@ def test_decoding_after_a_prefill(run):
         logits = [first]
         for column in range(length, expected.shape[1]):
             with torch.no_grad():
-                logits.append(run.model(ids[:, column : column + 1], past_key_values=cache).logits)
+                logits.append(run.model(ids[:, column : column + 1], cache=cache).logits)
         torch.testing.assert_close(torch.cat(logits, dim=1), expected, **close(5e-5))
 
 

@@ -87,11 +87,11 @@ def test_going_on_from_a_returned_cache(model, only_new):
     ids, mask, _ = left_padded()
     settings = {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": [0], "return_dict_in_generate": True}
     first = model.generate(ids, attention_mask=mask, **settings)
-    cache = first.past_key_values
+    cache = first.cache
     assert type(cache) is TTTLayersCache and cache.get_seq_length() == LENGTH + 4
     longer = torch.cat([mask, mask.new_ones(3, 5)], dim=1)
     given = first.sequences[:, -1:] if only_new else first.sequences
-    more = write(model, given, attention_mask=longer, past_key_values=copy.deepcopy(cache), max_new_tokens=NEW - 5)
+    more = write(model, given, attention_mask=longer, cache=copy.deepcopy(cache), max_new_tokens=NEW - 5)
     expected = write(model, ids, attention_mask=mask)
     assert torch.equal(torch.cat([first.sequences[:, LENGTH:], more], dim=1), expected)
 
@@ -99,10 +99,10 @@ def test_going_on_from_a_returned_cache(model, only_new):
 def test_several_answers_from_one_cache(model):
     cache = TTTLayersCache(model.config)
     with torch.no_grad():
-        model(IDS[:, :-1], past_key_values=cache)
+        model(IDS[:, :-1], cache=cache)
     beams = cache.fork()
     beams.batch_repeat_interleave(3)
-    assert torch.equal(write(model, IDS, past_key_values=beams, num_beams=3), write(model, IDS, num_beams=3))
+    assert torch.equal(write(model, IDS, cache=beams, num_beams=3), write(model, IDS, num_beams=3))
     assert cache.get_seq_length() == LENGTH - 1 and cache.batch_size == 3
 
 
@@ -126,13 +126,13 @@ def test_stop_strings_bring_their_tokenizer():
         ({"prompt_lookup_num_tokens": 2}, ValueError, "stateful"),
         ({"cache_implementation": "static"}, ValueError, "`cache_implementation='static'` is not possible"),
         ({"attention_mask": (torch.arange(LENGTH) < 5).long()[None]}, ValueError, "padded on the right"),
-        ({"past_key_values": "static"}, TypeError, "this model needs a TTTLayersCache"),
+        ({"cache": "static"}, TypeError, "this model needs a TTTLayersCache"),
     ],
 )
 def test_what_generate_refuses(arguments, error, message):
     model = layers_model("linear")
-    if arguments.get("past_key_values") == "static":
-        arguments = {"past_key_values": StaticCache(config=model.config, max_cache_len=40)}
+    if arguments.get("cache") == "static":
+        arguments = {"cache": StaticCache(config=model.config, max_cache_len=40)}
     with pytest.raises(error, match=message):
         model.generate(IDS[:1], max_new_tokens=5, **arguments)
 

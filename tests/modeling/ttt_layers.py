@@ -77,8 +77,8 @@ def read(model, ids, sizes, mask=None):
         end += piece.shape[1]
         part = None if mask is None else mask[:, :end]
         with torch.no_grad():
-            output = model(piece, attention_mask=part, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+            output = model(piece, attention_mask=part, cache=cache, use_cache=True)
+        cache = output.cache
         logits.append(output.logits)
     return torch.cat(logits, dim=1), cache
 

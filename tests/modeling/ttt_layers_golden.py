@@ -47,4 +47,4 @@ def prefill(run: OfficialRun, length: int) -> tuple[torch.Tensor, TTTLayersCache
     """Logits of the first tokens, and the cache after them."""
     with torch.no_grad():
         output = run.model(run["input_ids"][:, :length], use_cache=True)
-    return output.logits, output.past_key_values
+    return output.logits, output.cache

@@ -72,7 +72,7 @@ def test_after_writing_all_has_been_read(text_model, book, learn_from):
     expected = book.fork().cache
     with torch.no_grad():
         span = {"context": None, "prompt": (book.tokens, book.tokens + len(ids)), "none": (0, 0)}[learn_from]
-        text_model.model(torch.tensor([ids + first]), past_key_values=expected, learning_span=span)
+        text_model.model(torch.tensor([ids + first]), cache=expected, learning_span=span)
     assert cache.context.pending_counts == expected.context.pending_counts
     torch.testing.assert_close(cache.context.fast.tensors, expected.context.fast.tensors, rtol=1e-4, atol=1e-5)
 

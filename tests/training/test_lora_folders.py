@@ -185,11 +185,11 @@ def test_a_learned_context_goes_on_under_peft(tmp_path):
     model.eval()
     whole = model.generate(input_ids=IDS, **(GREEDY | {"max_new_tokens": 12}))
     first = model.generate(input_ids=IDS, **(GREEDY | {"max_new_tokens": 5}))
-    first.past_key_values.save_pretrained(tmp_path / "context")
+    first.cache.save_pretrained(tmp_path / "context")
     context = TTTE2ECache.from_pretrained(tmp_path / "context", model.get_base_model())
     assert context.has_learned
     rest = GREEDY | {"max_new_tokens": 7}
-    second = model.generate(input_ids=first.sequences, past_key_values=context, **rest)
+    second = model.generate(input_ids=first.sequences, cache=context, **rest)
     assert torch.equal(second.sequences, whole.sequences)
     frozen = model.generate(input_ids=IDS, learn_from="none", output_logits=True, **GREEDY).logits[-1]
     learned = model.generate(input_ids=IDS, output_logits=True, **GREEDY).logits[-1]
