@@ -64,8 +64,9 @@ class OneModel(ModelManager):
         """What clients may name as the model."""
         return [self.name, *(f"{self.name}{SEPARATOR}{context}" for context in self.contexts.names())]
 
-    def get_gen_models(self, cache_dir: str | None = None) -> list[dict]:
-        return [{"id": name, "object": "model", "created": 0, "owned_by": "ttt-e2e"} for name in self.ids()]
+    def list_models(self, cache_dir: str | None = None) -> list[dict]:
+        entry = {"object": "model", "created": 0, "owned_by": "ttt-e2e", "status": {"value": "loaded"}}
+        return [{"id": name, **entry} for name in self.ids()]
 
     async def load_model_streaming(self, model_id_and_revision: str, gguf_file: str | None = None):
         """What `transformers chat` asks first: whether the model is there. Nothing is loaded."""
