@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
@@ -32,14 +33,21 @@ from .measured import MeasuredResults, model_identities, read_results
 PACKAGE = __package__.partition(".")[0]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROOM_FOR_SMALL_FILES = 2**25  # tokenizer, code and card
-# The end of the exported file of a language model: what `import ttt_e2e` does by itself.
+# Where transformers keeps the classes with a head, by the Auto class that finds them.
+TASKS = {
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+}
+# The end of the exported file of the model's classes: what `import ttt_e2e` does by itself.
 LISTING = """
 
-# Trainer's label smoothing shifts the labels of those language models only whose class is listed here.
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
+# Trainer's label smoothing and pipelines know those classes only that are listed here by name.
+from transformers.models.auto import modeling_auto  # noqa: E402
 
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("{model_type}", "{class_name}")
 """
+LISTED = 'modeling_auto.{mapping}_NAMES.setdefault("{model_type}", "{class_name}")\n'
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,8 @@ class Export:
 
     Attributes:
         folder: of the saved model.
-        classes: the model's classes by the Auto class that finds them: "AutoConfig", "AutoModel" and
-            "AutoModelForCausalLM".
+        classes: the model's classes by the Auto class that finds them: "AutoConfig", "AutoModel",
+            "AutoModelForCausalLM", and those with other heads that it has.
         dtype: of the exported weights.
     """
 
@@ -165,10 +173,11 @@ def auto_classes(source: ModelSource) -> dict[str, type]:
             f"model={source.folder!r} is a {config_class.model_type!r} model, which is not one of this package; upload "
             "it with its own library (`push_to_hub` of transformers)"
         )
+    found = {name: getattr(transformers, mapping).get(config_class, None) for name, mapping in TASKS.items()}
     return {
         "AutoConfig": config_class,
         "AutoModel": MODEL_MAPPING[config_class],
-        "AutoModelForCausalLM": language_model,
+        **{name: cls for name, cls in found.items() if cls is not None},
     }
 
 
@@ -179,12 +188,15 @@ def code_files(classes: Sequence[type]) -> list[Path]:
 
 
 def write_code(folder: Path, classes: dict[str, type]) -> None:
-    """Write the source files that the classes need; the language model's own one lists it with transformers."""
+    """Write the source files that the classes need; the one of the models lists them with transformers."""
     for path in code_files(classes.values()):
         shutil.copyfile(path, folder / path.name)
-    language_model, model_type = classes["AutoModelForCausalLM"], classes["AutoConfig"].model_type
-    with (folder / Path(sys.modules[language_model.__module__].__file__).name).open("a", encoding="utf-8") as file:
-        file.write(LISTING.format(model_type=model_type, class_name=language_model.__name__))
+    model_type, modeling = classes["AutoConfig"].model_type, sys.modules[classes["AutoModel"].__module__].__file__
+    with (folder / Path(modeling).name).open("a", encoding="utf-8") as file:
+        file.write(LISTING)
+        for name in sorted(classes.keys() & TASKS.keys()):
+            listed = {"mapping": TASKS[name], "model_type": model_type, "class_name": classes[name].__name__}
+            file.write(LISTED.format(**listed))
 
 
 def find_tokenizer(folder: Path, vocabulary_size: int) -> PreTrainedTokenizerBase:
@@ -226,12 +238,17 @@ def load_whole(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a folder.
 
     Raises:
-        ValueError: a weight is missing, or is not finite.
+        ValueError: a weight is missing, is not finite, or belongs to another class.
     """
     model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    missing = sorted(report["missing_keys"])
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing:
         raise ValueError(f"model={str(folder)!r}: {missing[0]} is missing from its weights; save the model again")
+    if unexpected:
+        raise ValueError(
+            f"model={str(folder)!r}: {unexpected[0]} among its weights is not of a {type(model).__name__} and would be "
+            "lost; export the language model, and save this one with save_pretrained"
+        )
     for name, weight in model.state_dict().items():
         if not weight.isfinite().all():
             raise ValueError(f"model={str(folder)!r}: {name} has values that are not finite; export another checkpoint")

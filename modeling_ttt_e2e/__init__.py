@@ -3,6 +3,13 @@
 from .transformers_version import OLDEST_TRANSFORMERS  # noqa: F401  (first: an older release lacks names below)
 
 # isort: split
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
 from .cache_ttt_e2e import TTTE2ECache
 from .cache_ttt_layers import TTTLayersCache
 from .configuration_recurrent_hybrid import RecurrentHybridConfig
@@ -13,13 +20,29 @@ from .modeling_recurrent_hybrid import (
     RecurrentHybridModel,
     RecurrentHybridPreTrainedModel,
 )
-from .modeling_ttt_e2e import TTTE2EForCausalLM, TTTE2EModel, TTTE2EPreTrainedModel
+from .modeling_ttt_e2e import (
+    TTTE2EForCausalLM,
+    TTTE2EForQuestionAnswering,
+    TTTE2EForSequenceClassification,
+    TTTE2EForTokenClassification,
+    TTTE2EModel,
+    TTTE2EPreTrainedModel,
+)
 from .modeling_ttt_layers import TTTLayersForCausalLM, TTTLayersModel, TTTLayersPreTrainedModel
 from .registration import register
 
-register("ttt_e2e", TTTE2EConfig, TTTE2EModel, TTTE2EForCausalLM)
-register("recurrent_hybrid", RecurrentHybridConfig, RecurrentHybridModel, RecurrentHybridForCausalLM)
-register("ttt_layers", TTTLayersConfig, TTTLayersModel, TTTLayersForCausalLM)
+register(
+    TTTE2EConfig,
+    TTTE2EModel,
+    {
+        AutoModelForCausalLM: TTTE2EForCausalLM,
+        AutoModelForQuestionAnswering: TTTE2EForQuestionAnswering,
+        AutoModelForSequenceClassification: TTTE2EForSequenceClassification,
+        AutoModelForTokenClassification: TTTE2EForTokenClassification,
+    },
+)
+register(RecurrentHybridConfig, RecurrentHybridModel, {AutoModelForCausalLM: RecurrentHybridForCausalLM})
+register(TTTLayersConfig, TTTLayersModel, {AutoModelForCausalLM: TTTLayersForCausalLM})
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,6 +53,9 @@ __all__ = [
     "TTTE2ECache",
     "TTTE2EConfig",
     "TTTE2EForCausalLM",
+    "TTTE2EForQuestionAnswering",
+    "TTTE2EForSequenceClassification",
+    "TTTE2EForTokenClassification",
     "TTTE2EModel",
     "TTTE2EPreTrainedModel",
     "TTTLayersCache",

@@ -88,7 +88,7 @@ def make_request(model: torch.nn.Module, arguments: CallArguments, unknown: dict
     config = model.config
     check_extra_arguments(unknown)
     ids, embeddings = _out_of_inference_mode(arguments.input_ids), _out_of_inference_mode(arguments.inputs_embeds)
-    shape = _check_inputs(ids, embeddings, model.embed_tokens.num_embeddings)
+    shape = check_inputs(ids, embeddings, config.vocab_size)
     cache = arguments.cache
     _check_cache(cache, shape[0], config)
     context = cache.context if cache is not None and cache.context is not None else None
@@ -224,7 +224,12 @@ def segment_size(config) -> int:
     return config.mini_batch_size * max(1, window // config.mini_batch_size)
 
 
-def _check_inputs(ids: torch.Tensor | None, embeddings: torch.Tensor | None, vocab_size: int) -> tuple[int, int]:
+def check_inputs(ids: torch.Tensor | None, embeddings: torch.Tensor | None, vocab_size: int) -> tuple[int, int]:
+    """Rows and columns of a call's input.
+
+    Raises:
+        ValueError: there is none, or what there is cannot be read.
+    """
     if ids is None and embeddings is None:
         raise ValueError("`input_ids` and `inputs_embeds` are both None: give one of them.")
     if ids is not None:

@@ -1,7 +1,7 @@
 """TTT-E2E as transformers models: a sliding-window decoder that keeps learning while it reads (arXiv 2512.23675).
 
 `TTTE2EModel` holds the decoder, the head that the inner loss needs, and the whole reading of a call;
-`TTTE2EForCausalLM` adds logits, the outer loss and `generate`.
+`TTTE2EForCausalLM` adds logits, the outer loss and `generate`, and the other classes a head that judges what was read.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from .cache_ttt_e2e import TTTE2ECache
 from .call import CallArguments, answer_request, make_request
 from .configuration_ttt_e2e import TTTE2EConfig
 from .generation_ttt_e2e import TTTE2EGenerationMixin
+from .heads_ttt_e2e import QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead
 from .layers import TTTE2EDecoderLayer, TTTE2ERMSNorm, TTTE2ERotaryEmbedding, TTTE2ESuffixLayer
 
 
@@ -65,6 +66,12 @@ class TTTE2EPreTrainedModel(PreTrainedModel):
     _is_stateful = True
     # Suffix blocks run once per mini-batch, so that hooks would record each of them many times.
     _can_record_outputs = None
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.base_model.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.base_model.lm_head = new_embeddings
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None, every_n_layers=1):
         settings = getattr(gradient_checkpointing_func, "keywords", {})
@@ -207,12 +214,6 @@ class TTTE2EForCausalLM(TTTE2EPreTrainedModel, TTTE2EGenerationMixin):
     def lm_head(self) -> nn.Module:
         return self.model.lm_head
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.model.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.model.lm_head = new_embeddings
-
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
@@ -276,4 +277,45 @@ class TTTE2EForCausalLM(TTTE2EPreTrainedModel, TTTE2EGenerationMixin):
         )
 
 
-__all__ = ["TTTE2EForCausalLM", "TTTE2EModel", "TTTE2EPreTrainedModel"]
+class TTTE2EForSequenceClassification(SequenceClassificationHead, TTTE2EPreTrainedModel):
+    """The decoder with scores of whole rows: a classifier, or a reward model with `num_labels=1`."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = TTTE2EModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class TTTE2EForTokenClassification(TokenClassificationHead, TTTE2EPreTrainedModel):
+    """The decoder with scores of every token. `config.classifier_dropout` (0.1 without it) is applied before them."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = TTTE2EModel(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class TTTE2EForQuestionAnswering(QuestionAnsweringHead, TTTE2EPreTrainedModel):
+    """The decoder with scores of every column as the first and as the last one of an answer in the text."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = TTTE2EModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
+__all__ = [
+    "TTTE2EForCausalLM",
+    "TTTE2EForQuestionAnswering",
+    "TTTE2EForSequenceClassification",
+    "TTTE2EForTokenClassification",
+    "TTTE2EModel",
+    "TTTE2EPreTrainedModel",
+]

@@ -3,6 +3,7 @@
 The inner loop is the model's own: its loss is taken while it learns, and `loss.backward()` goes through the learning.
 """
 
+import inspect
 import math
 import resource
 import sys
@@ -47,7 +48,7 @@ class MetaTrainer(SafeTrainer):
     a stop before a gradient that is not finite reaches the weights.
 
     Args:
-        model: a causal language model.
+        model: a causal language model, or a model of ours with another head.
         args: the arguments; None for the defaults.
         others, named: as in transformers' Trainer.
 
@@ -75,6 +76,8 @@ class MetaTrainer(SafeTrainer):
         for part, use_cache in zip(models, cached, strict=True):
             # Trainer turns it off, and it would be saved so. Losses are computed without a cache anyway.
             part.config.use_cache = use_cache
+        parts = [part for part in self.model.modules() if isinstance(part, PreTrainedModel)]
+        self._can_skip_logits = any("skip_logits" in inspect.signature(part.forward).parameters for part in parts)
         self._inner_logs = InnerLogs()
         self._last_log = time.perf_counter()
         self._learning_off, self._evaluated = False, None
@@ -122,7 +125,7 @@ class MetaTrainer(SafeTrainer):
         """The model's outer loss, without ever holding a whole sequence's logits where nobody needs them."""
         models = learning_models(model)
         arguments = dict(inputs)
-        if models and self._needs_no_logits(model):
+        if models and self._can_skip_logits and self._needs_no_logits(model):
             arguments["skip_logits"] = True
         if self._learning_off:
             arguments["test_time_training"] = False

@@ -14,6 +14,9 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     Trainer,
     TrainingArguments,
@@ -22,6 +25,7 @@ from transformers import (
 )
 
 PROMPT = "the old house stood by the river"
+HEADS = (AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoModelForTokenClassification)
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
 
 
@@ -42,6 +46,7 @@ def observations(folder: Path, work: Path) -> dict:
     }
     if model.config.model_type == "ttt_e2e":
         seen |= learned_context(model, ids, work / "context")
+        seen |= judged(folder, ids, work / "head")
     seen["trained"] = fine_tuned(model, work / "trainer")
     model.save_pretrained(work / "again")
     AutoTokenizer.from_pretrained(folder).save_pretrained(work / "again")
@@ -76,6 +81,25 @@ def learned_context(model, ids: torch.Tensor, folder: Path) -> dict:
     cache.save_pretrained(folder)
     cache = cache_class.from_pretrained(folder, model=model)
     return {"written from a context": model.generate(ids, cache=cache, **GREEDY)}
+
+
+def judged(folder: Path, ids: torch.Tensor, work: Path) -> dict:
+    """What heads say of a text, and what their folder, saved there, still has: the language model too."""
+    seen = {}
+    for auto_class in HEADS:
+        head = auto_class.from_pretrained(folder, trust_remote_code=True)
+        set_seed(0)
+        for name, parameter in head.named_parameters():
+            if not name.startswith("model."):
+                torch.nn.init.normal_(parameter)
+        output = head(ids)
+        seen[f"class, {auto_class.__name__}"] = type(head).__name__
+        seen[f"scores, {auto_class.__name__}"] = torch.cat([part.flatten() for part in output.to_tuple()[:1]]).detach()
+        head.save_pretrained(work)
+        again = auto_class.from_pretrained(work, trust_remote_code=True)
+        assert torch.allclose(again(ids).to_tuple()[0], output.to_tuple()[0], rtol=1e-5, atol=1e-5)
+        seen[f"logits beside {auto_class.__name__}"] = load(work)(ids).logits.detach()
+    return seen
 
 
 def fine_tuned(model, folder: Path) -> list[float]:

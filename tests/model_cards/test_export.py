@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     MistralConfig,
@@ -55,7 +56,9 @@ def test_the_folder_holds_what_is_needed_and_nothing_else(tmp_path, kind):
     assert {f"modeling_{kind}.py", f"configuration_{kind}.py"} <= code
     assert not code & {"registration.py", "__init__.py", "convert_jax_checkpoint.py"}
     settings = json.loads((hub / "config.json").read_text())
-    assert settings["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    heads = {"QuestionAnswering", "SequenceClassification", "TokenClassification"} if kind == "ttt_e2e" else set()
+    tasks = {f"AutoModelFor{task}" for task in heads | {"CausalLM"}}
+    assert settings["auto_map"].keys() == {"AutoConfig", "AutoModel"} | tasks
     for entry in settings["auto_map"].values():
         module, name = entry.split(".")
         assert f"class {name}" in (hub / f"{module}.py").read_text()
@@ -139,6 +142,10 @@ def contradictory_generation(folder):
     (folder / "generation_config.json").write_text(json.dumps(settings))
 
 
+def another_head(folder):
+    AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3).save_pretrained(folder)
+
+
 NORM = "model.norm.weight"
 BAD_MODELS = {
     "no such folder": (shutil.rmtree, "there is no such folder"),
@@ -148,6 +155,7 @@ BAD_MODELS = {
     "larger tokenizer": (lambda f: model_of("ttt_e2e", vocab_size=50).save_pretrained(f), "the model knows only 50"),
     "foreign": (foreign, "is a 'mistral' model, which is not one of this package"),
     "missing weight": (changed_weight(lambda w: w.pop(NORM)), f"{NORM} is missing from its weights"),
+    "another head": (another_head, "score.weight among its weights is not of a TTTE2EForCausalLM and would be lost"),
     "not finite": (changed_weight(lambda w: w[NORM].fill_(torch.nan)), f"{NORM} has values that are not finite"),
     "generation": (contradictory_generation, "generation_config.json: repair it first"),
 }
