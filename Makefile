@@ -1,12 +1,15 @@
 # Everything from a fresh clone. Each job sets up what it needs first, once, in $(VENV).
 #
+# What is installed has the versions of requirements.lock; a torch that is there already is kept.
+#
 #   make demo TORCH="torch==2.11.0"         another torch in the new environment
-#   make demo VENV="$VIRTUAL_ENV"           an environment of yours; a torch that it already has is kept
+#   make demo VENV="$VIRTUAL_ENV"           an environment of yours: left as it is where it has all that setup.py asks for
 #   make demo PYTHON=python3.12             another Python for the new environment (3.11 or later)
 
 PYTHON ?= python3
 VENV ?= .venv
-TORCH ?= torch==2.13.0
+NEWEST ?= .venv-newest
+TORCH ?= $(shell grep '^torch==' requirements.lock)
 WORKERS ?= 2
 ARGS ?=
 
@@ -14,6 +17,10 @@ BIN := $(VENV)/bin
 # The clone's path is in the name: an environment shared by two clones is installed again for the one that asks.
 INSTALLED := $(VENV)/.ttt-e2e-installed$(subst /,-,$(CURDIR))
 INSTALLED_DEV := $(INSTALLED)-dev
+# Our own environment follows the lock; one that was named here is its owner's.
+INSTALL = $(BIN)/python tools/install.py --torch "$(TORCH)" $(if $(filter file,$(origin VENV)),,--leave)
+# Models, generation, cache, pipeline, Trainer, serving, remote code.
+NEWEST_TESTS ?= tests/modeling tests/training tests/serving tests/model_cards
 
 # The small trained model of the repository: its name, where it is trained, and for how many steps.
 CHECKPOINT ?= tiny-standard-library
@@ -24,7 +31,7 @@ CHECKPOINT_STEPS ?= 1200
 # Threads that wait for one another by spinning bring torch to a crawl on a machine that does other work besides.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-all lint bench checkpoint checkpoint-code install install-dev
+.PHONY: help demo test test-all test-newest lint bench checkpoint checkpoint-code install install-dev lock
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -38,6 +45,10 @@ test: lint ## linter and tests without the slow ones (at most 10 minutes on 2 co
 
 test-all: lint ## linter and all tests, the slow ones included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "" $(ARGS)
+
+test-newest: $(NEWEST)/bin/python ## tests with the newest releases, torch excepted; ends in a table of what broke
+	$(NEWEST)/bin/python tools/newest.py install --torch "$(TORCH)"
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python tools/newest.py test $(NEWEST_TESTS) -n $(WORKERS) $(ARGS)
 
 lint: $(INSTALLED_DEV) ## linter and formatter, changing nothing
 	$(BIN)/ruff check .
@@ -73,16 +84,18 @@ checkpoint-code: $(INSTALLED) ## give the small model the present code of the pa
 install: $(INSTALLED) ## only the set-up
 install-dev: $(INSTALLED_DEV) ## only the set-up, with what the tests need
 
-$(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON=$(PYTHON) is older than 3.11; give another one, as in: make demo PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
+lock: $(BIN)/python ## renew requirements.lock: the newest versions that setup.py admits
+	$(BIN)/python tools/lock.py --torch "$(TORCH)"
 
-# The stamps are older than setup.py or pyproject.toml after a change there, and the installation runs again.
-$(INSTALLED): setup.py pyproject.toml | $(BIN)/python
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install "$(TORCH)"
-	$(BIN)/python -m pip install -e .
+$(BIN)/python $(NEWEST)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON=$(PYTHON) is older than 3.11; give another one, as in: make demo PYTHON=python3.12")'
+	$(PYTHON) -m venv $(@:/bin/python=)
+
+# The stamps are older than these files after a change there, and the installation runs again.
+$(INSTALLED): setup.py pyproject.toml requirements.lock | $(BIN)/python
+	$(INSTALL)
 	@rm -f $(VENV)/.ttt-e2e-installed* && touch $@
 
-$(INSTALLED_DEV): setup.py pyproject.toml | $(INSTALLED)
-	$(BIN)/python -m pip install -e ".[dev]"
-	@touch $@
+$(INSTALLED_DEV): setup.py pyproject.toml requirements.lock | $(BIN)/python
+	$(INSTALL) --extra dev
+	@rm -f $(VENV)/.ttt-e2e-installed* && touch $(INSTALLED) $@

@@ -20,6 +20,9 @@ PACKAGE_FOLDERS = {
     "ttt_e2e.benchmarks": "benchmarks",
 }
 
+# An upper bound stands at the next minor version of a package of which more is used than it documents.
+PEFT = "peft<0.22"
+
 FACE = Path(__file__).with_name("modeling_ttt_e2e") / "__init__.py"
 VERSION = re.search(r'^__version__ = "(.+)"', FACE.read_text(encoding="utf-8"), re.MULTILINE).group(1)
 
@@ -45,7 +48,7 @@ setup(
         "torch",
         "transformers>=5.24,<5.25",
         "accelerate",
-        "datasets",
+        "datasets<5.3",
         "evaluate",
         "filelock",
         "fsspec",
@@ -60,11 +63,11 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-xdist", "ruff", "tensorstore", "peft", "trl", "openai", "transformers[serving]"],
-        "evaluation": ["lm_eval"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "tensorstore", PEFT, "trl", "openai", "transformers[serving]"],
+        "evaluation": ["lm_eval<0.5"],
         "flash": ["flash-attn"],
         "jax": ["tensorstore", "gcsfs"],
-        "peft": ["peft"],
+        "peft": [PEFT],
         "serve": ["transformers[serving]"],
     },
     classifiers=[

@@ -5,6 +5,7 @@ from .decoding_loss import decoding_loss
 from .latency import latency
 from .loss_by_context_length import loss_by_context_length
 from .loss_by_position import bucket_bounds, bucket_means, loss_by_position
+from .metric_path import metric_path
 from .needle_in_a_haystack import needle_in_a_haystack
 from .perplexity import perplexity
 from .plots import plot_loss_by_position
@@ -27,6 +28,7 @@ __all__ = [
     "loss_by_position",
     "loss_table",
     "measure_missing",
+    "metric_path",
     "needle_in_a_haystack",
     "perplexity",
     "plot_loss_by_position",

@@ -4,12 +4,12 @@ import math
 import os
 import subprocess
 import sys
-from importlib.resources import files
 
 import evaluate
 import pytest
 
-FOLDER = files("ttt_e2e.evaluation") / "metrics"
+from ttt_e2e.evaluation import metric_path
+
 ROWS = {"losses": [[1.0, 2.0, 6.0], [3.0]]}
 
 
@@ -19,7 +19,7 @@ def metric(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
 
     def load(name):
-        return evaluate.load(str(FOLDER / name), cache_dir=str(cache), experiment_id=name)
+        return evaluate.load(metric_path(name), cache_dir=str(cache), experiment_id=name)
 
     return load
 
@@ -41,7 +41,7 @@ def test_loads_with_empty_caches_and_no_network(tmp_path, name):
         "def refuse(*_): raise AssertionError('network')\n"
         "socket.socket.connect = refuse\n"
         "import evaluate\n"
-        f"metric = evaluate.load({str(FOLDER / name)!r})\n"
+        f"metric = evaluate.load({metric_path(name)!r})\n"
         "print(metric.compute(losses=[[0.5, 1.5]])['loss'])\n"
         "assert isinstance(metric, evaluate.Metric) and 'mask' in metric.inputs_description\n"
     )
@@ -55,6 +55,12 @@ def test_loads_with_empty_caches_and_no_network(tmp_path, name):
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip() == "1.0"
+
+
+@pytest.mark.parametrize("name", ["perplexity", "", "..", "metrics/token_perplexity"])
+def test_other_names_are_refused(name):
+    with pytest.raises(ValueError, match=f"name='{name}' .*loss_by_position, token_perplexity"):
+        metric_path(name)
 
 
 def test_perplexity_is_exp_of_the_mean_over_all_tokens(token_perplexity):

@@ -21,7 +21,7 @@ Returns:
 Raises:
     ValueError: no token counts, a mask of another length, or edges that do not grow from 0 on inside the longest row.
 Example:
-    >>> evaluate.load("<folder>").compute(losses=[[3.0, 2.0, 1.0]], edges=[0, 2])
+    >>> evaluate.load(metric_path("loss_by_position")).compute(losses=[[3.0, 2.0, 1.0]], edges=[0, 2])
     {'loss': 2.0, 'start': [0, 2], 'end': [2, 4], 'loss_by_position': [3.0, 1.5], 'tokens': [1, 2]}
 """
 

@@ -21,7 +21,7 @@ Returns:
 Raises:
     ValueError: no token counts, or a mask of another length.
 Example:
-    >>> evaluate.load("<folder>").compute(losses=[[0.5, 1.5], [1.0]])
+    >>> evaluate.load(metric_path("token_perplexity")).compute(losses=[[0.5, 1.5], [1.0]])
     {'loss': 1.0, 'perplexity': 2.718281828459045, 'tokens': 3}
 """
 
