@@ -52,6 +52,23 @@ def hidden_nll(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor, chec
     return torch.cat([nll(part, targets) for part, targets in parts], dim=1)
 
 
+def token_losses(
+    head: nn.Module, hidden: torch.Tensor, logits: torch.Tensor | None, labels: torch.Tensor, checkpointing: bool
+) -> torch.Tensor:
+    """-log p(label) [batch, labels], from the logits where those of all positions are there.
+
+    Args:
+        hidden: [batch, length, size].
+        logits: [batch, kept positions, vocabulary], or None.
+        labels: [batch, at most length] for the first positions.
+        checkpointing: as in `hidden_nll`.
+    """
+    length = labels.shape[1]
+    if logits is not None and logits.shape[1] == hidden.shape[1]:
+        return logits_nll(logits[:, :length], labels)
+    return hidden_nll(head, hidden[:, :length], labels, checkpointing)
+
+
 def mean_loss(nll: torch.Tensor, labels: torch.Tensor, num_items: int | torch.Tensor | None) -> torch.Tensor:
     """Sum of `nll` divided by `num_items` (default: labelled tokens); 0 where nothing is labelled."""
     if num_items is None:

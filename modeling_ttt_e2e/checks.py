@@ -1,7 +1,11 @@
 """Checks of a call's arguments, before any work is done. Messages name the argument, its value and the remedy."""
 
+from collections.abc import Collection
+
 import torch
 
+# Arguments that transformers may hand to any model, with the value that asks these for what they do anyhow.
+AS_EVER = {"is_causal": True, "output_router_logits": False}
 PACKED = (
     "`position_ids` start again inside a row (row {row}, column {column}: {position} after {highest}): the row holds "
     "several documents, and what is learned from one would leak into the next. Give each document a row of its own "
@@ -72,11 +76,16 @@ def check_positions(
     return position_ids
 
 
-def check_extra_arguments(arguments: dict) -> None:
-    """Arguments that a forward pass was given but does not know."""
-    packed = [name for name in arguments if name.startswith(("cu_seq_lens", "max_length_", "seq_idx"))]
+def check_extra_arguments(arguments: dict, known: Collection[str] = ()) -> None:
+    """Refuse arguments that a forward pass was given but does not know; None, and what asks for nothing, may stand.
+
+    Raises:
+        ValueError: they describe packed documents. TypeError: nobody knows them.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None and name not in known}
+    packed = [name for name in given if name.startswith(("cu_seq_lens", "max_length_", "seq_idx"))]
     if packed:
         raise ValueError(f"{packed} describe packed documents, which cannot share a row: give each its own row.")
-    unknown = sorted(name for name, value in arguments.items() if value is not None)
+    unknown = sorted(name for name, value in given.items() if value is not AS_EVER.get(name))
     if unknown:
         raise TypeError(f"forward() does not know the arguments {unknown}: remove them.")

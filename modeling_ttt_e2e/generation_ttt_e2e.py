@@ -7,9 +7,10 @@ that stop learning when they are finished, and clear refusals of what cannot wor
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationMixin
 
+from .base_generation import BaseGenerationMixin
 from .cache_ttt_e2e import TTTE2ECache
+from .renamed_arguments import accept_earlier_cache_names
 
 LEARN_FROM = ("context", "prompt", "none")
 ASSISTED_BY = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
@@ -54,9 +55,10 @@ class WrittenColumns:
         return attention_mask
 
 
-class TTTE2EGenerationMixin(GenerationMixin):
+class TTTE2EGenerationMixin(BaseGenerationMixin):
     """Generation with a learned context; see [`~TTTE2EGenerationMixin.generate`]."""
 
+    @accept_earlier_cache_names
     @torch.no_grad()
     def generate(self, inputs=None, generation_config=None, *args, learn_from: str = "context", **kwargs):
         """transformers' `generate`, with one argument more.
@@ -113,7 +115,6 @@ class TTTE2EGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, *args, attention_mask=None, inputs_embeds=None, written: WrittenColumns | None = None, **kwargs
     ):
-        kwargs.pop("tokenizer", None)  # transformers passes on what stop strings need; the model has no use for it
         if written is not None:
             attention_mask = written.mask(input_ids, attention_mask)
         model_inputs = super().prepare_inputs_for_generation(

@@ -13,7 +13,6 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from .attention import at_least_float32
@@ -22,6 +21,7 @@ from .call import check_inputs
 from .checks import check_extra_arguments, real_columns
 from .context import gather_columns
 from .inner_loop import NO_TARGET, log_likelihood_loss, widened
+from .renamed_arguments import accept_earlier_cache_names
 
 # Arguments of the base model that mean nothing to a head.
 LANGUAGE_MODELLING = ("labels", "shift_labels", "logits_to_keep")
@@ -31,7 +31,7 @@ PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_class
 class SequenceClassificationHead:
     """Scores of a whole row, from its last token."""
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @accept_earlier_cache_names
     @can_return_tuple
     def forward(
         self,
@@ -98,7 +98,7 @@ class SequenceClassificationHead:
 class TokenClassificationHead:
     """Scores of every token."""
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @accept_earlier_cache_names
     @can_return_tuple
     def forward(
         self,
@@ -151,7 +151,7 @@ class TokenClassificationHead:
 class QuestionAnsweringHead:
     """Scores of every column as the first and as the last one of an answer."""
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @accept_earlier_cache_names
     @can_return_tuple
     def forward(
         self,

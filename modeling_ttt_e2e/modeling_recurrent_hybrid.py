@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -25,14 +25,29 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.models.olmo_hybrid.modeling_olmo_hybrid import OlmoHybridGatedDeltaNet
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
-from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .causal_lm_loss import hidden_nll, mean_loss, position_labels
+from .base_generation import BaseGenerationMixin
+from .causal_lm_loss import mean_loss, position_labels, token_losses
+from .checks import check_extra_arguments, real_columns
 from .configuration_recurrent_hybrid import RecurrentHybridConfig
-from .recurrent_inputs import check_cache, check_padding, check_positions, create_recurrent_mask
+from .recurrent_inputs import (
+    RecurrentMask,
+    check_cache,
+    check_packing,
+    check_positions,
+    count_positions,
+    create_recurrent_mask,
+    group_tokens,
+    mix_tokens,
+)
+from .renamed_arguments import accept_earlier_cache_names
 
+# What the mixers know of packed documents, which only their fused kernels keep apart.
+PACKING_ARGUMENTS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+# What transformers' `capture_outputs` takes from the keyword arguments.
+CAPTURED_OUTPUTS = ("output_hidden_states", "output_attentions")
 MASKS: dict[str, Callable] = {
     "sliding_attention": create_sliding_window_causal_mask,
     "full_attention": create_causal_mask,
@@ -46,7 +61,7 @@ class RecurrentHybridCausalLMOutputWithPast(CausalLMOutputWithPast):
 
     Args:
         token_nll: [batch, length - 1], at least float32: -log p(label of t+1) at position t, 0 where that label is
-            -100. Only with `skip_logits=True` and labels. Differentiable. (With `shift_labels`: [batch, length].)
+            -100 or position t is padding; None without labels. Differentiable. (With `shift_labels`: [batch, length].)
     """
 
     token_nll: torch.Tensor | None = None
@@ -86,7 +101,7 @@ class RecurrentHybridDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: RecurrentMask = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         cache: Cache | None = None,
         **kwargs,
@@ -94,9 +109,9 @@ class RecurrentHybridDecoderLayer(GradientCheckpointingLayer):
         """[batch, length, hidden_size] -> the same shape."""
         x = self.input_layernorm(hidden_states)
         if self.mixer_type == "mamba2":
-            x = self.mamba(x, cache=cache, attention_mask=attention_mask, **kwargs)
+            x = mix_tokens(self.mamba, x, cache, attention_mask, **kwargs)
         elif self.mixer_type == "gated_delta_net":
-            x = self.linear_attn(x, cache=cache, attention_mask=attention_mask, **kwargs)
+            x = mix_tokens(self.linear_attn, x, cache, attention_mask, **kwargs)
         else:
             x, _ = self.self_attn(
                 x,
@@ -154,7 +169,7 @@ class RecurrentHybridModel(RecurrentHybridPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @accept_earlier_cache_names
     @capture_outputs
     def forward(
         self,
@@ -170,18 +185,24 @@ class RecurrentHybridModel(RecurrentHybridPreTrainedModel):
 
         Args:
             input_ids: [batch, length].
-            attention_mask: [batch, columns in the cache + length], 0 for padding, on the left; on the right only
-                where nothing comes after it. Attention alone can skip padding elsewhere.
-            position_ids: [1 or batch, length]; None counts columns.
+            attention_mask: [batch, columns in the cache + length], 0 for padding, anywhere, so that a batch may be
+                continued with turns that are padded on the left. Recurrent blocks and full attention read each row as
+                if it stood alone; a sliding window counts columns, padding included, as in models of transformers.
+                (When compiled: on the left of a first call, or on the right of a last one.)
+            position_ids: [1 or batch, length]; None counts each row's tokens.
             cache: a `DynamicCache(config=model.config)` to go on from, updated in place.
             inputs_embeds: [batch, length, hidden_size] instead of `input_ids`.
             use_cache: return the cache (default: `config.use_cache` except when training).
-            kwargs: passed on to the mixers; packed documents need `seq_idx` and `cu_seq_lens_q`, and fused kernels.
+            kwargs: `output_hidden_states`, `output_attentions`; packed documents need `seq_idx` and `cu_seq_lens_q`,
+                and fused kernels.
 
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds`; a cache of another model; padding between
-                tokens or packed documents, which would leak through the recurrent state.
+            TypeError: unknown arguments.
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`; a cache of another model; packed documents
+                that would leak through the recurrent state.
         """
+        check_extra_arguments(kwargs, known=(*PACKING_ARGUMENTS, *CAPTURED_OUTPUTS))
+        packing = {name: kwargs[name] for name in PACKING_ARGUMENTS if kwargs.get(name) is not None}
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
@@ -190,14 +211,16 @@ class RecurrentHybridModel(RecurrentHybridPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        if "linear_attention" in self.config.layer_types and not torch.compiler.is_compiling():
+        recurrent = "linear_attention" in self.config.layer_types and not torch.compiler.is_compiling()
+        if recurrent:
             check_cache(cache, self.config.layer_types)
-            check_padding(attention_mask)
-            if kwargs.get("seq_idx") is None or kwargs.get("cu_seq_lens_q") is None:
+            if not {"seq_idx", "cu_seq_lens_q"} <= packing.keys():
                 check_positions(position_ids, attention_mask)
         if position_ids is None:
-            seen = 0 if cache is None else cache.get_seq_length()
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen
+            seen, length = 0 if cache is None else cache.get_seq_length(), inputs_embeds.shape[1]
+            position_ids = count_positions(attention_mask, seen, length)
+            if position_ids is None:
+                position_ids = torch.arange(seen, seen + length, device=inputs_embeds.device)[None]
         masks = attention_mask
         if not isinstance(masks, dict):  # `generate` prepares them itself when it compiles the forward pass
             arguments = {
@@ -208,6 +231,10 @@ class RecurrentHybridModel(RecurrentHybridPreTrainedModel):
                 "position_ids": position_ids,
             }
             masks = {name: MASKS[name](**arguments) for name in set(self.config.layer_types)}
+        if recurrent:
+            groups = group_tokens(masks["linear_attention"], cache)
+            check_packing(isinstance(groups, list), packing)
+            masks = {**masks, "linear_attention": groups}
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -217,12 +244,12 @@ class RecurrentHybridModel(RecurrentHybridPreTrainedModel):
                 attention_mask=masks[layer_type],
                 position_embeddings=position_embeddings,
                 cache=cache,
-                **kwargs,
+                **packing,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache if use_cache else None)
 
 
-class RecurrentHybridForCausalLM(RecurrentHybridPreTrainedModel, GenerationMixin):
+class RecurrentHybridForCausalLM(RecurrentHybridPreTrainedModel, BaseGenerationMixin):
     """The decoder with logits, the loss and `generate`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -234,7 +261,7 @@ class RecurrentHybridForCausalLM(RecurrentHybridPreTrainedModel, GenerationMixin
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @accept_earlier_cache_names
     @can_return_tuple
     def forward(
         self,
@@ -247,6 +274,7 @@ class RecurrentHybridForCausalLM(RecurrentHybridPreTrainedModel, GenerationMixin
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
+        num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs,
     ) -> RecurrentHybridCausalLMOutputWithPast:
         """As [`RecurrentHybridModel.forward`], with logits and the loss.
@@ -254,13 +282,18 @@ class RecurrentHybridForCausalLM(RecurrentHybridPreTrainedModel, GenerationMixin
         Args:
             labels: [batch, length]; position t is compared with label t+1, -100 is skipped.
             logits_to_keep: positions whose logits are returned: 0 all, an int the last ones, or a tensor of positions.
-            skip_logits: return `token_nll` instead of logits, and never hold those of more than 1024 positions when
-                gradients are off or activation checkpointing is on.
-            kwargs: `num_items_in_batch`, `shift_labels` and whatever else the loss function of transformers takes.
+            skip_logits: return no logits, and never hold those of more than 1024 positions when gradients are off or
+                activation checkpointing is on.
+            num_items_in_batch: what the summed loss is divided by (default: the labelled tokens of this call).
+            kwargs: `shift_labels` [batch, length], labels that are already aligned with the positions, and those of the
+                base model. (Trainer waits for every argument with "label" in its name that stands in the signature.)
 
         Returns:
-            `loss` (the mean over labelled tokens), `logits` [batch, kept positions, vocab_size] or None, `token_nll`.
+            `loss` (the mean of `token_nll` over labelled tokens; 0 when there is none), `logits` [batch, kept
+            positions, vocab_size] or None, `token_nll`, and the base model's fields.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
+        columns_read = 0 if cache is None else cache.get_seq_length()
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -270,17 +303,15 @@ class RecurrentHybridForCausalLM(RecurrentHybridPreTrainedModel, GenerationMixin
             use_cache=use_cache,
             **kwargs,
         )
-        loss = logits = token_nll = None
+        hidden, loss, logits, token_nll = outputs.last_hidden_state, None, None, None
+        real = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
+        targets = position_labels(labels, shift_labels, real_columns(real, hidden.shape[:2], columns_read))
         if not skip_logits:
-            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-            if labels is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        elif labels is not None:
-            targets = position_labels(labels, kwargs.get("shift_labels"), None)
-            hidden = outputs.last_hidden_state[:, : targets.shape[1]]
+            logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+        if targets is not None:
             checkpointing = self.training and self.is_activation_checkpointing
-            token_nll = hidden_nll(self.lm_head, hidden, targets, checkpointing)
-            loss = mean_loss(token_nll, targets, kwargs.get("num_items_in_batch"))
+            token_nll = token_losses(self.lm_head, hidden, logits, targets, checkpointing)
+            loss = mean_loss(token_nll, targets, num_items_in_batch)
         return RecurrentHybridCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from .cache_ttt_e2e import TTTE2ECache
@@ -20,6 +19,7 @@ from .configuration_ttt_e2e import TTTE2EConfig
 from .generation_ttt_e2e import TTTE2EGenerationMixin
 from .heads_ttt_e2e import QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead
 from .layers import TTTE2EDecoderLayer, TTTE2ERMSNorm, TTTE2ERotaryEmbedding, TTTE2ESuffixLayer
+from .renamed_arguments import accept_earlier_cache_names
 
 
 @dataclass
@@ -119,7 +119,7 @@ class TTTE2EModel(TTTE2EPreTrainedModel):
         self.inner_learning_rate_multiplier = 1.0
         self.post_init()
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @accept_earlier_cache_names
     @can_return_tuple
     def forward(
         self,
@@ -214,7 +214,7 @@ class TTTE2EForCausalLM(TTTE2EPreTrainedModel, TTTE2EGenerationMixin):
     def lm_head(self) -> nn.Module:
         return self.model.lm_head
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @accept_earlier_cache_names
     @can_return_tuple
     def forward(
         self,

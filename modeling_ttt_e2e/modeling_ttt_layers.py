@@ -15,21 +15,22 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from .attention import AttentionInputs, attention_mask, block_masks, valid_columns
+from .base_generation import BaseGenerationMixin
 from .cache_ttt_layers import TTTLayersCache
-from .causal_lm_loss import hidden_nll, logits_nll, mean_loss, position_labels
+from .causal_lm_loss import mean_loss, position_labels, token_losses
 from .checks import check_extra_arguments, check_ids, check_labels, real_columns
 from .configuration_ttt_layers import ATTENTION_MIXERS, INNER_LEARNERS, TTTLayersConfig
 from .layers import TTTE2EMLP, TTTE2ERMSNorm, TTTE2ERotaryEmbedding
 from .mini_batch_grid import MiniBatchGrid
+from .renamed_arguments import accept_earlier_cache_names
 from .ttt_attention_mixer import MixerCall
 from .ttt_kvb_mixer import TTTKVBMixer
 from .ttt_layers_columns import TokenColumns, check_cache
@@ -159,7 +160,7 @@ class TTTLayersModel(TTTLayersPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @accept_earlier_cache_names
     @can_return_tuple
     def forward(
         self,
@@ -279,7 +280,7 @@ class TTTLayersModel(TTTLayersPreTrainedModel):
         return masks
 
 
-class TTTLayersForCausalLM(TTTLayersPreTrainedModel, GenerationMixin):
+class TTTLayersForCausalLM(TTTLayersPreTrainedModel, BaseGenerationMixin):
     """The decoder with logits, the loss and `generate`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -291,7 +292,7 @@ class TTTLayersForCausalLM(TTTLayersPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @accept_earlier_cache_names
     @can_return_tuple
     def forward(
         self,
@@ -304,7 +305,6 @@ class TTTLayersForCausalLM(TTTLayersPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
-        shift_labels: torch.LongTensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs,
     ) -> TTTLayersCausalLMOutputWithPast:
@@ -315,13 +315,15 @@ class TTTLayersForCausalLM(TTTLayersPreTrainedModel, GenerationMixin):
             logits_to_keep: positions whose logits are returned: 0 all, an int the last ones, or a tensor of positions.
             skip_logits: return no logits, and never hold those of more than 1024 positions when gradients are off or
                 activation checkpointing is on.
-            shift_labels: [batch, length] labels that are already aligned with the positions.
             num_items_in_batch: what the summed loss is divided by (default: the labelled tokens of this call).
+            kwargs: `shift_labels` [batch, length], labels that are already aligned with the positions. (Trainer waits
+                for every argument with "label" in its name that stands in the signature.)
 
         Returns:
             `loss` (the mean of `token_nll` over labelled tokens; 0 when there is none), `logits` [batch, kept
             positions, vocab_size] or None, `token_nll`, and the base model's fields.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         inputs = input_ids if input_ids is not None else inputs_embeds
         for name, given in (("labels", labels), ("shift_labels", shift_labels)):
             if given is not None and inputs is not None:
@@ -342,12 +344,8 @@ class TTTLayersForCausalLM(TTTLayersPreTrainedModel, GenerationMixin):
         if not skip_logits:
             logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
         if targets is not None:
-            length = targets.shape[1]
-            if logits is not None and logits.shape[1] == hidden.shape[1]:
-                token_nll = logits_nll(logits[:, :length], targets)
-            else:
-                checkpointing = self.training and self.is_activation_checkpointing
-                token_nll = hidden_nll(self.lm_head, hidden[:, :length], targets, checkpointing)
+            checkpointing = self.training and self.is_activation_checkpointing
+            token_nll = token_losses(self.lm_head, hidden, logits, targets, checkpointing)
             loss = mean_loss(token_nll, targets, num_items_in_batch)
         return TTTLayersCausalLMOutputWithPast(
             loss=loss,
@@ -379,10 +377,6 @@ class TTTLayersForCausalLM(TTTLayersPreTrainedModel, GenerationMixin):
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         """None: the model counts each row's own tokens, also across calls and padding."""
         return None
-
-    def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, tokenizer=None, **kwargs):
-        """As transformers', without the tokenizer that it passes on for stop strings."""
-        return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 
 
 def _chosen(given: bool | None, default: bool | None) -> bool:

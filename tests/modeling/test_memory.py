@@ -117,7 +117,7 @@ def test_skipped_logits_exist_for_one_mini_batch_at_most(checkpointing, learn, l
     ids = random_ids(ROWS, 6 * BATCH + 3)
     labels = ids if labels_are_ids else random_ids(ROWS, 6 * BATCH + 3, seed=1)
     if checkpointing:
-        model.train().gradient_checkpointing_enable()
+        model.train().activation_checkpointing_enable()
     with torch.set_grad_enabled(checkpointing), Sizes() as sizes:
         output = model(ids, labels=labels, skip_logits=True, test_time_training=learn)
         if checkpointing:
@@ -129,7 +129,7 @@ def test_skipped_logits_exist_for_one_mini_batch_at_most(checkpointing, learn, l
 def saved(length: int, every: int) -> int:
     """Bytes that training with gradient checkpointing holds between the forward and the backward pass of one row."""
     model = small_model(inner_checkpoint_every=every).train()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     ids = random_ids(1, length)
 
     def forward():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from ttt_e2e import RecurrentHybridConfig
+from ttt_e2e import RecurrentHybridConfig, RecurrentHybridForCausalLM
 
 from .helpers import loss_and_gradients, random_ids
 from .recurrent import (
@@ -114,6 +114,42 @@ def test_attention_weights_come_from_the_attention_blocks(mix):
     assert [list(weights.shape) for weights in attentions] == [[3, 4, LENGTH, LENGTH]] * (len(MIXES[mix]) - blocks)
 
 
+@pytest.mark.parametrize("sizes", [LENGTH + PADDING, 1, [4, 20, 30]], ids=["whole", "tokens", "pieces"])
+def test_padding_anywhere_changes_nothing(mix, sizes):
+    """Rows of unequal length with padding between their tokens; a window as wide as the columns, which it counts."""
+    model = hybrid(mix, sliding_window=LENGTH + PADDING)
+    generator = torch.Generator().manual_seed(1)
+    ids, mask = random_ids(4, LENGTH + PADDING, seed=3), torch.zeros(4, LENGTH + PADDING, dtype=torch.long)
+    for row, length in enumerate((LENGTH, LENGTH, LENGTH - 20, 2)):
+        mask[row, torch.randperm(LENGTH + PADDING, generator=generator)[:length]] = 1
+    logits = read(model, ids, sizes, mask)
+    for row in range(4):
+        real = mask[row].bool()
+        with torch.no_grad():
+            alone = model(ids[row, real][None]).logits[0]
+        torch.testing.assert_close(logits[row, real], alone, **tolerance(mix))
+
+
+@pytest.mark.parametrize("mix", ["mamba2", "everything"])
+def test_padding_anywhere_changes_no_gradient(mix):
+    """Rows alone give the same gradients."""
+    model, ids = hybrid(mix, sliding_window=LENGTH).train(), IDS[:2]
+    mask = torch.ones_like(ids)
+    mask[0, 5:9], mask[1, :3], mask[1, 40:] = 0, 0, 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, 9] = labels[1, 3] = -100  # what padding would predict
+    model.zero_grad()
+    model(ids, attention_mask=mask, labels=labels, num_items_in_batch=100).loss.backward()
+    together = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for row in range(2):
+        real = mask[row].bool()
+        model(ids[row, real][None], labels=labels[row, real][None], num_items_in_batch=100).loss.backward()
+    alone = {name: p.grad for name, p in model.named_parameters()}
+    for name in alone:
+        torch.testing.assert_close(together[name], alone[name], rtol=1e-3, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------ training
 
 
@@ -208,7 +244,10 @@ def test_fallbacks_are_named_at_most_once(caplog):
 
 
 def test_initial_decays_and_time_steps(mix):
+    """Of a model that is built directly, and of one that `from_pretrained` builds on the meta device."""
     assert_initial_decays_and_steps(hybrid(mix, torch.float32))
+    loaded = RecurrentHybridForCausalLM.from_pretrained(None, config=hybrid_config(mix), state_dict={})
+    assert_initial_decays_and_steps(loaded)
 
 
 # -------------------------------------------------------------------------------------------- settings and refusals
@@ -255,20 +294,6 @@ def test_negative_eigenvalues_are_a_choice():
 
 @pytest.mark.parametrize("mix", ["mamba2", "gated-delta-net"])
 class TestRefusals:
-    def test_padding_between_tokens(self, mix):
-        mask = torch.ones_like(IDS)
-        mask[1, 5] = 0
-        with pytest.raises(ValueError, match=r"`attention_mask` has padding between the tokens of row 1.*on the left"):
-            hybrid(mix)(IDS, attention_mask=mask)
-
-    def test_going_on_after_padding(self, mix):
-        model, mask = hybrid(mix), torch.ones_like(IDS)
-        mask[2, 30:] = 0
-        cache = model(IDS, attention_mask=mask, use_cache=True).cache
-        longer = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], dim=1)
-        with pytest.raises(ValueError, match=r"padding between the tokens of row 2"):
-            model(IDS[:, :1], attention_mask=longer, cache=cache)
-
     def test_packed_documents(self, mix):
         positions = torch.cat([torch.arange(20), torch.arange(LENGTH - 20)])[None]
         with pytest.raises(ValueError, match=r"`position_ids` start again.*give each document a row"):
