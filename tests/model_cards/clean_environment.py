@@ -18,7 +18,9 @@ class CleanEnvironment:
         self.folder = folder
         venv.create(folder / "environment", with_pip=False, symlinks=True)
         packages = next((folder / "environment").glob("lib/python*/site-packages"))
-        (packages / "all.pth").write_text(f"{sysconfig.get_paths()['purelib']}\n")
+        # An environment may itself stand on another one.
+        installed = dict.fromkeys([sysconfig.get_paths()["purelib"], *filter(_holds_packages, sys.path)])
+        (packages / "all.pth").write_text("".join(f"{path}\n" for path in installed))
 
     def run(self, *arguments: str, **variables: str) -> str:
         """Run Python in an empty place; what it printed.
@@ -41,3 +43,7 @@ class CleanEnvironment:
         )
         assert done.returncode == 0, f"{arguments} with {sys.version}:\n{done.stdout}"
         return done.stdout
+
+
+def _holds_packages(path: str) -> bool:
+    return Path(path).name == "site-packages"
