@@ -16,6 +16,8 @@ PACKAGE_FOLDERS = {
     "ttt_e2e.evaluation": "evaluation",
     "ttt_e2e.model_cards": "model_cards",
     "ttt_e2e.cli": "cli",
+    # The same files once more, for the console script: what lies below `ttt_e2e` brings the models, and so torch.
+    "ttt_e2e_cli": "cli",
     "ttt_e2e.serving": "serving",
     "ttt_e2e.benchmarks": "benchmarks",
 }
@@ -43,7 +45,7 @@ setup(
         "ttt_e2e.evaluation": ["*.yaml", "metrics/*/*.py", "harness/*"],
         "ttt_e2e.model_cards": ["*.md"],
     },
-    entry_points={"console_scripts": ["ttt-e2e = ttt_e2e.cli.main:app"]},
+    entry_points={"console_scripts": ["ttt-e2e = ttt_e2e_cli.main:app"]},
     install_requires=[
         "torch",
         "transformers>=5.24,<5.25",

@@ -16,8 +16,8 @@ def bench(
     """
     from rich.console import Console
 
-    from ..benchmarks import SpeedSizes, measure_decoding, measure_memory, measure_passes
-    from ..evaluation import Table
+    from ttt_e2e.benchmarks import SpeedSizes, measure_decoding, measure_memory, measure_passes
+    from ttt_e2e.evaluation import Table
 
     if ttt_layers:
         _bench_ttt_layers(rounds, device)
@@ -49,8 +49,8 @@ def _bench_ttt_layers(rounds: int, device: str) -> None:
     """The dual form against the primal one, and time per token by length."""
     from rich.console import Console
 
-    from ..benchmarks import TTTLayerSizes, measure_forms, measure_lengths
-    from ..evaluation import Table
+    from ttt_e2e.benchmarks import TTTLayerSizes, measure_forms, measure_lengths
+    from ttt_e2e.evaluation import Table
 
     sizes = TTTLayerSizes()
     forms, lengths = measure_forms(sizes, rounds, device), measure_lengths(sizes, rounds, device)

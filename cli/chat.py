@@ -16,10 +16,12 @@ from .contexts import (
     SeedOption,
     TemperatureOption,
     TopPOption,
+    say_loading,
 )
+from .errors import refuse
 
 if TYPE_CHECKING:
-    from ..serving import Conversation
+    from ttt_e2e.serving import Conversation
 
 HELP = """\
 /save FOLDER  keep what was learned; `ttt-e2e chat --context FOLDER` goes on from it
@@ -49,9 +51,10 @@ def chat(
     The turns have the form of the tokenizer's chat template; where it has none, they are paragraphs of text that begin
     with "User:" and "Assistant:". In the chat, `/help` lists what else can be typed.
     """
+    say_loading(model)
     from transformers import set_seed
 
-    from ..serving import Conversation, load_text_model, open_context, writing_arguments
+    from ttt_e2e.serving import Conversation, load_text_model, open_context, writing_arguments
 
     try:
         arguments = writing_arguments(temperature, top_p, learn_from)
@@ -59,7 +62,7 @@ def chat(
         start = None if context is None else open_context(context, text_model.model)
         conversation = Conversation(text_model, start, max_new_tokens=max_new_tokens, **arguments)
     except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
+        refuse(error)
     if seed is not None:
         set_seed(seed)
     read_before = f"{start.tokens:,} tokens read before" if start is not None else "nothing read before"

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .errors import refuse
+
 ModelOption = Annotated[
     str, typer.Option(help="A saved model's folder, the folder of a run of `ttt-e2e train`, or an id of the Hub.")
 ]
@@ -20,11 +22,19 @@ TopPOption = Annotated[float, typer.Option(help="Sample among the likeliest toke
 SeedOption = Annotated[int | None, typer.Option(help="Of sampling: the same seed writes the same text.")]
 
 
+def say_loading(model: str) -> None:
+    """Said before torch is imported, which alone takes seconds; on the standard error, so that it is no output."""
+    typer.echo(f"Loading {model} ...", err=True)
+
+
 def read(
     model: ModelOption,
     documents: Annotated[
         list[Path],
-        typer.Option("--document", help="A text file (UTF-8), of any length. Several are read one after the other."),
+        typer.Option(
+            "--document",
+            help="A text file (UTF-8), of any length, or - for standard input. Several are read one after the other.",
+        ),
     ],
     output: Annotated[Path, typer.Option(help="Folder of the learned context; new or empty.", file_okay=False)],
     context: Annotated[
@@ -40,11 +50,13 @@ def read(
     The folder's size does not depend on how much was read. `ttt-e2e generate`, `ttt-e2e chat` and `ttt-e2e serve` go on
     from it, with the same model; in Python `TTTE2ECache.from_pretrained(folder, model)` does.
     """
+    say_loading(model)
     import time
 
-    from ..serving import (
+    from ttt_e2e.serving import (
         StoredContext,
         check_room,
+        document_name,
         document_text,
         load_text_model,
         open_context,
@@ -52,11 +64,11 @@ def read(
         text_tokens,
         write_context,
     )
-    from ..training.record import check_output
+    from ttt_e2e.training.record import check_output
 
     try:
         check_output(output, resume=False)
-        texts = [(path.name, document_text(path)) for path in documents]
+        texts = [(document_name(path), document_text(path)) for path in documents]
         text_model = load_text_model(model, dtype=dtype, device=device)
         start = StoredContext.new(text_model.model) if context is None else open_context(context, text_model.model)
         tokens = [(name, text_tokens(text, text_model.tokenizer, begin=True)) for name, text in texts]
@@ -66,7 +78,7 @@ def read(
         seconds = time.perf_counter() - started
         write_context(output, learned)
     except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
+        refuse(error)
     except KeyboardInterrupt:
         typer.echo("Interrupted; nothing was written.", err=True)
         raise typer.Exit(130) from None
@@ -101,11 +113,16 @@ def generate(
 
     Try it: `ttt-e2e generate --model runs/tiny --context book.context --prompt "In the last chapter"`
     """
+    try:
+        text = given_prompt(prompt, prompt_file)
+    except ValueError as error:
+        refuse(error)
+    say_loading(model)
     from dataclasses import replace
 
     from transformers import TextStreamer, set_seed
 
-    from ..serving import (
+    from ttt_e2e.serving import (
         ReadDocument,
         StoredContext,
         check_room,
@@ -116,10 +133,9 @@ def generate(
         write_context,
         writing_arguments,
     )
-    from ..training.record import check_output
+    from ttt_e2e.training.record import check_output
 
     try:
-        text = given_prompt(prompt, prompt_file)
         arguments = writing_arguments(temperature, top_p, learn_from)
         if save_context is not None:
             check_output(save_context, resume=False)
@@ -144,7 +160,9 @@ def generate(
             document = ReadDocument("prompt and what was written", len(ids) + len(written))
             write_context(save_context, replace(after, documents=(*after.documents, document), answer_end=None))
     except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
+        if isinstance(error, BrokenPipeError) and save_context is not None:
+            typer.echo("No context was saved.", err=True)
+        refuse(error)
     except KeyboardInterrupt:
         typer.echo("\nInterrupted." + ("" if save_context is None else " No context was saved."), err=True)
         raise typer.Exit(130) from None

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from .errors import refuse
+
 TOLERANCE = 5e-5
 
 convert = typer.Typer(
@@ -64,8 +66,8 @@ def official(
 
     In Python: `ttt_e2e.training.official_checkpoint.convert_official(checkpoint, size, output)`.
     """
-    from ..training.official_checkpoint import convert_official, official_config
-    from ..training.verification import largest_difference, load_reference
+    from ttt_e2e.training.official_checkpoint import convert_official, official_config
+    from ttt_e2e.training.verification import largest_difference, load_reference
 
     try:
         if tolerance is not None and verify is None:
@@ -82,7 +84,7 @@ def official(
             project=project,
         )
     except (ImportError, OSError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
+        refuse(error)
     typer.echo(f"{output}: converted from {weights}; load it with AutoModelForCausalLM.from_pretrained")
     if reference is None:
         return
@@ -105,12 +107,12 @@ def to_official(
 
     In Python: `ttt_e2e.training.official_checkpoint.export_official(model, output)`.
     """
-    from ..training.official_checkpoint import export_official
+    from ttt_e2e.training.official_checkpoint import export_official
 
     try:
         export_official(model, output)
     except (ImportError, OSError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
+        refuse(error)
     typer.echo(f"{output}: step 0 holds model_weights; its configuration is {output / 'config.json'}")
 
 
@@ -129,10 +131,10 @@ def ttt_layers(
 
     In Python: `ttt_e2e.training.ttt_layers_checkpoint.convert_ttt_layers(checkpoint, output)`.
     """
-    from ..training.ttt_layers_checkpoint import convert_ttt_layers
+    from ttt_e2e.training.ttt_layers_checkpoint import convert_ttt_layers
 
     try:
         parameters = convert_ttt_layers(checkpoint, output, tokenizer=tokenizer, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
+        refuse(error)
     typer.echo(f"{output}: {parameters:,} parameters; load it with AutoModelForCausalLM.from_pretrained")

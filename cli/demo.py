@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .errors import refuse
+
 
 def demo(
     folder: Annotated[Path, typer.Option(help="Where to write.", file_okay=False)] = Path("runs/demo"),
@@ -22,11 +24,12 @@ def demo(
     """
     from rich.console import Console
 
-    from ..configuration import load_demo_recipe
+    from ttt_e2e.configuration import load_demo_recipe
+
     from .demo_steps import run_demo
 
     try:
         chosen = load_demo_recipe(recipe) if recipe else load_demo_recipe()
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+        refuse(error)
     run_demo(chosen, folder, Console())

@@ -12,9 +12,9 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, pipeline, set_seed
 
-from .. import TTTE2ECache, TTTE2EConfig, TTTE2EForCausalLM
-from ..configuration import DemoRecipe, load_preset
-from ..evaluation import (
+from ttt_e2e import TTTE2ECache, TTTE2EConfig, TTTE2EForCausalLM
+from ttt_e2e.configuration import DemoRecipe, load_preset
+from ttt_e2e.evaluation import (
     Table,
     bucket_bounds,
     bucket_means,
@@ -23,9 +23,9 @@ from ..evaluation import (
     plot_loss_by_position,
     read_tokens,
 )
-from ..evaluation.results import environment
-from ..model_cards import ModelCardContents, ResultsSection, TrainingHistory, write_model_card
-from ..training import (
+from ttt_e2e.evaluation.results import environment
+from ttt_e2e.model_cards import ModelCardContents, ResultsSection, TrainingHistory, write_model_card
+from ttt_e2e.training import (
     PackedRows,
     TokenStore,
     TrainingRun,
@@ -37,7 +37,7 @@ from ..training import (
     train_model,
     trained_tokenizer,
 )
-from ..training.disk import write_text
+from ttt_e2e.training.disk import write_text
 
 LEARNING_ON, LEARNING_OFF = "TTT-E2E, learning on", "TTT-E2E, learning off"
 # Cool enough for a model of this size to stay near what it has learned.

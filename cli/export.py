@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .errors import refuse
+
 
 def export(
     model: Annotated[str, typer.Option(help="Folder of a saved model, or of a run of `ttt-e2e train`.")],
@@ -40,8 +42,8 @@ def export(
 
     `--push my-name/my-model` uploads the folder as one commit (token: `hf auth login`).
     """
-    from ..model_cards.export import ExportRequest, prepare_export, write_export
-    from ..model_cards.push import check_push, push_folder
+    from ttt_e2e.model_cards.export import ExportRequest, prepare_export, write_export
+    from ttt_e2e.model_cards.push import check_push, push_folder
 
     request = ExportRequest(model, output, dtype, tuple(results or ()), name, license)
     try:
@@ -56,4 +58,4 @@ def export(
         if push is not None:
             typer.echo(f"Uploaded: {push_folder(folder, push, private or None, commit_message)}")
     except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
+        refuse(error)

@@ -1,12 +1,12 @@
 """`ttt-e2e lm-eval`: the community's evaluation harness, with the models and task files of this package."""
 
 import sys
-from importlib import import_module
+from importlib import import_module, resources
 from pathlib import Path
 
 import typer
 
-TASKS = Path(__file__).parents[1] / "evaluation" / "harness"
+HELP = {"-h", "--help"}
 # Everything, `--help` too, belongs to the harness.
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -17,7 +17,8 @@ def lm_eval(context: typer.Context) -> None:
     Every argument is passed on. Where `--tasks` are given without `--include_path` or `--config`, the folder of our
     task files is added.
     """
-    import ttt_e2e  # noqa: F401  the Auto classes of transformers learn our models
+    if not HELP & set(context.args):
+        import ttt_e2e  # noqa: F401  the Auto classes of transformers learn our models
 
     try:
         harness = import_module("lm_eval.__main__")
@@ -37,5 +38,10 @@ def with_task_folder(arguments: list[str]) -> list[str]:
     """The arguments, with `--include_path` of our task files where tasks are named and nothing else is said."""
     given = {argument.partition("=")[0] for argument in arguments}
     if given & {"--tasks", "-t"} and not given & {"--include_path", "--config", "-C"}:
-        return [*arguments, "--include_path", str(TASKS)]
+        return [*arguments, "--include_path", str(task_folder())]
     return list(arguments)
+
+
+def task_folder() -> Path:
+    """Where the package's task files for the harness lie."""
+    return Path(str(resources.files("ttt_e2e.evaluation") / "harness"))

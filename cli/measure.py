@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from .errors import refuse
 from .train import DEFAULT_CACHE
 
 # Of `ttt_e2e.evaluation.tasks`, which is not imported before it is needed, because that takes seconds.
@@ -65,7 +66,7 @@ def measure(
     # The docstring of the command is put together below, because it names the tasks.
     from rich.console import Console
 
-    from ..evaluation.runs import EvaluationRequest, measure_missing, prepare_evaluation, write_comparison
+    from ttt_e2e.evaluation.runs import EvaluationRequest, measure_missing, prepare_evaluation, write_comparison
 
     try:
         if output is None:
@@ -96,8 +97,7 @@ def measure(
             typer.echo(f"{found} documents of at least {longest:,} bytes ({documents} were asked for)")
         measured = measure_missing(evaluation)
     except (ValueError, OSError, ImportError) as error:
-        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        raise typer.BadParameter(f"{error}{notes}") from error
+        refuse(error)
     except KeyboardInterrupt:
         typer.echo("Interrupted. The same command goes on after the last point that was measured.", err=True)
         raise typer.Exit(130) from None

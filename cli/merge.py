@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .errors import refuse
+
 
 def merge(
     adapter: Annotated[Path, typer.Option(help="Folder of the adapter, or of the run that trained it.")],
@@ -14,10 +16,10 @@ def merge(
 
     In Python: `ttt_e2e.training.lora.merge_lora(adapter, output)`.
     """
-    from ..training.lora import merge_lora
+    from ttt_e2e.training.lora import merge_lora
 
     try:
         merge_lora(adapter, output)
     except (ImportError, OSError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
+        refuse(error)
     typer.echo(f"{output}: load it with AutoModelForCausalLM.from_pretrained")

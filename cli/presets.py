@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from .errors import refuse
+
 
 def presets(
     name: Annotated[
@@ -20,7 +22,7 @@ def presets(
 
     import yaml
 
-    from ..configuration import load_preset, load_recipe, recipe_names
+    from ttt_e2e.configuration import load_preset, load_recipe, recipe_names
 
     if name is None:
         _list_all()
@@ -35,12 +37,12 @@ def presets(
         else:
             fields = load_preset(name)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+        refuse(error)
     typer.echo(heading + yaml.safe_dump(fields, sort_keys=False), nl=False)
 
 
 def _list_all() -> None:
-    from ..configuration import preset_description, preset_names, recipe_description, recipe_names
+    from ttt_e2e.configuration import preset_description, preset_names, recipe_description, recipe_names
 
     kinds = {"Models": (preset_names(), preset_description), "Recipes": (recipe_names(), recipe_description)}
     for title, (names, description) in kinds.items():

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from .errors import refuse
 from .train import DEFAULT_CACHE
 
 
@@ -29,7 +30,8 @@ def reproduce(
     """
     from rich.console import Console
 
-    from ..configuration.experiments import experiment_description, experiment_names, load_experiment
+    from ttt_e2e.configuration.experiments import experiment_description, experiment_names, load_experiment
+
     from .reproduce_steps import run_experiment
 
     if experiment is None:
@@ -39,5 +41,5 @@ def reproduce(
     try:
         chosen = load_experiment(experiment)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+        refuse(error)
     run_experiment(chosen, output or Path("runs") / chosen.name, models, cache, Console())

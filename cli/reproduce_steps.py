@@ -6,17 +6,17 @@ from pathlib import Path
 from filelock import FileLock
 from rich.console import Console
 
-from ..configuration import Recipe, load_recipe, load_systems, system_preset
-from ..configuration.experiments import Experiment, Measured, Number, Trained
-from ..configuration.reading import merged
-from ..evaluation.results import Point, digest
-from ..evaluation.runs import EvaluationRequest, measure_missing, prepare_evaluation, write_comparison
-from ..evaluation.tasks import TASKS
-from ..training.corpus import split_documents
-from ..training.disk import write_text, written_whole
-from ..training.record import RECORD
-from ..training.run import MODEL, TrainingRequest, finish_run, prepare_run
-from ..training.sources import load_documents, source_state
+from ttt_e2e.configuration import Recipe, load_recipe, load_systems, system_preset
+from ttt_e2e.configuration.experiments import Experiment, Measured, Number, Trained
+from ttt_e2e.configuration.reading import merged
+from ttt_e2e.evaluation.results import Point, digest
+from ttt_e2e.evaluation.runs import EvaluationRequest, measure_missing, prepare_evaluation, write_comparison
+from ttt_e2e.evaluation.tasks import TASKS
+from ttt_e2e.training.corpus import split_documents
+from ttt_e2e.training.disk import write_text, written_whole
+from ttt_e2e.training.record import RECORD
+from ttt_e2e.training.run import MODEL, TrainingRequest, finish_run, prepare_run
+from ttt_e2e.training.sources import load_documents, source_state
 
 VALIDATION = "validation.jsonl"
 

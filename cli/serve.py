@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .contexts import DeviceOption, DtypeOption, ModelOption
+from .contexts import DeviceOption, DtypeOption, ModelOption, say_loading
+from .errors import refuse
 
 MEBIBYTE = 2**20
 
@@ -35,15 +36,16 @@ def serve(
     extra_body={"context": "book"})`. The field `learn_from` is that of `generate`. Requests never change a context, and
     are worked on one after the other. There is no password: do not open the port to a network that you do not trust.
     """
+    say_loading(model)
     try:
         uvicorn = import_module("uvicorn")
-        server_module = import_module("..serving.server", __package__)
+        server_module = import_module("ttt_e2e.serving.server")
     except ImportError as error:
         raise typer.BadParameter(
             f"The server needs further packages ({error}); install them: pip install 'ttt-e2e[serve]'"
         ) from error
-    from ..evaluation.subject import default_label
-    from ..serving import ContextFolder, load_text_model
+    from ttt_e2e.evaluation.subject import default_label
+    from ttt_e2e.serving import ContextFolder, load_text_model
 
     try:
         with bound_socket(host, port) as listening:
@@ -56,7 +58,7 @@ def serve(
             typer.echo(f"{name} with {len(named.names())} learned contexts at http://{shown}:{port}/v1 (Ctrl-C ends)")
             uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
     except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
+        refuse(error)
 
 
 def bound_socket(host: str, port: int) -> socket.socket:

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from .errors import refuse
+
 DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ttt-e2e"
 
 
@@ -61,12 +63,12 @@ def train(
     """
     from transformers.utils import logging
 
-    from ..configuration import load_recipe
-    from ..training.estimates import estimate_run
-    from ..training.lora import check_lora
-    from ..training.models import changed_config, find_model, fit_to_tokenizer
-    from ..training.run import Adapter, TrainingRequest, finish_run, prepare_run, process_state, resumes_at
-    from ..training.tokenizer import load_tokenizer
+    from ttt_e2e.configuration import load_recipe
+    from ttt_e2e.training.estimates import estimate_run
+    from ttt_e2e.training.lora import check_lora
+    from ttt_e2e.training.models import changed_config, find_model, fit_to_tokenizer
+    from ttt_e2e.training.run import Adapter, TrainingRequest, finish_run, prepare_run, process_state, resumes_at
+    from ttt_e2e.training.tokenizer import load_tokenizer
 
     try:
         source = find_model(model)
@@ -134,4 +136,4 @@ def raise_on_main_process(error: Exception) -> None:
     if rank:
         typer.echo(f"process {rank}: {error}", err=True)
         raise typer.Exit(2)
-    raise typer.BadParameter(str(error)) from error
+    refuse(error)

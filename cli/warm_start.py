@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from .errors import refuse
 from .train import DEFAULT_CACHE
 
 
@@ -45,8 +46,8 @@ def transformer(
 
     In Python, for a model in memory: `ttt_e2e.convert_transformer.warm_started_model(source, settings)`.
     """
-    from ..convert_transformer import WarmStartSettings
-    from ..training.warm_start import WarmStartRequest, prepare_warm_start, write_warm_start
+    from ttt_e2e.convert_transformer import WarmStartSettings
+    from ttt_e2e.training.warm_start import WarmStartRequest, prepare_warm_start, write_warm_start
 
     settings = WarmStartSettings(
         sliding_window=window,
@@ -67,7 +68,7 @@ def transformer(
         )
         write_warm_start(start)
     except (ValueError, OSError, ImportError) as error:
-        raise typer.BadParameter(str(error)) from error
+        refuse(error)
     except KeyboardInterrupt:
         typer.echo("Interrupted. Nothing was left behind.", err=True)
         raise typer.Exit(130) from None
@@ -121,7 +122,7 @@ def tune_inner_lr(
     """
     from rich.console import Console
 
-    from ..evaluation.inner_learning_rate import SweepRequest, measure_sweep, prepare_sweep, write_sweep
+    from ttt_e2e.evaluation.inner_learning_rate import SweepRequest, measure_sweep, prepare_sweep, write_sweep
 
     try:
         request = SweepRequest(
@@ -146,8 +147,7 @@ def tune_inner_lr(
             typer.echo("All points were measured before; nothing was measured again.")
         verdict, table, files = write_sweep(sweep)
     except (ValueError, OSError, ImportError) as error:
-        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        raise typer.BadParameter(f"{error}{notes}") from error
+        refuse(error)
     except KeyboardInterrupt:
         typer.echo("Interrupted. The same command goes on after the last point that was measured.", err=True)
         raise typer.Exit(130) from None

@@ -5,7 +5,7 @@
 
 from .contexts import ContextFolder, ReadDocument, StoredContext, check_room, open_context, write_context
 from .conversation import Answer, Conversation, Turns
-from .documents import document_text, read_documents, text_tokens
+from .documents import document_name, document_text, read_documents, text_tokens
 from .models import TextModel, load_text_model
 from .writing import write, writing_arguments
 
@@ -18,6 +18,7 @@ __all__ = [
     "TextModel",
     "Turns",
     "check_room",
+    "document_name",
     "document_text",
     "load_text_model",
     "open_context",

@@ -1,5 +1,6 @@
 """Documents to read: from a file to tokens, and from tokens to a learned context."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,22 +15,35 @@ from .models import TextModel
 
 # A tokenizer's own memory is many times its input, so that it is given a long text in pieces.
 PIECE_CHARACTERS = 1_000_000
+STANDARD_INPUT = Path("-")
 # Tokens between two movements of the progress bar.
 STEP = 1024
 
 
+def document_name(path: Path) -> str:
+    """What a document is called afterwards."""
+    if path == STANDARD_INPUT:
+        return "standard input"
+    return path.name if path.is_file() else str(path)  # /dev/fd/63 says little, 63 nothing
+
+
 def document_text(path: Path) -> str:
-    """The text of a file in UTF-8.
+    """The text of a file in UTF-8; of a pipe (`/dev/stdin`, `<(...)`) and, for `-`, of the standard input as well.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not text, or empty.
     """
+    if path == STANDARD_INPUT:
+        return _decoded(sys.stdin.buffer.read(), path)
     if not path.exists():
         raise FileNotFoundError(f"document={str(path)!r}: there is no such file; correct the path")
-    if not path.is_file():
+    if not path.is_file() and not path.is_fifo():
         raise ValueError(f"document={str(path)!r} is not a file; name the files in it one by one")
-    data = path.read_bytes()
+    return _decoded(path.read_bytes(), path)
+
+
+def _decoded(data: bytes, path: Path) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,11 +1,44 @@
-"""Each command teaches, and refuses mistakes before any work."""
+"""Each command teaches, quickly, and refuses mistakes before any work; one whose output is cut off ends quietly."""
 
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
 import yaml
 from typer.testing import CliRunner
 
 from ttt_e2e.cli.main import app
 from ttt_e2e.configuration import preset_names, recipe_names
 from ttt_e2e.configuration.demo_recipe import DEMO_RECIPE
+
+from .cut_off import nobody_reads
+
+# The console script's way; prints the seconds of CPU time that each help took, the start of the process in the first.
+HELP_OF_ALL = """
+import contextlib, io, json, resource, sys
+from ttt_e2e_cli.main import app
+import typer
+
+def paths(command, path=()):
+    yield path
+    for name, below in getattr(command, "commands", {}).items():
+        yield from paths(below, (*path, name))
+
+def cpu():
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+before, seconds = 0, {}
+for path in paths(typer.main.get_command(app)):
+    with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+        app([*path, "--help"])
+    assert path == ("lm-eval",) or "Usage" in shown.getvalue(), path
+    assert "torch" not in sys.modules, path
+    seconds[" ".join(path)], before = cpu() - before, cpu()
+print(json.dumps(seconds))
+"""
 
 
 def run(*arguments):
@@ -18,6 +51,40 @@ def test_help_names_every_command():
     assert all(command in shown.output for command in ("demo", "presets", "bench"))
     for command in ("demo", "presets", "bench"):
         assert run(command, "--help").exit_code == 0
+
+
+def test_help_needs_no_torch_and_little_time():
+    done = subprocess.run([sys.executable, "-c", HELP_OF_ALL], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seconds = json.loads(done.stdout)
+    assert {"", "demo", "evaluate", "serve", "convert official", "convert transformer", "lm-eval"} <= seconds.keys()
+    assert max(seconds.values()) < 1.5, seconds
+
+
+def test_the_console_script_is_the_one_whose_help_is_quick():
+    from importlib.metadata import distribution
+
+    scripts = {script.name: script.value for script in distribution("ttt-e2e").entry_points}
+    assert scripts == {"ttt-e2e": "ttt_e2e_cli.main:app"}
+    assert importlib.util.find_spec("ttt_e2e.cli.main").origin == importlib.util.find_spec("ttt_e2e_cli.main").origin
+
+
+@pytest.mark.parametrize(
+    "arguments", [["presets"], ["presets", "125m"], ["train", "--dry-run"], ["reproduce"]], ids=str
+)
+def test_an_output_that_is_cut_off_ends_a_command_quietly(arguments, capsys):
+    with pytest.raises(SystemExit, match="1"), nobody_reads():
+        app(arguments)
+    assert capsys.readouterr().err == ""
+
+
+def test_another_broken_pipe_is_an_error_like_others(capsys, monkeypatch):
+    def fail(*arguments):
+        raise BrokenPipeError(32, "a worker is gone")
+
+    monkeypatch.setattr("ttt_e2e.training.models.find_model", fail)
+    refused = run("train", "--dry-run")
+    assert refused.exit_code == 2 and "a worker is gone" in refused.output
 
 
 def test_version():

@@ -1,6 +1,9 @@
 """`ttt-e2e read`, `generate`, `chat` and `serve`: what they keep and write, and every mistake before any work."""
 
 import inspect
+import io
+import json
+import os
 import re
 import shutil
 import signal
@@ -23,6 +26,7 @@ from ttt_e2e.cli.serve import serve
 from ttt_e2e.serving import check_room, text_tokens
 
 from ..serving.small import BOOK, alone, files, same, save_text_model, small_text_model
+from .cut_off import nobody_reads
 
 PROMPT = " and then the miller"
 DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(serve).parameters.items()}
@@ -93,6 +97,45 @@ def test_one_reading_equals_two(place, text_model, tmp_path):
     one, two = (TTTE2ECache.from_pretrained(tmp_path / name, text_model.model) for name in ("both", "more"))
     assert same(one, two) and files(place / "book") == before
     assert (tmp_path / "both" / "documents.json").read_text() == (tmp_path / "more" / "documents.json").read_text()
+
+
+@pytest.mark.parametrize("pipe", ["standard input", "named pipe"])
+def test_a_document_from_a_pipe(place, tmp_path, pipe):
+    source, typed = "-", BOOK
+    if pipe == "named pipe":
+        source, typed = tmp_path / "pipe", None
+        os.mkfifo(source)
+        threading.Thread(target=source.write_text, args=(BOOK,)).start()
+    done = run(place, "read", "--document", source, "--output", tmp_path / "context", typed=typed)
+    assert done.exit_code == 0, done.output
+    folders = (tmp_path / "context", place / "book")
+    contexts = [json.loads((folder / "documents.json").read_text()) for folder in folders]
+    names = [one["documents"][0].pop("name") for one in contexts]
+    assert names == ["standard input" if source == "-" else str(source), "book.txt"] and contexts[0] == contexts[1]
+    tensors = [load_file(folder / "context.safetensors") for folder in folders]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(tensors[0][name].equal(tensors[1][name]) for name in tensors[0])
+
+
+@pytest.mark.parametrize("command", ["read", "generate", "chat", "serve"])
+def test_what_is_loaded_is_said_before_anything_is_imported(place, tmp_path, monkeypatch, command):
+    for name in ("ttt_e2e.serving", "transformers", "uvicorn"):
+        monkeypatch.setitem(sys.modules, name, None)  # imported, they raise
+    options = {"read": ("--document", "x", "--output", tmp_path / "new"), "generate": ("--prompt", PROMPT)}
+    done = run(place, command, *options.get(command, ()))
+    assert done.exit_code != 0 and done.stdout == ""
+    assert done.stderr.startswith(f"Loading {place / 'model'} ...\n")
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_an_output_that_is_cut_off_ends_writing_quietly(place, tmp_path, monkeypatch, capsys, command):
+    options = {"generate": ["--prompt", PROMPT, "--save-context", str(tmp_path / "new")], "chat": []}[command]
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    with pytest.raises(SystemExit, match="1"), nobody_reads():
+        app([command, "--model", str(place / "model"), *options])
+    said = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("Loading")]
+    assert said == (["No context was saved."] if command == "generate" else [])
+    assert not list(tmp_path.iterdir())
 
 
 def test_generating_equals_the_whole_text_as_the_prompt(place, text_model):

@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-from importlib import resources
 from runpy import run_path
 from types import SimpleNamespace
 
@@ -55,9 +54,9 @@ def test_arguments_are_passed_on_in_their_order(seen, arguments):
 @pytest.mark.parametrize("arguments", [["--tasks", "local_text"], ["run", "-t", "a,b"], ["run", "--tasks=local_text"]])
 def test_our_task_files_are_there_when_tasks_are_named(seen, arguments):
     run(*arguments)
-    folder = str(resources.files("ttt_e2e.evaluation") / "harness")
-    assert seen == [["lm-eval", *arguments, "--include_path", folder]]
-    assert (harness.TASKS / "local_text.yaml").is_file() and str(harness.TASKS) == folder
+    folder = harness.task_folder()
+    assert seen == [["lm-eval", *arguments, "--include_path", str(folder)]]
+    assert (folder / "local_text.yaml").is_file()
 
 
 def test_the_exit_status_is_the_harness_own(monkeypatch):
@@ -127,7 +126,7 @@ def evaluated(saved, task, add_bos_token) -> dict:
 @pytest.fixture
 def local_text():
     """The module beside the task files, which is no part of the package."""
-    return SimpleNamespace(**run_path(str(harness.TASKS / "local_text.py")))
+    return SimpleNamespace(**run_path(str(harness.task_folder() / "local_text.py")))
 
 
 def losses(saved, text) -> torch.Tensor:
