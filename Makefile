@@ -75,11 +75,8 @@ checkpoint: $(INSTALLED) ## train, evaluate and export the small model of model_
 	$(BIN)/ttt-e2e export --model $(RUN) --dtype bfloat16 --license apache-2.0 --output $(CHECKPOINT_FOLDER)/$(CHECKPOINT) \
 		--results "$(READ)=$(RESULTS)/context-length" --results "$(READ)=$(RESULTS)/loss-by-position"
 
-REFRESH = from ttt_e2e.model_cards import export; folder = "$(CHECKPOINT_FOLDER)/$(CHECKPOINT)"; \
-	export.write_code(__import__("pathlib").Path(folder), export.auto_classes(export.find_saved_model(folder)))
-
 checkpoint-code: $(INSTALLED) ## give the small model the present code of the package
-	$(BIN)/python -c '$(REFRESH)'
+	$(BIN)/python -c 'from ttt_e2e.model_cards import refresh_code as refresh; refresh("$(CHECKPOINT_FOLDER)/$(CHECKPOINT)")'
 
 install: $(INSTALLED) ## only the set-up
 install-dev: $(INSTALLED_DEV) ## only the set-up, with what the tests need

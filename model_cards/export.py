@@ -4,6 +4,7 @@ It holds the weights (safetensors), configuration and generation settings, the t
 the model, so that `from_pretrained(..., trust_remote_code=True)` needs nothing but transformers.
 """
 
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -131,8 +132,7 @@ def write_export(export: Export) -> Path:
     """
     with folder_written_whole(export.request.output) as part:
         model = load_whole(export.folder, export.dtype)
-        entries = {name: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for name, cls in export.classes.items()}
-        model.config.auto_map = entries
+        model.config.auto_map = auto_map(export.classes)
         model.save_pretrained(part)
         export.tokenizer.save_pretrained(part)
         write_code(part, export.classes)
@@ -181,6 +181,11 @@ def auto_classes(source: ModelSource) -> dict[str, type]:
     }
 
 
+def auto_map(classes: dict[str, type]) -> dict[str, str]:
+    """The entries of config.json by which transformers finds the classes in the files beside it."""
+    return {name: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for name, cls in classes.items()}
+
+
 def code_files(classes: Sequence[type]) -> list[Path]:
     """The source files that classes need: their own, and those that these import, found as transformers finds them."""
     entries = {Path(sys.modules[cls.__module__].__file__) for cls in classes}
@@ -197,6 +202,18 @@ def write_code(folder: Path, classes: dict[str, type]) -> None:
         for name in sorted(classes.keys() & TASKS.keys()):
             listed = {"mapping": TASKS[name], "model_type": model_type, "class_name": classes[name].__name__}
             file.write(LISTED.format(**listed))
+
+
+def refresh_code(folder: str | Path) -> None:
+    """Give a folder that was exported before the present code of the package.
+
+    Raises:
+        ValueError: there is no whole model of this package in it.
+    """
+    classes, settings = auto_classes(find_saved_model(str(folder))), Path(folder) / "config.json"
+    write_code(Path(folder), classes)
+    config = json.loads(settings.read_text(encoding="utf-8")) | {"auto_map": auto_map(classes)}
+    settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def find_tokenizer(folder: Path, vocabulary_size: int) -> PreTrainedTokenizerBase:
