@@ -75,8 +75,8 @@ checkpoint: $(INSTALLED) ## train, evaluate and export the small model of model_
 	$(BIN)/ttt-e2e export --model $(RUN) --dtype bfloat16 --license apache-2.0 --output $(CHECKPOINT_FOLDER)/$(CHECKPOINT) \
 		--results "$(READ)=$(RESULTS)/context-length" --results "$(READ)=$(RESULTS)/loss-by-position"
 
-checkpoint-code: $(INSTALLED) ## give the small model the present code of the package
-	$(BIN)/python -c 'from ttt_e2e.model_cards import refresh_code as refresh; refresh("$(CHECKPOINT_FOLDER)/$(CHECKPOINT)")'
+checkpoint-code: $(INSTALLED) ## write the code of the small model, and what else it repeats of the package
+	$(BIN)/python -c 'from ttt_e2e.model_cards import refresh_export as refresh; refresh("$(CHECKPOINT_FOLDER)/$(CHECKPOINT)")'
 
 install: $(INSTALLED) ## only the set-up
 install-dev: $(INSTALLED_DEV) ## only the set-up, with what the tests need

@@ -1,7 +1,7 @@
 """Model cards and folders for the Hub: a template, what fills it, the exporter, and the upload."""
 
 from .card import ModelCardContents, ResultsSection, TrainingHistory, write_model_card
-from .export import ExportRequest, prepare_export, refresh_code, write_export
+from .export import ExportRequest, prepare_export, refresh_export, write_export
 from .push import check_push, push_folder
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "check_push",
     "prepare_export",
     "push_folder",
-    "refresh_code",
+    "refresh_export",
     "write_export",
     "write_model_card",
 ]

@@ -1,5 +1,6 @@
 """Write the README.md of a saved model: it holds no number that was not measured, chosen or counted."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +11,12 @@ from transformers import PreTrainedConfig
 
 from ..evaluation import Table
 from ..training.disk import write_text
+from ..transformers_version import OLDEST_TRANSFORMERS
 
 TEMPLATE = Path(__file__).with_name("template.md")
 FAST_WEIGHT_BYTES, ID_BYTES = 4, 8  # fast weights are float32 at least; ids and positions are int64
+# The sections that tell of the code and the architecture alone.
+OF_THE_CODE = ("## Use", "## Limits")
 LEARNS, DECODES, RECURS = "learns", "decodes", "recurs"
 
 
@@ -98,6 +102,25 @@ def write_model_card(folder: Path, contents: ModelCardContents) -> Path:
     return path
 
 
+def refresh_model_card(path: Path, contents: ModelCardContents) -> None:
+    """Bring the sections of a card that tell of the code and the architecture up to the present template.
+
+    Args:
+        path: of the card. What it says of training and results stays.
+        contents: only the config, the dtype and `has_code` are looked at.
+    """
+    fresh = {section.partition("\n")[0]: section for section in _sections(f"{model_card(contents)}\n")}
+    old = _sections(path.read_text(encoding="utf-8"))
+    heads = [section.partition("\n")[0] for section in old]
+    write_text(
+        path, "".join(fresh[head] if head in OF_THE_CODE else section for head, section in zip(heads, old, strict=True))
+    )
+
+
+def _sections(card: str) -> list[str]:
+    return re.split(r"^(?=## )", card, flags=re.MULTILINE)
+
+
 def model_card(contents: ModelCardContents) -> ModelCard:
     """The card as huggingface_hub knows it: metadata and Markdown."""
     config, kind = contents.config, architecture_kind(contents.config)
@@ -117,6 +140,7 @@ def model_card(contents: ModelCardContents) -> ModelCard:
         contents=contents,
         config=config,
         kind=kind,
+        oldest_transformers=OLDEST_TRANSFORMERS.removesuffix(".0"),
         dtype=str(contents.dtype).removeprefix("torch."),
         memory=None if kind == RECURS else sequence_memory(config, contents.dtype),
         window=config.sliding_window if "sliding_attention" in attention_kinds(config) else None,

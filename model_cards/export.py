@@ -27,7 +27,7 @@ from ..training.disk import check_disk_space, folder_written_whole
 from ..training.models import ModelSource, find_model
 from ..training.record import check_output
 from ..training.tokenizer import load_tokenizer
-from .card import ModelCardContents, write_model_card
+from .card import ModelCardContents, refresh_model_card, write_model_card
 from .history import training_history
 from .measured import MeasuredResults, model_identities, read_results
 
@@ -204,16 +204,20 @@ def write_code(folder: Path, classes: dict[str, type]) -> None:
             file.write(LISTED.format(**listed))
 
 
-def refresh_code(folder: str | Path) -> None:
-    """Give a folder that was exported before the present code of the package.
+def refresh_export(folder: str | Path) -> None:
+    """Bring what an exported folder repeats of the package up to date: code, auto_map, sections of the card.
 
     Raises:
         ValueError: there is no whole model of this package in it.
     """
-    classes, settings = auto_classes(find_saved_model(str(folder))), Path(folder) / "config.json"
-    write_code(Path(folder), classes)
+    folder, source = Path(folder), find_saved_model(str(folder))
+    classes, settings = auto_classes(source), folder / "config.json"
+    write_code(folder, classes)
     config = json.loads(settings.read_text(encoding="utf-8")) | {"auto_map": auto_map(classes)}
     settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    model_config = classes["AutoConfig"].from_pretrained(folder)
+    contents = ModelCardContents(folder.name, model_config, parameters=0, dtype=model_config.dtype, has_code=True)
+    refresh_model_card(folder / "README.md", contents)
 
 
 def find_tokenizer(folder: Path, vocabulary_size: int) -> PreTrainedTokenizerBase:

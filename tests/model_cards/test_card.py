@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult, ModelCard
 from ttt_e2e import RecurrentHybridConfig, TTTE2ECache, TTTE2EConfig, TTTLayersConfig
 from ttt_e2e.evaluation import Table
 from ttt_e2e.model_cards import ModelCardContents, ResultsSection, TrainingHistory, write_model_card
-from ttt_e2e.model_cards.card import sequence_memory
+from ttt_e2e.model_cards.card import refresh_model_card, sequence_memory
 
 from ..modeling.helpers import random_ids, small_model
 
@@ -43,6 +43,15 @@ def test_card_shows_what_it_is_given(tmp_path):
     ]:
         assert text in written.text, text
     assert written.content.endswith(".\n") and "\n\n\n" not in written.text and "{" not in written.text
+
+
+def test_a_refreshed_card_keeps_what_was_measured(tmp_path):
+    card(tmp_path, training=TrainingHistory("Ten files."), results=[ResultsSection("Measured here.", [RESULTS])])
+    path = tmp_path / "README.md"
+    written = path.read_text()
+    path.write_text(written.replace("keys, values", "keys and old values").replace("learn_from=", "learning="))
+    refresh_model_card(path, ModelCardContents("", CONFIG, parameters=0, dtype=torch.float32))
+    assert path.read_text() == written
 
 
 def test_what_nobody_knows_is_said_to_be_unknown(tmp_path):

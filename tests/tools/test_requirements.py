@@ -73,6 +73,13 @@ def test_transformers_has_bounds_at_the_oldest_and_the_next_minor_version():
     assert bounds["<"].release == (locked.major, locked.minor + 1)
 
 
+def test_the_readme_names_the_oldest_transformers_and_the_citation_this_version():
+    named = re.findall(r"transformers (\d[\d.]*) or later", (ROOT / "README.md").read_text())
+    assert named and {Version(text) for text in named} == {Version(OLDEST_TRANSFORMERS)}
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == DESCRIBED.get_version()
+
+
 @pytest.mark.parametrize("package", ["accelerate", "datasets", "peft", "trl", "lm_eval"])
 def test_a_package_is_bounded_where_more_of_it_is_used_than_it_documents(package):
     requirements = [asked for asked in [*REQUIRED, *chain(*EXTRAS.values())] if asked.name == package]
