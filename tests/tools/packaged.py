@@ -11,7 +11,7 @@ LEFT_OUT = ("__pycache__", "checkpoints")
 
 def copy_sources(folder, *others):
     """What the package is built from, and other files and folders of the repository."""
-    for name in [*DESCRIBED.package_dir.values(), *others]:
+    for name in {*DESCRIBED.package_dir.values(), *others}:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(*LEFT_OUT))
     for name in ["setup.py", "pyproject.toml", "README.md", "LICENSE", *others]:

@@ -129,3 +129,15 @@ def test_an_environment_that_is_named_keeps_its_torch_and_is_left_alone_where_no
     (clone.folder / "setup.py").touch()
     clone.make("install-dev", "VENV=.venv", online=True)
     assert clone.installed() == locked | {"torch": "2.11.0"}
+
+
+def test_the_lock_is_renewed_within_the_ranges_and_with_the_torch_that_was_asked_for(clone):
+    lock = clone.folder / "requirements.lock"
+    before = lock.read_text()
+    clone.make("lock", "TORCH=torch==2.11.0", online=True)
+    renewed = dict(line.split("==") for line in lock.read_text().splitlines() if not line.startswith("#"))
+    lock.write_text(before)
+    bounded = {"setuptools", "transformers", "datasets", "peft", "lm-eval"}
+    assert {"torch", "accelerate", "gcsfs", "trl", "openai", *bounded} <= renewed.keys()
+    expected = {name: clone.locked[name] if name in bounded else LATER for name in renewed}
+    assert renewed == expected | {"torch": "2.11.0"}

@@ -23,7 +23,7 @@ EXTRAS = {extra: [Requirement(text) for text in texts] for extra, texts in DESCR
 REQUIRED = [Requirement(text) for text in DESCRIBED.install_requires]
 LINES = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
 LOCKED = dict(line.split("==") for line in LINES)
-CODE = [path for folder in DESCRIBED.package_dir.values() for path in (ROOT / folder).rglob("*.py")]
+CODE = [path for folder in set(DESCRIBED.package_dir.values()) for path in (ROOT / folder).rglob("*.py")]
 
 
 def test_every_line_is_one_exact_version():
