@@ -14,7 +14,7 @@ from .inner_loop import NO_TARGET, UpdateRule
 from .layout import AttentionWriter, Columns, ColumnWriter, segments, split_by_learning
 from .reader import Reader, Wanted
 from .reading import inner_table, read_segment
-from .sharding import check_tensor_parallelism, check_units
+from .sharding import check_quantisation, check_tensor_parallelism, check_units
 
 logger = logging.get_logger(__name__)
 
@@ -211,6 +211,7 @@ def make_reader(model: torch.nn.Module, request: Request) -> Reader:
     differentiated = torch.is_grad_enabled() and rule.second_order and request.learning
     if request.learning:
         check_units(model)
+        check_quantisation(model)
     if differentiated:
         check_tensor_parallelism(model)
         inner_implementation = "eager" if implementation == "eager" else TWICE_DIFFERENTIABLE

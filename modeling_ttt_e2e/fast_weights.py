@@ -97,22 +97,30 @@ class FastWeights:
         )
 
 
-def linear(layer: nn.Module, x: torch.Tensor, delta: Delta | None) -> torch.Tensor:
+def linear(layer: nn.Module, x: torch.Tensor, delta: Delta | None = None) -> torch.Tensor:
     """`layer(x)` plus the row's own difference.
 
     Args:
         layer: anything that maps [B, T, in] to [B, T, out].
         x: [B, T, in].
+
+    Raises:
+        ValueError: a gradient is wanted that the layer does not pass on.
     """
-    if delta is None:
-        return layer(x)
-    if delta.whole:
+    if delta is not None and delta.whole:
         return row_products(x, delta.weights)
-    if x.shape[1] >= FOLD_FROM_TOKENS and delta.rows is None and is_plain(layer, delta.weights.dtype):
+    plain = delta is not None and delta.rows is None and x.shape[1] >= FOLD_FROM_TOKENS
+    if plain and is_plain(layer, delta.weights.dtype):
         # One product with W + dW instead of two; under autocast it is cast as W alone would be.
         return row_products(x, layer.weight + delta.weights)
     output = layer(x)
-    return output + delta.linear(x.to(output.dtype))
+    if x.requires_grad and torch.is_grad_enabled() and not output.requires_grad:
+        raise ValueError(
+            f"A {type(layer).__module__}.{type(layer).__name__} passes no gradient on, so that nothing could be learned "
+            "correctly through it: leave the suffix blocks and `lm_head` (for training all blocks) as they were, or "
+            "read with `test_time_training=False`."
+        )
+    return output if delta is None else output + delta.linear(x.to(output.dtype))
 
 
 def row_products(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

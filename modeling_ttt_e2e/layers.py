@@ -80,6 +80,13 @@ class TTTE2EMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
+        self.sizes = (config.hidden_size, intermediate_size)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """[out, in] of the three layers; quantised and wrapped ones need not tell."""
+        hidden, intermediate = self.sizes
+        return (intermediate, hidden), (intermediate, hidden), (hidden, intermediate)
 
     @property
     def projections(self) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -121,8 +128,9 @@ class TTTE2EAttention(nn.Module):
         Returns:
             The output [B, T, D], the new tokens' keys and values, and the weights [B, heads, T, H + T] (eager only).
         """
-        output, new, weights = self.mix(self.q_proj(x), self.k_proj(x), self.v_proj(x), attention, history)
-        return self.o_proj(output), new, weights
+        projected = (linear(projection, x) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        output, new, weights = self.mix(*projected, attention, history)
+        return linear(self.o_proj, output), new, weights
 
     def mix(
         self,
@@ -257,12 +265,14 @@ class TTTE2ESuffixLayer(Block):
         return x, new, weights
 
 
-def zero_fast_weights(layers: list[TTTE2ESuffixLayer], rows: int, device: torch.device) -> FastWeights:
-    """Fast weights before any inner step: one zero difference per inner matrix, shared by all rows."""
-    tensors = []
-    for layer in layers:
-        for projection in layer.inner_mlp.projections:
-            # A quantised weight has an integer dtype; its differences are float32.
-            dtype = at_least_float32(projection.weight.dtype)
-            tensors.append(torch.zeros(1, projection.out_features, projection.in_features, dtype=dtype, device=device))
-    return FastWeights(tuple(tensors), (0,) * rows)
+def zero_fast_weights(layers: list[TTTE2ESuffixLayer], inputs: torch.Tensor) -> FastWeights:
+    """Fast weights before any inner step: one zero difference per inner matrix, shared by all rows.
+
+    Args:
+        inputs: [B, T, D], what enters the inner loop. Of its device and dtype, but at least float32: weights may be
+            quantised.
+    """
+    dtype = at_least_float32(inputs.dtype)
+    shapes = [shape for layer in layers for shape in layer.inner_mlp.shapes]
+    tensors = (torch.zeros(1, *shape, dtype=dtype, device=inputs.device) for shape in shapes)
+    return FastWeights(tuple(tensors), (0,) * inputs.shape[0])

@@ -70,7 +70,7 @@ def learn_pending(reader: Reader, context: LearnedContext, segment: Segment, out
     output.inner += [(tuple(rows[row] for row in members), *values) for members, *values in own.inner]
     if len(rows) == context.rows:
         return part
-    fast = context.fast or zero_fast_weights(_suffix_layers(reader), context.rows, empty.device)
+    fast = context.fast or zero_fast_weights(_suffix_layers(reader), context.pending.inputs)
     left = tuple(0 if row in rows else count for row, count in enumerate(context.pending_counts))
     pending = replace(context.pending, counts=left) if any(left) else None
     return replace(context, fast=fast.replace(rows, part.fast.tensors), pending=pending)
@@ -117,7 +117,7 @@ def run_mini_batches(
     layers = _suffix_layers(reader)
     fast = context.fast
     if fast is None and any(any(batch.update) for batch in batches):
-        fast = zero_fast_weights(layers, context.rows, inputs.device)
+        fast = zero_fast_weights(layers, inputs)
     suffix = Suffix(
         layers=layers,
         norm=reader.model.norm,

@@ -55,6 +55,8 @@ class TTTE2EPreTrainedModel(PreTrainedModel):
     config: TTTE2EConfig
     config_class = TTTE2EConfig
     base_model_prefix = "model"
+    # Of the classes around the base model, which has its own: PEFT looks at the outermost class alone.
+    _tied_weights_keys = {"model.lm_head.weight": "model.embed_tokens.weight"}
     supports_gradient_checkpointing = True
     _no_split_modules = ["TTTE2EDecoderLayer", "TTTE2ESuffixLayer"]
     _skip_keys_device_placement = ["cache"]

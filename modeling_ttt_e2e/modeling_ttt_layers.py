@@ -197,7 +197,7 @@ class TTTLayersModel(TTTLayersPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
-            check_ids(input_ids, self.embed_tokens.num_embeddings)
+            check_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
         check_cache(cache, inputs_embeds.shape[0], self.config)
         if use_cache is None:
@@ -327,7 +327,7 @@ class TTTLayersForCausalLM(TTTLayersPreTrainedModel, BaseGenerationMixin):
         inputs = input_ids if input_ids is not None else inputs_embeds
         for name, given in (("labels", labels), ("shift_labels", shift_labels)):
             if given is not None and inputs is not None:
-                check_labels(given, inputs.shape[:2], self.lm_head.out_features, name)
+                check_labels(given, inputs.shape[:2], self.config.vocab_size, name)
         columns_read = 0 if cache is None else cache.get_seq_length()
         outputs = self.model(
             input_ids=input_ids,

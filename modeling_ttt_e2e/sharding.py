@@ -1,9 +1,12 @@
-"""Sharded weights and the inner loop: what may be split over processes, and what must be whole on each of them.
+"""Sharded and quantised weights and the inner loop: what may be split over processes, and what must stay as it is.
 
 An inner gradient passes through the suffix blocks, the final norm and the head many times within one forward pass.
 FSDP2 takes the first such pass through a unit for the end of the whole backward pass; the communication of tensor
-parallelism has no second derivative. Prefix blocks are outside the inner loop and may be sharded in any way.
+parallelism has no second derivative; the quantised layers of torch.ao have no derivative at all. Prefix blocks are
+outside the inner loop: they may be sharded and quantised in any way.
 """
+
+import sys
 
 import torch
 
@@ -48,6 +51,30 @@ def check_tensor_parallelism(model: torch.nn.Module) -> None:
                 f"`meta_gradient='second_order'` would be wrong with the tensor-parallel weight {sharded[0]!r}, whose "
                 "communication has no second derivative: use `meta_gradient='first_order'` or no tensor parallelism."
             )
+
+
+def check_quantisation(model: torch.nn.Module) -> None:
+    """Check that no layer within the inner loop of a [`TTTE2EModel`] is one of torch.ao's quantised layers.
+
+    Raises:
+        ValueError: naming a layer, and what to leave out.
+    """
+    utils = sys.modules.get("torch.ao.nn.quantized.modules.utils")
+    if utils is None:  # then nobody has made such a layer
+        return
+    inner = {id(part) for module in inner_modules(model) for part in module.modules()}
+    names = [
+        name
+        for name, part in model.named_modules()
+        if id(part) in inner and isinstance(part, utils.WeightedQuantizedModule)
+    ]
+    if names:
+        blocks = [f"layers.{index}" for index in range(model.config.num_prefix_layers, len(model.layers))]
+        raise ValueError(
+            f"{names[0]!r} (and {len(names) - 1} others) is quantised by torch.ao, which passes no gradient on, so "
+            f"that the inner loop cannot learn through it: leave {blocks} and 'lm_head' out of the quantisation, or "
+            "read with `test_time_training=False`."
+        )
 
 
 def inner_modules(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .attention import AttentionInputs, attention_mask, valid_columns
-from .fast_weights import FastWeights
+from .fast_weights import FastWeights, linear
 from .inner_loop import MiniBatch, StepOutput
 from .layers import TTTE2ESuffixLayer
 
@@ -88,7 +88,7 @@ class Suffix:
             layers=tuple(outputs) if self.want_layers else (),
             attentions=tuple(attentions) if self.want_attentions else (),
         )
-        return output, tuple(new_histories), self.head(hidden) if with_logits else None
+        return output, tuple(new_histories), linear(self.head, hidden) if with_logits else None
 
     def _mask(self, batch: MiniBatch, sliding_window: int | None, history) -> torch.Tensor | None:
         rows, tokens = batch.inputs.shape[:2]

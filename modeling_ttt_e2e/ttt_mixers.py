@@ -133,7 +133,7 @@ class TTTMixer(nn.Module):
         """See the head of this file."""
         dtype = at_least_float32(x.dtype)
         views, conv = self.views(x, call, None if state is None else state.conv)
-        before = self.initial_state(x.shape[0], dtype) if state is None else _in_dtype(state.inner, dtype)
+        before = self.initial_state(x, dtype) if state is None else _in_dtype(state.inner, dtype)
         every = None
         if call.checkpointing and torch.is_grad_enabled():
             every = self.config.inner_checkpoint_every or default_checkpoint_every(call.grid.shape[0])
@@ -178,15 +178,15 @@ class TTTMixer(nn.Module):
         norm = self.inner_norm(dtype) if self.config.ttt_layer_norm_residual else None
         return InnerLearner(norm, self.config.ttt_use_bias)
 
-    def initial_state(self, rows: int, dtype: torch.dtype) -> InnerState:
-        """The learner's state before the first token: the parameters, or zeros, the same for every row."""
+    def initial_state(self, x: torch.Tensor, dtype: torch.dtype) -> InnerState:
+        """The learner's state before the first token of x [B, T, D]: the parameters, or zeros, the same for all."""
         weights = []
         for index, (ins, outs) in enumerate(pairwise(self.inner_sizes), start=1):
             for name, width in ((f"initial_weight_{index}", ins), (f"initial_bias_{index}", 1)):
                 parameter = getattr(self, name, None)
                 if parameter is None:
-                    parameter = self.q_proj.weight.new_zeros(self.heads, width, outs)
-                weights.append(parameter.to(dtype).repeat(rows, 1, 1, 1))
+                    parameter = x.new_zeros(self.heads, width, outs)
+                weights.append(parameter.to(dtype).repeat(x.shape[0], 1, 1, 1))
         return InnerState(tuple(weights), None)
 
     def _rate(self, x: torch.Tensor, grid: MiniBatchGrid, dtype: torch.dtype) -> torch.Tensor:
