@@ -6,10 +6,13 @@ import torch
 
 # Arguments that transformers may hand to any model, with the value that asks these for what they do anyhow.
 AS_EVER = {"is_causal": True, "output_router_logits": False}
+UNPACK = (
+    "what is learned from one would leak into the next. Give each document a row of its own: set packing=False and "
+    "padding_free=False in a trainer's arguments."
+)
 PACKED = (
     "`position_ids` start again inside a row (row {row}, column {column}: {position} after {highest}): the row holds "
-    "several documents, and what is learned from one would leak into the next. Give each document a row of its own "
-    "(turn packing off)."
+    f"several documents, and {UNPACK}"
 )
 
 
@@ -85,7 +88,7 @@ def check_extra_arguments(arguments: dict, known: Collection[str] = ()) -> None:
     given = {name: value for name, value in arguments.items() if value is not None and name not in known}
     packed = [name for name in given if name.startswith(("cu_seq_lens", "max_length_", "seq_idx"))]
     if packed:
-        raise ValueError(f"{packed} describe packed documents, which cannot share a row: give each its own row.")
+        raise ValueError(f"Several documents are packed into a row ({packed} say where each begins), and {UNPACK}")
     unknown = sorted(name for name, value in given.items() if value is not AS_EVER.get(name))
     if unknown:
         raise TypeError(f"forward() does not know the arguments {unknown}: remove them.")

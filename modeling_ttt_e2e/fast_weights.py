@@ -116,8 +116,8 @@ def linear(layer: nn.Module, x: torch.Tensor, delta: Delta | None = None) -> tor
     output = layer(x)
     if x.requires_grad and torch.is_grad_enabled() and not output.requires_grad:
         raise ValueError(
-            f"A {type(layer).__module__}.{type(layer).__name__} passes no gradient on, so that nothing could be learned "
-            "correctly through it: leave the suffix blocks and `lm_head` (for training all blocks) as they were, or "
+            f"A {type(layer).__module__}.{type(layer).__name__} passes no gradient on, so that nothing can be learned "
+            "through it: leave the suffix blocks and `lm_head` (for training all blocks) as they were, or "
             "read with `test_time_training=False`."
         )
     return output if delta is None else output + delta.linear(x.to(output.dtype))

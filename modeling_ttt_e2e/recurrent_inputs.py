@@ -151,8 +151,8 @@ def check_positions(position_ids: torch.Tensor | None, attention_mask: torch.Ten
     if back.any():
         raise ValueError(
             "`position_ids` start again inside a row, so that several documents are packed into it and the recurrent "
-            "state would leak between them: give each document a row, or pass `seq_idx` and `cu_seq_lens_q` (which "
-            "needs the fused kernels)."
+            "state would leak between them: give each document a row (set packing=False and padding_free=False in a "
+            "trainer's arguments), or pass `seq_idx` and `cu_seq_lens_q` (which needs the fused kernels)."
         )
 
 

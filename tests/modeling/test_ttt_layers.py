@@ -348,7 +348,7 @@ class TestRefusals:
         positions = torch.cat([torch.arange(10), torch.arange(LENGTH - 10)])[None]
         with pytest.raises(ValueError, match="`position_ids` start again inside a row"):
             model(IDS, position_ids=positions)
-        with pytest.raises(ValueError, match="packed documents"):
+        with pytest.raises(ValueError, match="documents are packed into a row"):
             model(IDS, cu_seq_lens_q=torch.tensor([0, 5]))
 
     def test_unknown_arguments(self, model):

@@ -10,6 +10,7 @@ from trl import SFTConfig, SFTTrainer
 from ttt_e2e.training import MetaTrainer, MetaTrainingArguments
 
 from ..modeling.tiny_tokenizer import CHAT_TEMPLATE, SENTENCES, byte_level_tokenizer
+from ..modeling.ttt_layers import layers_model
 from .adapters import fill
 from .helpers import ARGUMENTS, MINI_BATCH, tiny_model
 
@@ -187,11 +188,14 @@ FEW_STEPS = {"mini_batch_size": 8}  # inner ones
 PROMPTED = [name for name in DATA if "only" in name or "completion" in name]
 
 
-def sft_trainer(folder, data: str, dtype=torch.float32, adapter=None, fields=None, **arguments) -> SFTTrainer:
+def sft_trainer(
+    folder, data: str, dtype=torch.float32, adapter=None, fields=None, model=None, **arguments
+) -> SFTTrainer:
     tokenizer = byte_level_tokenizer()
     tokenizer.chat_template = ASSISTANT_TEMPLATE if data == "assistant only" else CHAT_TEMPLATE
     row, settings = DATA[data]
-    model = tiny_model(dtype, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **(fields or {}))
+    fields = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **(fields or {})}
+    model = tiny_model(dtype, **fields) if model is None else model
     defaults = {"max_length": 256, "bf16": False, "logging_steps": 1, "warmup_steps": 0}
     return SFTTrainer(
         model=model,
@@ -279,9 +283,13 @@ def test_sft_learns_from_a_prompt_that_has_no_labels(tmp_path, data):
 
 
 @pytest.mark.parametrize("arguments", [{"packing": True}, {"padding_free": True}], ids=["packing", "padding-free"])
-def test_sft_packing_is_refused(tmp_path, arguments):
-    trainer = sft_trainer(tmp_path, "text", max_length=512 if "packing" in arguments else None, **arguments)
+@pytest.mark.parametrize("family", ["ttt_e2e", "ttt_layers"])
+def test_sft_packing_is_refused(tmp_path, arguments, family):
+    length, model = 512 if "packing" in arguments else None, None
+    if family == "ttt_layers":
+        model = layers_model("everything", torch.float32, vocab_size=len(byte_level_tokenizer()))
+    trainer = sft_trainer(tmp_path, "text", model=model, max_length=length, **arguments)
     before = parameters(trainer)
-    with pytest.raises(ValueError, match="describe packed documents, which cannot share a row: give each its own row"):
+    with pytest.raises(ValueError, match=r"documents.*Give each document a row of its own: set packing=False"):
         trainer.train()
     assert all(torch.equal(value, before[name]) for name, value in parameters(trainer).items())
