@@ -65,7 +65,12 @@ class Clone:
 
     def make(self, *arguments, online):
         """What make printed, with the index of this test or without any."""
-        places = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_INDEX_URL": "http://127.0.0.1:9/"}
+        places = {
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_NO_INDEX": "1",
+            "PIP_INDEX_URL": "http://127.0.0.1:9/",
+            "PIP_NO_COMPILE": "1",
+        }
         others = ("PIP_", "MAKE", "VENV", "TORCH")
         variables = {name: value for name, value in os.environ.items() if not name.startswith(others)}
         variables |= places | ({"PIP_FIND_LINKS": str(self.index)} if online else {})
