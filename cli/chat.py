@@ -14,6 +14,7 @@ from .contexts import (
     LearnFromOption,
     ModelOption,
     SeedOption,
+    SplitOption,
     TemperatureOption,
     TopPOption,
     say_loading,
@@ -41,6 +42,7 @@ def chat(
     top_p: TopPOption = 0.95,
     seed: SeedOption = None,
     learn_from: LearnFromOption = "context",
+    split_special_tokens: SplitOption = True,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
 ) -> None:
@@ -58,7 +60,7 @@ def chat(
 
     try:
         arguments = writing_arguments(temperature, top_p, learn_from)
-        text_model = load_text_model(model, dtype=dtype, device=device)
+        text_model = load_text_model(model, dtype=dtype, device=device, split_special_tokens=split_special_tokens)
         start = None if context is None else open_context(context, text_model.model)
         conversation = Conversation(text_model, start, max_new_tokens=max_new_tokens, **arguments)
     except (ValueError, OSError) as error:

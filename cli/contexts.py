@@ -22,6 +22,15 @@ TopPOption = Annotated[float, typer.Option(help="Sample among the likeliest toke
 SeedOption = Annotated[int | None, typer.Option(help="Of sampling: the same seed writes the same text.")]
 
 
+SplitOption = Annotated[
+    bool,
+    typer.Option(
+        "--split-special-tokens/--no-split-special-tokens",
+        help="Read special tokens that a text spells out, as <|end|>, as these letters, or as the tokens.",
+    ),
+]
+
+
 def say_loading(model: str) -> None:
     """Said before torch is imported, which alone takes seconds; on the standard error, so that it is no output."""
     typer.echo(f"Loading {model} ...", err=True)
@@ -40,6 +49,7 @@ def read(
     context: Annotated[
         Path | None, typer.Option(help="A learned context to read on from; it stays as it is.", file_okay=False)
     ] = None,
+    split_special_tokens: SplitOption = True,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
 ) -> None:
@@ -71,7 +81,7 @@ def read(
         texts = [(document_name(path), document_text(path)) for path in documents]
         text_model = load_text_model(model, dtype=dtype, device=device)
         start = StoredContext.new(text_model.model) if context is None else open_context(context, text_model.model)
-        tokens = [(name, text_tokens(text, text_model.tokenizer, begin=True)) for name, text in texts]
+        tokens = [(name, text_tokens(text, text_model.tokenizer, True, split_special_tokens)) for name, text in texts]
         check_room(output, text_model.model, start.tokens + sum(len(ids) for _, ids in tokens))
         started = time.perf_counter()
         learned = read_documents(text_model, start, tokens)
@@ -106,6 +116,7 @@ def generate(
     top_p: TopPOption = 0.95,
     seed: SeedOption = None,
     learn_from: LearnFromOption = "context",
+    split_special_tokens: SplitOption = True,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
 ) -> None:
@@ -141,7 +152,7 @@ def generate(
             check_output(save_context, resume=False)
         text_model = load_text_model(model, dtype=dtype, device=device)
         start = StoredContext.new(text_model.model) if context is None else open_context(context, text_model.model)
-        ids = text_tokens(text, text_model.tokenizer, begin=start.tokens == 0).tolist()
+        ids = text_tokens(text, text_model.tokenizer, start.tokens == 0, split_special_tokens).tolist()
         if save_context is not None:
             check_room(save_context, text_model.model, start.tokens + len(ids) + max_new_tokens)
         if seed is not None:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from .contexts import SplitOption
 from .errors import refuse
 from .train import DEFAULT_CACHE
 
@@ -57,6 +58,7 @@ def measure(
     dtype: Annotated[str, typer.Option(help="Of the weights: auto (as saved), float32, bfloat16, float16.")] = "auto",
     split: Annotated[str, typer.Option(help="Of a data set.")] = "train",
     text_column: Annotated[str, typer.Option(help="Of the records of --data.")] = "text",
+    split_special_tokens: SplitOption = True,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Override a setting of the task, as new_tokens=64."),
@@ -86,6 +88,7 @@ def measure(
             dtype=dtype,
             text_column=text_column,
             split=split,
+            split_special_tokens=split_special_tokens,
             settings=overrides or (),
         )
         evaluation = prepare_evaluation(request)

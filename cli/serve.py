@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .contexts import DeviceOption, DtypeOption, ModelOption, say_loading
+from .contexts import DeviceOption, DtypeOption, ModelOption, SplitOption, say_loading
 from .errors import refuse
 
 MEBIBYTE = 2**20
@@ -24,6 +24,7 @@ def serve(
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
     largest_request: Annotated[int, typer.Option(metavar="MIB", help="Longer requests are refused.", min=1)] = 4,
     contexts_in_memory: Annotated[int, typer.Option(help="The last used ones stay loaded.", min=1)] = 4,
+    split_special_tokens: SplitOption = True,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
 ) -> None:
@@ -49,7 +50,7 @@ def serve(
 
     try:
         with bound_socket(host, port) as listening:
-            text_model = load_text_model(model, dtype=dtype, device=device)
+            text_model = load_text_model(model, dtype=dtype, device=device, split_special_tokens=split_special_tokens)
             named = ContextFolder(contexts, text_model.model, kept=contexts_in_memory)
             name = name or default_label(str(Path(model).resolve()) if Path(model).is_dir() else model, None)
             app = server_module.build_app(name, text_model, named, largest_request * MEBIBYTE)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from .contexts import SplitOption
 from .errors import refuse
 from .train import DEFAULT_CACHE
 
@@ -111,6 +112,7 @@ def tune_inner_lr(
     dtype: Annotated[str, typer.Option(help="Of the weights: auto (as saved), float32, bfloat16, float16.")] = "auto",
     split: Annotated[str, typer.Option(help="Of a data set.")] = "train",
     text_column: Annotated[str, typer.Option(help="Of the records of --data.")] = "text",
+    split_special_tokens: SplitOption = True,
     cache: Annotated[Path, typer.Option(help="Where prepared data is kept.", file_okay=False)] = DEFAULT_CACHE,
 ) -> None:
     """Choose a model's inner learning rate by measurement: its loss on your text, for a grid of them.
@@ -139,6 +141,7 @@ def tune_inner_lr(
             dtype=dtype,
             text_column=text_column,
             split=split,
+            split_special_tokens=split_special_tokens,
             write=write,
         )
         sweep = prepare_sweep(request)

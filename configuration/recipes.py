@@ -55,6 +55,8 @@ class DataRecipe:
         one_document_per_row: a row never holds parts of two documents; otherwise they are laid end to end and cut.
         streaming: read the documents while training instead of preparing all of them first.
         text_column: the column with the documents.
+        split_special_tokens: a document that spells out a special token, such as `<|end|>`, means these letters; false
+            reads it as that token.
         split: the part of a data set of the Hub that is used.
         configuration: its configuration, where it has several.
         validation_split: the part of a data set of the Hub that is named as validation data.
@@ -68,6 +70,7 @@ class DataRecipe:
     one_document_per_row: bool = False
     streaming: bool = False
     text_column: str = "text"
+    split_special_tokens: bool = True
     split: str = "train"
     configuration: str | None = None
     validation_split: str = "train"

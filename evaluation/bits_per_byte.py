@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from tqdm.auto import tqdm
 
+from ..training.tokenizer import encode_texts
 from .subject import Subject, token_losses
 
 
@@ -36,7 +37,7 @@ def bits_per_byte(subject: Subject, texts: Sequence[str], length: int) -> dict[s
     parts = [first_bytes(text, length) for text in texts]
     bits, sizes, tokens = [], [], 0
     for part in tqdm(parts, desc=subject.label, unit=" documents"):
-        ids = subject.tokenizer(part, add_special_tokens=False, verbose=False).input_ids
+        [ids] = encode_texts([part], subject.tokenizer, subject.split_special_tokens)
         losses = token_losses(subject, torch.tensor([[start, *ids]]))
         bits.append(losses.double().sum().item() / math.log(2))
         sizes.append(len(part.encode()))

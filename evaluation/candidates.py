@@ -41,11 +41,11 @@ class Candidate:
         return digest([weights, tokenizer, split_spec(self.spec)[1]])
 
 
-def load_candidate(candidate: Candidate, dtype: str) -> Subject:
+def load_candidate(candidate: Candidate, dtype: str, split_special_tokens: bool = True) -> Subject:
     """The model itself; the weights of a preset are random, but always the same."""
     set_seed(SEED)
     subject = load_subject(candidate.spec, candidate.label, dtype=DTYPES[dtype])
-    return dataclasses.replace(subject, tokenizer=candidate.tokenizer)
+    return dataclasses.replace(subject, tokenizer=candidate.tokenizer, split_special_tokens=split_special_tokens)
 
 
 def find_candidates(models: Sequence[str], tokenizer: str | None, task: Task) -> list[Candidate]:

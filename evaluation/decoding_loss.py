@@ -94,7 +94,8 @@ def text_losses(subject: Subject, judge: Subject, ids: torch.Tensor, length: int
         Nats, float64 [tokens - length]: each loss stands where, in the written characters, the judge's token begins.
     """
     given, text = (subject.tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:length], ids))
-    encoded = judge.tokenizer(text, return_offsets_mapping=True, verbose=False)
+    how = {"split_special_tokens": judge.split_special_tokens, "verbose": False}
+    encoded = judge.tokenizer(text, return_offsets_mapping=True, **how)
     losses = token_losses(judge, torch.tensor([encoded.input_ids]))[0].double()
     starts = torch.tensor([start for start, _ in encoded.offset_mapping[1:]]) - len(given)
     new_tokens, characters = len(ids) - length, max(1, len(text) - len(given))

@@ -53,6 +53,7 @@ class SweepRequest:
         documents: how many of those that are long enough; batch_size: read side by side.
         tokenizer: a folder or an id of the Hub, for a model that has none of its own.
         dtype: of the weights; "auto" is the one they were saved in.
+        split_special_tokens: as in `encode_texts`.
         write: write the best into the model's config.json.
     """
 
@@ -69,6 +70,7 @@ class SweepRequest:
     dtype: str = "auto"
     text_column: str = "text"
     split: str = "train"
+    split_special_tokens: bool = True
     write: bool = False
 
 
@@ -170,6 +172,7 @@ def prepare_sweep(request: SweepRequest) -> Sweep:
         dtype=request.dtype,
         text_column=request.text_column,
         split=request.split,
+        split_special_tokens=request.split_special_tokens,
     )
     check_numbers(evaluation, SWEEP)
     results = open_results(request.output, SWEEP)

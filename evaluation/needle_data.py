@@ -12,7 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import yaml
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*$")
 
@@ -77,6 +77,7 @@ def needle_prompts(
     depth: float | None = None,
     distractors: int = 9,
     answer_tokens: int = 128,
+    split_special_tokens: bool = True,
 ) -> list[NeedlePrompt]:
     """Prompts that fill `length` tokens as far as whole words (task 1: whole sentences) do.
 
@@ -92,6 +93,7 @@ def needle_prompts(
         depth: of the needle, 0 to 1; None spreads the samples evenly over the haystack.
         distractors: wrong values beside the right one.
         answer_tokens: room for the answer.
+        split_special_tokens: as in `encode_texts`, for the haystack.
 
     Raises:
         ValueError: an argument out of its range, or a length that has no room for question and answer.
@@ -99,6 +101,7 @@ def needle_prompts(
     settings = needle_settings()
     _check(task, length, samples, haystack, depth, distractors, answer_tokens)
     kind, hay = settings["tasks"][task]["kind"], _task_haystack(task, haystack)
+    encode = partial(tokenizer, split_special_tokens=split_special_tokens, verbose=False)
     depths = [depth if depth is not None else (index + 0.5) / samples for index in range(samples)]
     prompts = []
     for index, place in enumerate(depths):
@@ -111,8 +114,8 @@ def needle_prompts(
             part.format(kind=kind, key=key) for part in (settings["prompt"] + settings["answer"]).split("{context}")
         )
         text = partial(_text, hay, before, needle, after, generator.randrange(len(hay.units)), place)
-        fitting = text(_largest_count(partial(_count_tokens, tokenizer, text), length, answer_tokens))
-        prompts.append(NeedlePrompt(fitting, tokenizer(fitting, verbose=False).input_ids, after, values, place))
+        fitting = text(_largest_count(partial(_count_tokens, encode, text), length, answer_tokens))
+        prompts.append(NeedlePrompt(fitting, encode(fitting).input_ids, after, values, place))
     return prompts
 
 
@@ -167,8 +170,8 @@ def _text(hay: Haystack, before: str, needle: str, after: str, first: int, depth
     return before + hay.with_needle(needle, first, count, depth) + after
 
 
-def _count_tokens(tokenizer: PreTrainedTokenizerBase, text: Callable[[int], str], count: int) -> int:
-    return len(tokenizer(text(count), verbose=False).input_ids)
+def _count_tokens(encode: Callable[[str], BatchEncoding], text: Callable[[int], str], count: int) -> int:
+    return len(encode(text(count)).input_ids)
 
 
 def _different_values(kind: str, count: int, generator: random.Random) -> list[str]:

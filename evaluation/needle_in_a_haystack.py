@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
+from ..training.tokenizer import encode_texts
 from .needle_data import NeedlePrompt, needle_prompts
 from .subject import Subject, check_positions, token_losses
 
@@ -71,6 +72,7 @@ def needle_in_a_haystack(
         depth=depth,
         distractors=distractors,
         answer_tokens=answer_tokens,
+        split_special_tokens=subject.split_special_tokens,
     )
     progress = tqdm(total=2 * samples, desc=f"{subject.label}, needle {task}, {length:,} tokens", unit=" readings")
     with progress:
@@ -129,7 +131,8 @@ def value_losses(subject: Subject, prompt: NeedlePrompt) -> list[float]:
     memory = getattr(memory, "cache", None)
     losses = []
     for value in prompt.values:
-        tokens = torch.tensor([continuation_ids(subject.tokenizer, prompt.question, f" {value}")], device=device)
+        value_ids = continuation_ids(subject.tokenizer, prompt.question, f" {value}")
+        tokens = torch.tensor([value_ids], device=device)
         if memory is None:
             nll = token_losses(subject, torch.cat([ids, tokens], dim=1))[:, -tokens.shape[1] :].sum()
         else:
@@ -143,8 +146,8 @@ def value_losses(subject: Subject, prompt: NeedlePrompt) -> list[float]:
 
 def continuation_ids(tokenizer, before: str, after: str) -> list[int]:
     """Tokens of `after` where it follows `before`; only the end of a long text needs to be given as `before`."""
-    start = len(tokenizer(before, add_special_tokens=False).input_ids)
-    return tokenizer(before + after, add_special_tokens=False).input_ids[start:]
+    start, whole = encode_texts([before, before + after], tokenizer)
+    return whole[len(start) :]
 
 
 def _by_depth(depths: Sequence[float], scores: dict[str, list[float]]) -> dict[str, list[float]]:

@@ -51,6 +51,7 @@ class EvaluationRequest:
         judge: scores what the models write; as a model.
         tokenizer: a folder or an id of the Hub, for models that have none of their own.
         dtype: of the weights; "auto" is the one they were saved in.
+        split_special_tokens: as in `encode_texts`.
         settings: of the task, each "FIELD=VALUE".
     """
 
@@ -68,6 +69,7 @@ class EvaluationRequest:
     dtype: str = "auto"
     text_column: str = "text"
     split: str = "train"
+    split_special_tokens: bool = True
     settings: Sequence[str] = ()
 
 
@@ -108,6 +110,8 @@ def prepare_evaluation(request: EvaluationRequest) -> Evaluation:
     check_baseline(request, candidates, results)
     data, data_digest = read_data(request, task, candidates)
     recorded = dataclasses.asdict(settings) | {"dtype": request.dtype}
+    if not request.split_special_tokens:
+        recorded["split_special_tokens"] = False
     if judge is not None:
         recorded["judge"] = judge.digest()
     digests = {candidate.label: candidate.digest() for candidate in candidates}
@@ -129,9 +133,10 @@ def measure_missing(evaluation: Evaluation) -> int:
     data = evaluation.data
     with evaluation.results, tqdm(total=total, initial=total - count, desc=request.task, unit=" points") as progress:
         if evaluation.judge is not None:
-            data = dataclasses.replace(data, judge=load_candidate(evaluation.judge, request.dtype))
+            judge = load_candidate(evaluation.judge, request.dtype, request.split_special_tokens)
+            data = dataclasses.replace(data, judge=judge)
         for candidate, lengths in missing:
-            subject = load_candidate(candidate, request.dtype)
+            subject = load_candidate(candidate, request.dtype, request.split_special_tokens)
             for length in lengths:
                 evaluation.results.append(measure_point(evaluation, candidate, subject, data, length))
                 progress.update()
@@ -281,7 +286,8 @@ def read_texts(request: EvaluationRequest) -> list[str]:
 def read_documents(request: EvaluationRequest, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """The beginnings of the first documents that are as long as the longest length, int64 [documents, length]."""
     texts = requested_documents(request)
-    store, longest = tokenize_documents(texts, tokenizer, request.cache), max(request.lengths)
+    store = tokenize_documents(texts, tokenizer, request.cache, request.split_special_tokens)
+    longest = max(request.lengths)
     available = int(store.lengths().max())
     if longest > available:
         raise ValueError(

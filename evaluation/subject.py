@@ -26,12 +26,14 @@ class Subject:
         model: any causal language model of transformers; it is set to evaluation mode.
         tokenizer: or None.
         arguments: passed to the model's forward, for example `{"test_time_training": False}`.
+        split_special_tokens: special tokens that a text spells out, such as `<|end|>`, are read as these letters.
     """
 
     label: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None = None
     arguments: dict = field(default_factory=dict)
+    split_special_tokens: bool = True
 
     def __post_init__(self):
         self.model.eval()

@@ -8,6 +8,13 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+# What `apply_chat_template(..., sanitize_control_tokens=True)` does, which has no place for a part of a conversation.
+from transformers.utils.chat_template_utils import (
+    _get_control_token_patterns,
+    encode_marked_chat,
+    mark_control_tokens,
+)
+
 from .contexts import ReadDocument, StoredContext, write_context
 from .models import TextModel
 from .writing import write
@@ -44,6 +51,10 @@ class Turns:
 
     A turn depends on its message and on how the answer before it ended, on nothing else.
 
+    Args:
+        split_special_tokens: a message that spells out a special token, such as `<|end|>`, means these letters, and
+            only the template writes special tokens; False reads it as that token.
+
     Attributes:
         is_plain: the tokenizer has no chat template.
 
@@ -51,8 +62,8 @@ class Turns:
         ValueError: the template cannot say what stands between an answer and the next message.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool = True):
+        self.tokenizer, self.split_special_tokens = tokenizer, split_special_tokens
         self.is_plain = tokenizer.chat_template is None
         self.template = PLAIN_TEMPLATE if self.is_plain else None
         self.first(QUESTION, begin=True), self.following(QUESTION, "")
@@ -76,7 +87,12 @@ class Turns:
         return self._ids(text[written:])
 
     def _render(self, messages: list[dict]) -> str:
+        """The text of messages, in which special tokens that stand in a message are marked."""
         try:
+            if self.split_special_tokens:
+                template = self.tokenizer.get_chat_template(self.template)
+                pattern, _ = _get_control_token_patterns(self.tokenizer._get_control_tokens(template))
+                messages = mark_control_tokens(messages, pattern)
             return self.tokenizer.apply_chat_template(
                 messages, chat_template=self.template, add_generation_prompt=True, tokenize=False
             )
@@ -86,6 +102,8 @@ class Turns:
             ) from error
 
     def _ids(self, text: str) -> list[int]:
+        if self.split_special_tokens:
+            return encode_marked_chat(self.tokenizer, text)
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -104,7 +122,7 @@ class Conversation:
 
     def __init__(self, text_model: TextModel, start: StoredContext | None = None, **arguments):
         self.text_model = text_model
-        self.turns = Turns(text_model.tokenizer)
+        self.turns = Turns(text_model.tokenizer, text_model.split_special_tokens)
         self.start = start if start is not None else StoredContext.new(text_model.model)
         self.context = self.start
         self.arguments = arguments

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.reading import read_tokens
-from ..training.tokenizer import separator_id
+from ..training.tokenizer import encode_texts, separator_id
 from .contexts import ReadDocument, StoredContext
 from .models import TextModel
 
@@ -55,19 +55,22 @@ def _decoded(data: bytes, path: Path) -> str:
     return text
 
 
-def text_tokens(text: str, tokenizer: PreTrainedTokenizerBase, begin: bool) -> torch.Tensor:
+def text_tokens(
+    text: str, tokenizer: PreTrainedTokenizerBase, begin: bool, split_special_tokens: bool = True
+) -> torch.Tensor:
     """The ids of a text, int64 [tokens].
 
     Args:
         text: one of more than a million characters is tokenized piece by piece, cut at line ends.
         begin: put the token first that stands before every document in training.
+        split_special_tokens: as in `encode_texts`.
 
     Raises:
         ValueError: `begin`, and the tokenizer has no such token.
     """
     ids = [torch.tensor([separator_id(tokenizer)])] if begin else []
     for piece in _pieces(text):
-        found = tokenizer(piece, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        [found] = encode_texts([piece], tokenizer, split_special_tokens)
         ids.append(torch.tensor(found, dtype=torch.long))
     return torch.cat(ids) if ids else torch.empty(0, dtype=torch.long)
 

@@ -7,6 +7,8 @@ changes what another one gets.
 """
 
 import asyncio
+import copy
+import dataclasses
 import json
 import threading
 from collections.abc import Callable
@@ -210,7 +212,9 @@ class Endpoint:
         start = None if name is None else await asyncio.to_thread(self._open, name)
         is_plain_chat = self.fields is ChatFields and chat_template is None
         generation = RequestGeneration(self.thread, request, start, is_plain_chat)
-        template = {"chat_template": PLAIN_TEMPLATE} if is_plain_chat else None
+        template = {"sanitize_control_tokens": self.manager.text_model.split_special_tokens}
+        if is_plain_chat:
+            template["chat_template"] = PLAIN_TEMPLATE
         handler = self.handler(self.manager, RequestState(generation), template)
         left_out = {"context", "learn_from", "seed"}
         body = {field: value for field, value in body.items() if field not in left_out} | {"model": self.manager.name}
@@ -292,10 +296,14 @@ def build_app(name: str, text_model: TextModel, contexts: ContextFolder, largest
     if not text_model.tokenizer.is_fast:
         raise ValueError("The tokenizer has no tokenizer.json, which streaming needs; save a fast one with the model")
     manager, thread = OneModel(name, text_model, contexts), InferenceThread()
+    # A tokenizer of its own: set on that of chats, it would split the special tokens of their template as well.
+    text_tokenizer = copy.deepcopy(text_model.tokenizer)
+    text_tokenizer.split_special_tokens = text_model.split_special_tokens
+    text_manager = OneModel(name, dataclasses.replace(text_model, tokenizer=text_tokenizer), contexts)
     app = build_server(
         model_manager=manager,
         chat_handler=Endpoint(manager, thread, ChatCompletionHandler, ChatFields),
-        completion_handler=Endpoint(manager, thread, CompletionHandler, CompletionFields),
+        completion_handler=Endpoint(text_manager, thread, CompletionHandler, CompletionFields),
         response_handler=None,
         transcription_handler=None,
         systemone_handler=None,

@@ -90,13 +90,21 @@ class PackedStream(IterableDataset):
         documents: column `text`.
         tokenizer: its own begin and end tokens are not added.
         sequence_length: a row has one token more.
+        split_special_tokens: as in `encode_texts`.
 
     Raises:
         ValueError: at the end of the documents, where they have fewer tokens than one row.
     """
 
-    def __init__(self, documents: DocumentStream, tokenizer: PreTrainedTokenizerBase, sequence_length: int):
+    def __init__(
+        self,
+        documents: DocumentStream,
+        tokenizer: PreTrainedTokenizerBase,
+        sequence_length: int,
+        split_special_tokens: bool = True,
+    ):
         _check_sequence_length(sequence_length)
+        self.split_special_tokens = split_special_tokens
         self.documents, self.tokenizer, self.row_length = documents, tokenizer, sequence_length + 1
         self.separator_id = separator_id(tokenizer)
 
@@ -114,7 +122,7 @@ class PackedStream(IterableDataset):
     def _one_pass(self) -> Iterator[dict[str, torch.Tensor]]:
         tokens, rest = 0, np.empty(0, dtype=np.int64)
         for texts in text_batches(self.documents):
-            encoded = encode_documents(texts, self.tokenizer)
+            encoded = encode_documents(texts, self.tokenizer, self.split_special_tokens)
             rest = np.concatenate([rest, *(np.array(ids, dtype=np.int64) for ids in encoded)])
             tokens += sum(map(len, encoded))
             end = len(rest) - len(rest) % self.row_length

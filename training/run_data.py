@@ -97,14 +97,15 @@ def prepare_data(request: DataRequest, check_tokenizer: Callable[[PreTrainedToke
         tokenizer = trained_tokenizer(documents, request.vocabulary_size, request.cache)
     identity = {"tokenizer": tokenizer_digest(tokenizer)}
     if recipe.streaming:
-        rows, identity["data"] = PackedStream(documents, tokenizer, recipe.sequence_length), source_state(request.data)
+        rows = PackedStream(documents, tokenizer, recipe.sequence_length, recipe.split_special_tokens)
+        identity["data"] = source_state(request.data)
         next(iter(rows))  # too few tokens are noticed here
     else:
-        store = tokenize_documents(documents, tokenizer, request.cache)
+        store = tokenize_documents(documents, tokenizer, request.cache, recipe.split_special_tokens)
         rows, identity["data"] = _rows(store, recipe), store.folder.name
     validation = None
     if held_out is not None:
-        store = tokenize_documents(held_out, tokenizer, request.cache)
+        store = tokenize_documents(held_out, tokenizer, request.cache, recipe.split_special_tokens)
         validation, identity["validation"] = _some(_rows(store, recipe), recipe.validation_rows), store.folder.name
     return TrainingData(rows, validation, tokenizer, identity)
 

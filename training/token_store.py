@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Self
 
@@ -101,15 +101,16 @@ class ArrayFile:
         np.lib.format.write_array_header_1_0(self.file, header)
 
 
-def tokenize_documents(documents: Dataset, tokenizer: PreTrainedTokenizerBase, cache_folder: Path) -> TokenStore:
+def tokenize_documents(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, cache_folder: Path, split_special_tokens: bool = True
+) -> TokenStore:
     """Encode every document with the separator before it, or take what was written for the same texts before.
-
-    A special token that is spelled out in a text is encoded as that token, as the tokenizer does it by itself.
 
     Args:
         documents: column `text`; `path` becomes the names.
         tokenizer: its own begin and end tokens are not added.
-        cache_folder: the store is a folder below it, named by the hash of all texts, names and the tokenizer.
+        cache_folder: the store is a folder below it, named by the hash of all texts, names, the tokenizer and its use.
+        split_special_tokens: as in `encode_texts`.
 
     Raises:
         ValueError: there are no documents, or the tokenizer has no token for the separator.
@@ -126,6 +127,7 @@ def tokenize_documents(documents: Dataset, tokenizer: PreTrainedTokenizerBase, c
         "names": hashlib.sha256(json.dumps(names).encode()).hexdigest(),
         "tokenizer": tokenizer_digest(tokenizer),
         "separator_id": separator,
+        "split_special_tokens": split_special_tokens,
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     folder = Path(cache_folder) / "tokens" / key
@@ -135,21 +137,24 @@ def tokenize_documents(documents: Dataset, tokenizer: PreTrainedTokenizerBase, c
         check_disk_space(part, _expected_bytes(totals, np.dtype(dtype).itemsize), "a copy of the tokens")
         if names is not None:
             (part / NAMES).write_text(json.dumps(names), encoding="utf-8")
-        tokens = _write_tokens(documents, tokenizer, part, dtype)
+        encode = partial(encode_documents, tokenizer=tokenizer, split_special_tokens=split_special_tokens)
+        tokens = _write_tokens(documents, encode, part, dtype)
         return settings | {"key": key, "tokens": tokens, "documents": totals.documents}
 
     cached_folder(folder, MANIFEST, build)
     return TokenStore(folder)
 
 
-def _write_tokens(documents: Dataset, tokenizer: PreTrainedTokenizerBase, part: Path, dtype: type[np.integer]) -> int:
+def _write_tokens(
+    documents: Dataset, encode: Callable[[list[str]], list[list[int]]], part: Path, dtype: type[np.integer]
+) -> int:
     with (
         ArrayFile(part / TOKENS, dtype) as tokens,
         ArrayFile(part / STARTS, np.int64) as starts,
         tqdm(total=len(documents), desc="Tokenizing", unit=" documents", unit_scale=True) as progress,
     ):
         for texts in text_batches(documents):
-            for ids in encode_documents(texts, tokenizer):
+            for ids in encode(texts):
                 starts.append([tokens.length])
                 tokens.append(ids)
             progress.update(len(texts))

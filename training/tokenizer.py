@@ -118,11 +118,63 @@ def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
     )
 
 
-def encode_documents(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The token ids of every document: the separator, then its text, and nothing at its end."""
+def encode_documents(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool = True
+) -> list[list[int]]:
+    """The token ids of every document: the separator, then its text as of `encode_texts`, and nothing at its end."""
     separator = separator_id(tokenizer)
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return [[separator, *ids] for ids in encoded]
+    return [[separator, *ids] for ids in encode_texts(texts, tokenizer, split_special_tokens)]
+
+
+def encode_texts(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool = True
+) -> list[list[int]]:
+    """The token ids of texts, without what the tokenizer puts around a text.
+
+    Args:
+        split_special_tokens: a text that spells out a special token, such as `<|end|>`, means these letters; False
+            encodes them as that token.
+
+    Raises:
+        ValueError: they are to be split, and the tokenizer, which is not a fast one, cannot do that.
+    """
+    arguments = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    encoded = tokenizer(texts, split_special_tokens=split_special_tokens, **arguments)["input_ids"]
+    special = special_ids(tokenizer) if split_special_tokens else set()
+    if special.isdisjoint(chain.from_iterable(encoded)):
+        return encoded
+    # A tokenizer whose vocabulary of words or pieces has the special tokens among the others finds them there as well.
+    if not tokenizer.is_fast:
+        raise ValueError(
+            "split_special_tokens=True: this tokenizer finds special tokens in plain text, and only of a fast one "
+            "(with a tokenizer.json) can they be taken away; set it to False, or use a fast tokenizer"
+        )
+    return [found.ids for found in _without_special_tokens(tokenizer).encode_batch(texts, add_special_tokens=False)]
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids of all special tokens but the one for what is unknown."""
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added - {tokenizer.unk_token_id}
+
+
+def _without_special_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """The same vocabulary under the same ids, in which no text is a special token."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    special = {tokenizer.convert_ids_to_tokens(index) for index in special_ids(tokenizer)}
+    special.discard(state["model"].get("unk_token"))
+
+    def hidden(name: str) -> str:
+        return f"\0{name}" if name in special else name
+
+    words = state["model"]["vocab"]  # {word: id}, or of a unigram model [[piece, score]]
+    if isinstance(words, dict):
+        state["model"]["vocab"] = {hidden(word): index for word, index in words.items()}
+    else:
+        state["model"]["vocab"] = [[hidden(piece), score] for piece, score in words]
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in special]
+    state |= {"post_processor": None, "truncation": None, "padding": None}
+    return Tokenizer.from_str(json.dumps(state))
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

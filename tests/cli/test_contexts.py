@@ -117,6 +117,22 @@ def test_a_document_from_a_pipe(place, tmp_path, pipe):
     assert all(tensors[0][name].equal(tensors[1][name]) for name in tensors[0])
 
 
+def test_special_tokens_that_a_document_spells_out(place, text_model, tmp_path):
+    (tmp_path / "tags.txt").write_text("the mill<end>")
+    counts = []
+    for option in ("--split-special-tokens", "--no-split-special-tokens"):
+        folder = tmp_path / option
+        assert run(place, "read", "--document", tmp_path / "tags.txt", "--output", folder, option).exit_code == 0
+        counts.append(json.loads((folder / "documents.json").read_text())["tokens"])
+    whole = len(text_model.tokenizer("the mill<end>").input_ids)
+    assert counts == [len(text_tokens("the mill<end>", text_model.tokenizer, begin=True)), whole] and counts[0] > whole
+    options = ("generate", "--prompt", "the mill<end>", "--max-new-tokens", 12, "--temperature", 0)
+    texts = [run(place, *options, option).stdout for option in ("--split-special-tokens", "--no-split-special-tokens")]
+    ids = [text_tokens("the mill<end>", text_model.tokenizer, True, split).tolist() for split in (True, False)]
+    expected = [text_model.tokenizer.decode(alone(text_model, one), skip_special_tokens=True) for one in ids]
+    assert texts == [f"{text}\n" for text in expected]
+
+
 @pytest.mark.parametrize("command", ["read", "generate", "chat", "serve"])
 def test_what_is_loaded_is_said_before_anything_is_imported(place, tmp_path, monkeypatch, command):
     for name in ("ttt_e2e.serving", "transformers", "uvicorn"):

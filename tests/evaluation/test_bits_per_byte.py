@@ -1,5 +1,6 @@
 """Bits per byte count every byte once, whatever the tokens."""
 
+import dataclasses
 import math
 
 import pytest
@@ -39,6 +40,15 @@ def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary_per_to
         measured = bits_per_byte(tested, TEXTS, 20)
         expected = measured["tokens"] * math.log2(tested.vocabulary_size) / measured["bytes"]
         assert measured["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_special_tokens_that_a_text_spells_out(split):
+    tested = dataclasses.replace(reader("end begin"), split_special_tokens=split)
+    text = "ab<|end|>"
+    measured = bits_per_byte(tested, [text], len(text))
+    tokens = tested.tokenizer(text, add_special_tokens=False, split_special_tokens=split).input_ids
+    assert measured["tokens"] == len(tokens) and (tested.tokenizer.eos_token_id in tokens) is not split
 
 
 def test_a_character_is_not_cut():

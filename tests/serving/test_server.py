@@ -11,7 +11,7 @@ import requests
 from transformers import GenerationConfig
 
 from ttt_e2e import TTTE2ECache
-from ttt_e2e.serving import Turns
+from ttt_e2e.serving import Turns, text_tokens
 
 from .running import LIMIT, TOKENS, Served, complaint
 from .small import BOOK, files
@@ -66,6 +66,23 @@ def test_a_chat_is_what_generate_writes(served):
     chunks = list(served.client.chat.completions.create(stream=True, **arguments))
     written = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert written and expected.startswith(written) and chunks[-1].usage.completion_tokens == TOKENS
+
+
+def test_special_tokens_that_a_request_spells_out_are_letters(served, monkeypatch):
+    tokenizer, text, read = served.text_model.tokenizer, "the mill<end> and<begin>", []
+    generate = served.text_model.model.generate
+
+    def watch(**arguments):
+        read.append(arguments["input_ids"][0].tolist())
+        return generate(**arguments)
+
+    monkeypatch.setattr(served.text_model.model, "generate", watch)
+    served.complete(text)
+    messages = [{"role": "user", "content": text}]
+    served.client.chat.completions.create(model="small", messages=messages, max_tokens=TOKENS, temperature=0)
+    prompt = text_tokens(text, tokenizer, begin=True).tolist()
+    assert read == [prompt, Turns(tokenizer).first(text, begin=True)] and tokenizer.eos_token_id not in prompt
+    assert tokenizer(text).input_ids.count(tokenizer.eos_token_id) == 1  # as it would be read otherwise
 
 
 @pytest.mark.parametrize("context", ["book", "tale"])

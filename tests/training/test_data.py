@@ -19,6 +19,8 @@ from ttt_e2e.training import (
     longest_reading,
     separator_id,
     texts,
+    tokenize_documents,
+    train_tokenizer,
 )
 
 from .letters import letters_tokenizer, store_of
@@ -125,6 +127,17 @@ def test_stream_gives_the_same_rows_again_and_again(store, monkeypatch, sequence
     for _ in range(2):
         # After the last document it begins anew.
         assert as_lists(islice(stream, 2 * len(expected))) == 2 * expected
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_a_stream_reads_special_tokens_as_a_store_does(tmp_path, split):
+    trained = train_tokenizer(["end begin"], 260)
+    documents = Dataset.from_dict({"text": ["a<|end|>b", "<|begin|>"]})
+    stored = tokenize_documents(documents, trained, tmp_path, split_special_tokens=split)
+    rows = PackedRows(stored, 1)
+    stream = PackedStream(documents.to_iterable_dataset(), trained, 1, split_special_tokens=split)
+    assert as_lists(islice(stream, len(rows))) == as_lists(rows[index] for index in range(len(rows)))
+    assert (trained.eos_token_id in stored.tokens) is not split
 
 
 def test_stream_too_short_for_a_row_is_an_error():

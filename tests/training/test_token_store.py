@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from ttt_e2e.training import token_store, tokenize_documents, tokenizer
+from ttt_e2e.training import token_store, tokenize_documents, tokenizer, train_tokenizer
 
 from .letters import documents_of, letters_tokenizer, store_of
 
@@ -23,9 +23,9 @@ def calls(monkeypatch):
     """The number of texts in each call of the tokenizer."""
     counted = []
 
-    def counting(texts, *arguments):
+    def counting(texts, **named):
         counted.append(len(texts))
-        return tokenizer.encode_documents(texts, *arguments)
+        return tokenizer.encode_documents(texts, **named)
 
     monkeypatch.setattr(token_store, "encode_documents", counting)
     return counted
@@ -98,6 +98,34 @@ def test_other_names_or_tokenizer_are_another_store(tmp_path):
     assert [store.names for store in stores] == [["0.txt"]] * 3 + [["b"]]
 
 
+def test_special_tokens_of_a_text_as_letters_or_as_tokens_are_two_stores(tmp_path):
+    trained = train_tokenizer(["end begin"], 260)
+    documents = documents_of("a<|end|>", "b")
+    letters = tokenize_documents(documents, trained, tmp_path)
+    tokens = tokenize_documents(documents, trained, tmp_path, split_special_tokens=False)
+    begin, end = trained.bos_token_id, trained.eos_token_id
+    assert trained.decode(letters.document(0)) == "<|begin|>a<|end|>" and end not in letters.tokens
+    assert tokens.document(0).tolist() == [begin, *trained("a").input_ids[1:], end]
+    assert letters.document(1).tolist() == tokens.document(1).tolist()
+    assert tokenize_documents(documents, trained, tmp_path).folder == letters.folder != tokens.folder
+
+
+def test_a_store_that_does_not_say_how_special_tokens_were_read_is_not_used(tmp_path, monkeypatch):
+    settings, dumps = {}, json.dumps
+
+    def without(value, **named):
+        if isinstance(value, dict) and "split_special_tokens" in value:
+            value = {name: part for name, part in value.items() if name != "split_special_tokens"}
+            settings.update(value)
+        return dumps(value, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_store.json, "dumps", without)
+        former = tokenize_documents(documents_of("ab"), letters_tokenizer(), tmp_path)
+    assert "texts" in settings
+    assert tokenize_documents(documents_of("ab"), letters_tokenizer(), tmp_path).folder != former.folder
+
+
 def flip_last_byte(path):
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
@@ -160,7 +188,7 @@ def test_too_little_space_on_the_disk_is_an_error(tmp_path, monkeypatch, calls):
 def test_failure_half_way_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("ttt_e2e.training.texts.DOCUMENTS_PER_BATCH", 1)
     answers = iter([[[0, 1, 2]]])
-    monkeypatch.setattr(token_store, "encode_documents", lambda texts, tokenizer: next(answers))
+    monkeypatch.setattr(token_store, "encode_documents", lambda texts, **named: next(answers))
     with pytest.raises(StopIteration):
         store_of(tmp_path, "ab", "c")
     assert [path for path in (tmp_path / "tokens").iterdir() if path.is_dir()] == []
@@ -185,12 +213,12 @@ texts.DOCUMENTS_PER_BATCH = 1
 def build(number, kill_at, together):
     calls = 0
 
-    def encode(*arguments):
+    def encode(*arguments, **named):
         nonlocal calls
         calls += 1
         if calls == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        return tokenizer.encode_documents(*arguments)
+        return tokenizer.encode_documents(*arguments, **named)
 
     token_store.encode_documents = encode
     documents = Dataset.from_dict({"text": ["ab", "c", "def"]})

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ttt_e2e.training import load_tokenizer, tokenizer, train_tokenizer, trained_tokenizer
 
@@ -109,3 +110,67 @@ def test_tokenizer_that_is_not_there_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", unreachable)
     with pytest.raises(ValueError, match=r"source=someone/model: .*no network"):
         load_tokenizer("someone/model")
+
+
+KINDS = {
+    "bytes": (models.BPE, {}, pre_tokenizers.ByteLevel(add_prefix_space=False), trainers.BpeTrainer),
+    "merges": (models.BPE, {"unk_token": "<unk>"}, pre_tokenizers.Metaspace(), trainers.BpeTrainer),
+    "unigram": (models.Unigram, {}, pre_tokenizers.Metaspace(), trainers.UnigramTrainer),
+    "word pieces": (models.WordPiece, {"unk_token": "<unk>"}, pre_tokenizers.Whitespace(), trainers.WordPieceTrainer),
+    "words": (models.WordLevel, {"unk_token": "<unk>"}, pre_tokenizers.WhitespaceSplit(), trainers.WordLevelTrainer),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def fast(request):
+    """A tokenizer of one kind that puts tokens around a text."""
+    model, arguments, pre_tokenizer, trainer = KINDS[request.param]
+    backend = Tokenizer(model(**arguments))
+    backend.pre_tokenizer = pre_tokenizer
+    special = ["<s>", "</s>", "<unk>"]
+    more = {"unk_token": "<unk>"} if request.param == "unigram" else {}
+    texts = ["the cat sat on the mat </s> <s>", "t h e c a s o n m < / >"] * 9
+    backend.train_from_iterator(texts, trainer(vocab_size=300, special_tokens=special, show_progress=False, **more))
+    around = [(token, backend.token_to_id(token)) for token in special[:2]]
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=around)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def test_special_tokens_that_a_text_spells_out_are_letters(fast):
+    text, begin, end = "the cat </s> sat <s>", fast.bos_token_id, fast.eos_token_id
+    [split] = tokenizer.encode_texts([text], fast)
+    assert split and not {begin, end} & set(split)
+    [whole] = tokenizer.encode_texts([text], fast, split_special_tokens=False)
+    assert whole == fast(text, add_special_tokens=False).input_ids and {begin, end} <= set(whole)
+
+
+def test_a_text_without_special_tokens_is_encoded_as_ever(fast):
+    text = "the cat sat"
+    expected = fast(text, add_special_tokens=False).input_ids
+    assert tokenizer.encode_texts([text, "", text], fast) == [expected, [], expected]
+    around = fast(text, split_special_tokens=True).input_ids
+    assert around == [fast.bos_token_id, *expected, fast.eos_token_id]
+
+
+def test_the_tokenizer_itself_stays_as_it_is(fast):
+    before, digest = fast("the </s> mat").input_ids, tokenizer.tokenizer_digest(fast)
+    tokenizer.encode_texts(["the </s> mat"], fast)
+    assert fast("the </s> mat").input_ids == before and tokenizer.tokenizer_digest(fast) == digest
+
+
+def test_letters_come_back(trained):
+    text = "x<|end|><|begin|>\n<|padding|>"
+    [ids] = tokenizer.encode_texts([text], trained)
+    assert trained.decode(ids, skip_special_tokens=True) == text
+    assert tokenizer.encode_documents([text], trained) == [[trained.bos_token_id, *ids]]
+
+
+def test_a_slow_tokenizer_that_cannot_split_is_refused(fast):
+    class Slow:
+        is_fast, unk_token_id, added_tokens_decoder = False, None, fast.added_tokens_decoder
+
+        def __call__(self, texts, **arguments):
+            return {"input_ids": [[fast.eos_token_id] for _ in texts]}
+
+    with pytest.raises(ValueError, match=r"split_special_tokens=True.*set it to False"):
+        tokenizer.encode_texts(["</s>"], Slow())
