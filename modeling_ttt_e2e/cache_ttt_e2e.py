@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
 from .cache_files import load_context, save_context
 from .context import LearnedContext, Pending
@@ -53,6 +53,35 @@ class TTTE2ECache(Cache):
         self._reader: weakref.ref | None = None
         self._marks: WeightMarks | None = None
         super().__init__(layers=[])
+
+    @classmethod
+    def of_prefix(cls, prefix: DynamicCache, config) -> "TTTE2ECache":
+        """Keys and values before a text, as prefix tuning learns them, in a cache of this kind; nothing is learned.
+
+        Args:
+            prefix: per block keys and values, [batch, key/value heads, columns, head_dim]. Gradients reach them.
+
+        Raises:
+            ValueError: they are not those of such a model.
+        """
+        columns = prefix.get_seq_length()
+        shape = (config.num_key_value_heads, columns, config.head_dim)
+        found = [getattr(layer, "keys", None) for layer in prefix.layers]
+        found = [None if keys is None else tuple(keys.shape[1:]) for keys in found]
+        if not config.use_attention or found != [shape] * config.num_hidden_layers:
+            raise ValueError(
+                f"`cache` is a {type(prefix).__name__} with keys of the shapes {found}, but this model needs "
+                f"{config.num_hidden_layers} times {shape} [key/value heads, columns, head_dim]: make a cache with "
+                "TTTE2ECache(model.config), or leave it to generate()."
+            )
+        rows, histories = len(prefix.layers[0].keys), []
+        for layer, layer_type in zip(prefix.layers, config.layer_types, strict=True):
+            kept = min(columns, config.sliding_window - 1) if layer_type == "sliding_attention" else columns
+            histories.append((layer.keys[:, :, columns - kept :], layer.values[:, :, columns - kept :]))
+        cache = cls(config)
+        cache.context = LearnedContext((columns,) * rows, (columns,) * rows, tuple(histories))
+        cache.columns = columns
+        return cache
 
     @property
     def layers(self) -> list[CachedLayer]:

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from transformers import DynamicCache
 from transformers.utils import logging
 
 from .attention import TWICE_DIFFERENTIABLE
@@ -47,6 +48,7 @@ class Request:
 
     Attributes:
         columns: the input.
+        cache: the one to go on from, and to update; None for a new one.
         context: what was read before; columns_read: how many columns that were.
         learning: take inner steps; span: only within these columns, None for all.
         use_cache: the learned context is returned.
@@ -55,6 +57,7 @@ class Request:
     """
 
     columns: Columns
+    cache: TTTE2ECache | None
     context: LearnedContext
     columns_read: int
     learning: bool
@@ -90,12 +93,20 @@ def make_request(model: torch.nn.Module, arguments: CallArguments, unknown: dict
     ids, embeddings = _out_of_inference_mode(arguments.input_ids), _out_of_inference_mode(arguments.inputs_embeds)
     shape = check_inputs(ids, embeddings, config.vocab_size)
     cache = arguments.cache
+    has_prefix = isinstance(cache, DynamicCache) and cache.get_seq_length() > 0
+    if has_prefix:
+        cache = TTTE2ECache.of_prefix(cache, config)
     _check_cache(cache, shape[0], config)
     context = cache.context if cache is not None and cache.context is not None else None
     context = context or LearnedContext.start(shape[0], config.num_hidden_layers)
     span = arguments.learning_span
     never = span is not None and span[1] <= span[0]
     learning = not never and _check_learning(model, arguments.test_time_training, context, ids)
+    if learning and has_prefix:
+        raise ValueError(
+            f"`cache` is a DynamicCache of {cache.columns} columns, as prefix tuning of PEFT makes it, and what is no "
+            "tokens cannot be learned from: read with `test_time_training=False`, or adapt the model with LoRA instead."
+        )
     columns_read = 0 if cache is None else cache.columns
     real = real_columns(arguments.attention_mask, shape, columns_read)
     real = _mask_after_end(cache, ids, real, shape)
@@ -128,6 +139,7 @@ def make_request(model: torch.nn.Module, arguments: CallArguments, unknown: dict
             labels=labels,
             last_needed=(shape[1],) * shape[0] if all_needed or not has_labels else _last_labelled(labels),
         ),
+        cache=cache,
         context=context,
         columns_read=columns_read,
         learning=learning,
@@ -270,8 +282,8 @@ def _check_learning(
         model.config.check_can_learn()
         if ids is None:
             raise ValueError(
-                "`inputs_embeds` alone cannot be learned from, because the next tokens are not known: give "
-                "`input_ids` beside them, or `test_time_training=False`."
+                "`inputs_embeds` alone (as from prompt tuning of PEFT) cannot be learned from, because the next tokens "
+                "are not known: give `input_ids` beside them, or `test_time_training=False`."
             )
     elif context.fast is not None:
         raise ValueError(

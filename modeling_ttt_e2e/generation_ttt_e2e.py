@@ -4,11 +4,12 @@ Decoding itself is transformers': this adds the learned context as the cache, th
 that stop learning when they are finished, and clear refusals of what cannot work.
 """
 
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 
-from .base_generation import BaseGenerationMixin
+from .base_generation import BaseGenerationMixin, prompt_learning
 from .cache_ttt_e2e import TTTE2ECache
 from .renamed_arguments import accept_earlier_cache_names
 
@@ -55,8 +56,14 @@ class WrittenColumns:
         return attention_mask
 
 
+# Of the call of `generate` that this thread is in: the steps of decoding get no arguments but those of the model.
+_WRITTEN: ContextVar[WrittenColumns | None] = ContextVar("columns that generate() has written", default=None)
+
+
 class TTTE2EGenerationMixin(BaseGenerationMixin):
     """Generation with a learned context; see [`~TTTE2EGenerationMixin.generate`]."""
+
+    own_cache_class = TTTE2ECache
 
     @accept_earlier_cache_names
     @torch.no_grad()
@@ -70,11 +77,15 @@ class TTTE2EGenerationMixin(BaseGenerationMixin):
             cache: a [`TTTE2ECache`] to go on from, with either the whole sequence as `input_ids`, or only
                 its new part together with an `attention_mask` over all columns.
 
+        Under PEFT's prompt tuning and prefix tuning learning has to be off, and every step reads the whole text (no
+        cache).
+
         Raises:
             ValueError, TypeError, NotImplementedError: for what this model cannot do, before any work.
         """
         if learn_from not in LEARN_FROM:
             raise ValueError(f"`learn_from` must be one of {list(LEARN_FROM)}, got {learn_from!r}.")
+        check_prompt_learning(self, learn_from != "none", kwargs.get("test_time_training"))
         config, _ = self._prepare_generation_config(generation_config, **kwargs)
         cache = kwargs.get("cache")
         ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -96,7 +107,11 @@ class TTTE2EGenerationMixin(BaseGenerationMixin):
         ends = _all_end_ids(config)
         quiet = tuple(set(ends) - set(_end_ids(config)))
         written = WrittenColumns(number_of_ids, columns - number_of_ids, ends, quiet)
-        output = super().generate(inputs, generation_config, *args, written=written, **kwargs)
+        before = _WRITTEN.set(written)
+        try:
+            output = super().generate(inputs, generation_config, *args, **kwargs)
+        finally:
+            _WRITTEN.reset(before)
         if config.num_beams == 1 and isinstance(getattr(output, "cache", None), TTTE2ECache):
             _note_finished(output, written, config)
         return output
@@ -112,9 +127,8 @@ class TTTE2EGenerationMixin(BaseGenerationMixin):
     def init_continuous_batching(self):
         raise AttributeError("no continuous batching: every sequence has its own fast weights")
 
-    def prepare_inputs_for_generation(
-        self, input_ids, *args, attention_mask=None, inputs_embeds=None, written: WrittenColumns | None = None, **kwargs
-    ):
+    def prepare_inputs_for_generation(self, input_ids, *args, attention_mask=None, inputs_embeds=None, **kwargs):
+        written = _WRITTEN.get()
         if written is not None:
             attention_mask = written.mask(input_ids, attention_mask)
         model_inputs = super().prepare_inputs_for_generation(
@@ -126,15 +140,25 @@ class TTTE2EGenerationMixin(BaseGenerationMixin):
             model_inputs["input_ids"] = input_ids[:, -prompt.shape[1] :]
         return model_inputs
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if model_kwargs.get("cache") is not None:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        elif generation_config.use_cache is not False:
-            model_kwargs["cache"] = TTTE2ECache(self.config)
-
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         """None: the model counts each row's own tokens, also across calls and padding."""
         return None
+
+
+def check_prompt_learning(model, learn_from_any: bool, test_time_training: bool | None) -> None:
+    """Refuse to learn from a text behind a prompt of PEFT, which has no ids.
+
+    Args:
+        learn_from_any: `generate` was not told to learn from nothing.
+        test_time_training: the argument of `generate`.
+    """
+    method = prompt_learning(model)
+    learning = model.config.test_time_training if test_time_training is None else test_time_training
+    if method is not None and learning and learn_from_any:
+        raise ValueError(
+            f"{method.capitalize()} of PEFT puts a prompt that is no tokens before the text, so that it cannot be "
+            "learned from: generate with `test_time_training=False`, or adapt the model with LoRA instead."
+        )
 
 
 def check_supported(config, cache, assistant_model) -> None:

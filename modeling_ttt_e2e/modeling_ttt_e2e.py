@@ -147,7 +147,8 @@ class TTTE2EModel(TTTE2EPreTrainedModel):
             attention_mask: [batch, length] or, with a cache, [batch, columns read + length]; 0 marks padding, on any
                 side. None: nothing is padded.
             position_ids: [batch, length], growing along each row; None counts each row's tokens.
-            cache: the learned context to go on from; updated in place unless `use_cache=False`.
+            cache: the learned context to go on from; updated in place unless `use_cache=False`. With learning off also
+                a `DynamicCache` of keys and values before the text, as prefix tuning makes it, which stays as it is.
             inputs_embeds: [batch, length, hidden_size] instead of embedding the ids; learning needs the ids too.
             labels: [batch, length]; position t is compared with label t+1, -100 is skipped. Never seen by the inner
                 loss.
@@ -187,7 +188,7 @@ class TTTE2EModel(TTTE2EPreTrainedModel):
         )
         answer = answer_request(self, request)
         if request.use_cache:
-            cache = TTTE2ECache(self.config) if cache is None else cache
+            cache = TTTE2ECache(self.config) if request.cache is None else request.cache
             cache.store(answer.context, request.columns.shape[1], self)
         hidden = answer.hidden
         if hidden is not None and not isinstance(logits_to_keep, int):

@@ -283,6 +283,7 @@ class TTTLayersModel(TTTLayersPreTrainedModel):
 class TTTLayersForCausalLM(TTTLayersPreTrainedModel, BaseGenerationMixin):
     """The decoder with logits, the loss and `generate`."""
 
+    own_cache_class = TTTLayersCache
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: TTTLayersConfig):
@@ -357,7 +358,7 @@ class TTTLayersForCausalLM(TTTLayersPreTrainedModel, BaseGenerationMixin):
         )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """A cache of our own kind, and refusals of what it cannot serve, before any work."""
+        """Refusals of what the cache cannot serve, before any work."""
         kind, mask = generation_config.cache_implementation, model_kwargs.get("attention_mask")
         if kind not in (None, "dynamic"):
             raise ValueError(
@@ -369,10 +370,7 @@ class TTTLayersForCausalLM(TTTLayersPreTrainedModel, BaseGenerationMixin):
                 "`padding_side='left'`."
             )
         check_cache(model_kwargs.get("cache"), None, self.config)
-        if model_kwargs.get("cache") is not None:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        elif generation_config.use_cache is not False:
-            model_kwargs["cache"] = TTTLayersCache(self.config)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         """None: the model counts each row's own tokens, also across calls and padding."""

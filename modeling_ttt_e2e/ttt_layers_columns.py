@@ -122,7 +122,8 @@ def check_cache(cache: TTTLayersCache | None, rows: int | None, config) -> None:
     if not isinstance(cache, TTTLayersCache):
         raise TypeError(
             f"`cache` is a {type(cache).__name__}; this model needs a TTTLayersCache, because it also has to "
-            "keep what was learned. Make one with TTTLayersCache(model.config), or leave it to generate()."
+            "keep what was learned. Make one with TTTLayersCache(model.config), or leave it to generate(). (Prefix "
+            "tuning of PEFT makes caches of keys and values, which not all blocks have: use LoRA or prompt tuning.)"
         )
     if cache.is_initialized and rows is not None and cache.batch_size != rows:
         raise ValueError(
