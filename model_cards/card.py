@@ -27,10 +27,12 @@ class TrainingHistory:
     Attributes:
         text: a sentence.
         facts: chosen or measured, by their names.
+        row_length: tokens of context in a row; None where it is not known.
     """
 
     text: str
     facts: Mapping[str, str] = field(default_factory=dict)
+    row_length: int | None = None
 
 
 @dataclass(frozen=True)

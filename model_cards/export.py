@@ -18,21 +18,24 @@ from transformers import (
     MODEL_MAPPING,
     AutoModelForCausalLM,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import CHAT_TEMPLATE_FILE
 
 from ..training.disk import check_disk_space, folder_written_whole
 from ..training.models import ModelSource, find_model
 from ..training.record import check_output
-from ..training.tokenizer import load_tokenizer
-from .card import ModelCardContents, refresh_model_card, write_model_card
+from ..training.tokenizer import PLAIN_TEMPLATE, load_tokenizer
+from .card import ModelCardContents, TrainingHistory, refresh_model_card, write_model_card
 from .history import training_history
 from .measured import MeasuredResults, model_identities, read_results
 
 PACKAGE = __package__.partition(".")[0]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LONGEST_UNKNOWN = 8192  # rows of pre-training in the paper
 ROOM_FOR_SMALL_FILES = 2**25  # tokenizer, code and card
 # Where transformers keeps the classes with a head, by the Auto class that finds them.
 TASKS = {
@@ -132,12 +135,30 @@ def write_export(export: Export) -> Path:
     """
     with folder_written_whole(export.request.output) as part:
         model = load_whole(export.folder, export.dtype)
+        contents = card_contents(export, model)
         model.config.auto_map = auto_map(export.classes)
+        model.config.max_position_embeddings = length_for_tools(model.config, contents.training)
         model.save_pretrained(part)
         export.tokenizer.save_pretrained(part)
+        write_chat_template(part, export.tokenizer)
         write_code(part, export.classes)
-        write_model_card(part, card_contents(export, model))
+        write_model_card(part, contents)
     return export.request.output
+
+
+def length_for_tools(config: PreTrainedConfig, training: TrainingHistory | None) -> int:
+    """`max_position_embeddings` of an exported model, which reads any length.
+
+    Tools take it for the longest text: lm_eval with `--batch_size auto` reads 64 texts of this length to try them out,
+    and cuts longer ones to it. It is the length in training, as with other models; where that is not known, at most
+    `LONGEST_UNKNOWN`.
+    """
+    known = config.max_position_embeddings
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "yarn":
+        return known  # its angles follow from it
+    if training is not None and training.row_length is not None:
+        return training.row_length
+    return min(known, LONGEST_UNKNOWN)
 
 
 def find_saved_model(model: str) -> ModelSource:
@@ -204,8 +225,14 @@ def write_code(folder: Path, classes: dict[str, type]) -> None:
             file.write(LISTED.format(**listed))
 
 
+def write_chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the plain chat template beside a tokenizer that has none, so that messages are the same text everywhere."""
+    if tokenizer.chat_template is None:
+        (folder / CHAT_TEMPLATE_FILE).write_text(PLAIN_TEMPLATE, encoding="utf-8")
+
+
 def refresh_export(folder: str | Path) -> None:
-    """Bring what an exported folder repeats of the package up to date: code, auto_map, sections of the card.
+    """Bring what an exported folder repeats of the package up to date: code, auto_map, template, sections of the card.
 
     Raises:
         ValueError: there is no whole model of this package in it.
@@ -213,6 +240,7 @@ def refresh_export(folder: str | Path) -> None:
     folder, source = Path(folder), find_saved_model(str(folder))
     classes, settings = auto_classes(source), folder / "config.json"
     write_code(folder, classes)
+    write_chat_template(folder, load_tokenizer(folder))
     config = json.loads(settings.read_text(encoding="utf-8")) | {"auto_map": auto_map(classes)}
     settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     model_config = classes["AutoConfig"].from_pretrained(folder)

@@ -54,7 +54,7 @@ def training_history(folder: Path, config: PreTrainedConfig) -> TrainingHistory 
         )
         return None
     log = _read(folder / STATE)["log_history"] if (folder / STATE).is_file() else _log_of(folder)
-    return TrainingHistory(_sentence(record), _facts(record, log))
+    return TrainingHistory(_sentence(record), _facts(record, log), record["recipe"]["data"]["sequence_length"])
 
 
 def _log_of(folder: Path) -> list[dict]:

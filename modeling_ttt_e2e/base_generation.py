@@ -1,10 +1,12 @@
 """What `generate` of all families has in common."""
 
-from transformers import Cache, GenerationMixin
+from transformers import Cache, GenerationMixin, MaxLengthCriteria
 
 
 class BaseGenerationMixin(GenerationMixin):
-    """transformers' `generate`, for models that refuse arguments they do not know.
+    """transformers' `generate`, for models that refuse arguments they do not know and go on at any length.
+
+    `config.max_position_embeddings` is a hint for tools; here nothing is cut at it, and no warning names it.
 
     Attributes:
         own_cache_class: of the cache that `generate` makes from the configuration; None for transformers' own choice.
@@ -29,6 +31,25 @@ class BaseGenerationMixin(GenerationMixin):
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         elif generation_config.use_cache is not False:
             model_kwargs["cache"] = self.own_cache_class(self.config)
+
+    def _prepare_generated_length(self, generation_config, *, has_default_max_length, input_ids_length, **kwargs):
+        new_tokens = generation_config.max_length
+        generation_config = super()._prepare_generated_length(
+            generation_config,
+            has_default_max_length=has_default_max_length,
+            input_ids_length=input_ids_length,
+            **kwargs,
+        )
+        if has_default_max_length and generation_config.max_new_tokens is None:
+            generation_config.max_length = input_ids_length + new_tokens
+        return generation_config
+
+    def _get_stopping_criteria(self, *args, **kwargs):
+        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        for criterion in criteria:
+            if isinstance(criterion, MaxLengthCriteria):
+                criterion.max_position_embeddings = None
+        return criteria
 
 
 def prompt_learning(model) -> str | None:

@@ -15,16 +15,11 @@ from transformers.utils.chat_template_utils import (
     mark_control_tokens,
 )
 
+from ..training.tokenizer import PLAIN_END, PLAIN_TEMPLATE, speaks_plainly
 from .contexts import ReadDocument, StoredContext, write_context
 from .models import TextModel
 from .writing import write
 
-# Turns of a model that was never taught any, as a text; an answer ends with its paragraph.
-PLAIN_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ message['role'].capitalize() }}: {{ message['content'] }}\n\n"
-    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
-)
-PLAIN_END = "\n\n"
 CONVERSATION = "conversation"
 QUESTION, ANSWER = "<question of no conversation>", "<answer of no conversation>"
 # Longer than what any template puts behind an answer and the model may have written itself.
@@ -56,7 +51,7 @@ class Turns:
             only the template writes special tokens; False reads it as that token.
 
     Attributes:
-        is_plain: the tokenizer has no chat template.
+        is_plain: the turns are plain text, because the tokenizer has no chat template of its own.
 
     Raises:
         ValueError: the template cannot say what stands between an answer and the next message.
@@ -64,7 +59,7 @@ class Turns:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool = True):
         self.tokenizer, self.split_special_tokens = tokenizer, split_special_tokens
-        self.is_plain = tokenizer.chat_template is None
+        self.is_plain = speaks_plainly(tokenizer)
         self.template = PLAIN_TEMPLATE if self.is_plain else None
         self.first(QUESTION, begin=True), self.following(QUESTION, "")
 

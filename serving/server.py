@@ -28,8 +28,8 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import BaseHandler, GenerateManager, GenerationState, InferenceThread
 
+from ..training.tokenizer import PLAIN_END, PLAIN_TEMPLATE, speaks_plainly
 from .contexts import ContextFolder, StoredContext
-from .conversation import PLAIN_END, PLAIN_TEMPLATE
 from .models import TextModel
 from .requests import ChatFields, CompletionFields, Fields, check_request
 from .writing import StopWhen
@@ -210,7 +210,7 @@ class Endpoint:
         if body.get("tools") and "tools" not in str(chat_template):
             raise HTTPException(400, "tools: the model's chat template has no place for them; leave the field out")
         start = None if name is None else await asyncio.to_thread(self._open, name)
-        is_plain_chat = self.fields is ChatFields and chat_template is None
+        is_plain_chat = self.fields is ChatFields and speaks_plainly(self.manager.text_model.tokenizer)
         generation = RequestGeneration(self.thread, request, start, is_plain_chat)
         template = {"sanitize_control_tokens": self.manager.text_model.split_special_tokens}
         if is_plain_chat:

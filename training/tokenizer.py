@@ -16,6 +16,12 @@ from .sources import looks_like_path
 from .texts import text_batches, text_totals
 
 BEGIN, END, PADDING = "<|begin|>", "<|end|>", "<|padding|>"
+# Turns of a model that was never taught any, as a text; an answer ends with its paragraph.
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'].capitalize() }}: {{ message['content'] }}\n\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+PLAIN_END = "\n\n"
 FORMAT, MANIFEST = 1, "manifest.json"
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -116,6 +122,11 @@ def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
         "tokenizer: it has neither a bos_token nor an eos_token to stand between documents; "
         'add one: tokenizer.add_special_tokens({"bos_token": ...})'
     )
+
+
+def speaks_plainly(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a conversation is a plain text to it, because it has no chat template or the plain one."""
+    return tokenizer.chat_template in (None, PLAIN_TEMPLATE)
 
 
 def encode_documents(

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from ttt_e2e import TTTE2EConfig, TTTE2EForCausalLM
 from ttt_e2e.cli import harness
 from ttt_e2e.cli.main import app
+from ttt_e2e.model_cards import ExportRequest, prepare_export, write_export
 
 TEXTS = ["the old house stood by the river, and the river ran by the mill. ", "nobody had seen the end of it. Ü "]
 LONG = [text * 3 for text in TEXTS]
@@ -97,6 +98,7 @@ def saved(tmp_path_factory):
         sliding_window=32,
         mini_batch_size=16,
         initializer_range=0.2,
+        max_position_embeddings=32,
         bos_token_id=words["<begin>"],
         eos_token_id=words["<end>"],
         pad_token_id=words["<pad>"],
@@ -143,6 +145,28 @@ def test_bits_per_byte_are_the_models_own(saved):
     count = sum(len(text.encode()) for text in LONG)
     assert result["bits_per_byte,none"] == pytest.approx(nats / count / math.log(2), rel=1e-4)
     assert result["byte_perplexity,none"] == pytest.approx(math.exp(nats / count), rel=1e-4)
+
+
+def test_a_batch_size_is_found_for_an_exported_model(saved, monkeypatch):
+    """Without `max_length`: lm_eval tries out texts of the length that the exported configuration names."""
+    models = pytest.importorskip("lm_eval.models.huggingface")
+    hub = write_export(prepare_export(ExportRequest(str(saved.folder / "model"), saved.folder / "hub")))
+    tried, call = [], models.HFLM._model_call
+
+    def watch(harness_model, ids, *arguments, **named):
+        tried.append(tuple(ids.shape))
+        return call(harness_model, ids, *arguments, **named)
+
+    monkeypatch.setattr(models.HFLM, "_model_call", watch)
+    output = saved.folder / "auto.json"
+    ran = run(
+        "run",
+        *("--model", "hf", "--model_args", f"pretrained={hub},dtype=float32"),
+        *("--tasks", "local_text", "--metadata", json.dumps({"file": str(saved.folder / "texts.jsonl")})),
+        *("--device", "cpu", "--batch_size", "auto", "--output_path", str(output)),
+    )
+    assert ran.exit_code == 0, (ran.output, ran.exception)
+    assert tried[0] == (64, 32)
 
 
 def test_quarters_are_those_of_one_reading(saved, local_text):

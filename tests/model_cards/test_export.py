@@ -20,13 +20,18 @@ from transformers import (
     GenerationConfig,
     MistralConfig,
     MistralForCausalLM,
+    pipeline,
 )
+from transformers.generation import stopping_criteria
 from typer.testing import CliRunner
 
 import ttt_e2e
+from ttt_e2e import TTTE2EConfig
 from ttt_e2e.cli.export import export
-from ttt_e2e.model_cards import ExportRequest, prepare_export, write_export
-from ttt_e2e.model_cards.export import code_files
+from ttt_e2e.model_cards import ExportRequest, TrainingHistory, prepare_export, write_export
+from ttt_e2e.model_cards.export import code_files, length_for_tools
+from ttt_e2e.serving import Conversation, load_text_model
+from ttt_e2e.training.tokenizer import PLAIN_END
 
 from .saved import KINDS, model_of, saved_model
 
@@ -92,6 +97,60 @@ def test_the_examples_of_the_card_run(tmp_path, monkeypatch, capsys):
         exec(example, names)
     assert len(examples) == 2 and "import os" in capsys.readouterr().out
     assert (hub / "learned_context").is_dir() and names["cache"].has_learned
+
+
+def test_messages_are_the_same_text_to_a_pipeline_and_to_a_conversation(tmp_path):
+    saved = saved_model(tmp_path / "saved")
+    (saved / "chat_template.jinja").unlink()
+    hub = exported(saved, tmp_path / "hub")
+    message = {"role": "user", "content": "where does the water go?"}
+    answers, ids = [], []
+    for folder in (saved, hub):
+        text_model = load_text_model(str(folder))
+        conversation = Conversation(text_model, do_sample=False, max_new_tokens=8)
+        answers.append(conversation.answer(message["content"]).text)
+        ids.append(conversation.turns.first(message["content"], begin=True))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(hub), AutoTokenizer.from_pretrained(hub)
+    assert ids[0] == ids[1] == tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=False)
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    [written] = generator([message], do_sample=False, max_new_tokens=8, stop_sequence=PLAIN_END)
+    assert written["generated_text"][-1]["content"] == answers[0] == answers[1]
+    assert "chat_template" not in (saved / "tokenizer_config.json").read_text()
+
+
+def test_a_chat_template_of_its_own_is_kept(tmp_path):
+    saved = saved_model(tmp_path / "saved")
+    template = "chat_template.jinja"
+    assert (exported(saved, tmp_path / "hub") / template).read_text() == (saved / template).read_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_text_is_too_long_for_an_exported_model(tmp_path, kind, monkeypatch):
+    said = []
+    monkeypatch.setattr(stopping_criteria.logger, "warning_once", said.append)
+    hub = exported(saved_model(tmp_path / "saved", kind, max_position_embeddings=6), tmp_path / "hub")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(hub), AutoTokenizer.from_pretrained(hub)
+    ids = tokenizer("the old house stood by the river", return_tensors="pt").input_ids
+    assert model.config.max_position_embeddings == 6 < ids.shape[1]
+    assert model.generate(ids, do_sample=False).shape[1] == ids.shape[1] + 20
+    assert model.generate(ids, do_sample=False, max_new_tokens=3).shape[1] == ids.shape[1] + 3
+    assert said == []
+
+
+@pytest.mark.parametrize("given, exported_length", [(131072, 8192), (4096, 4096)])
+def test_the_length_that_tools_try_out(tmp_path, given, exported_length):
+    hub = exported(saved_model(tmp_path / "saved", max_position_embeddings=given), tmp_path / "hub")
+    assert json.loads((hub / "config.json").read_text())["max_position_embeddings"] == exported_length
+
+
+def test_the_length_that_tools_try_out_is_that_of_training():
+    config = model_of("ttt_e2e").config
+    assert length_for_tools(config, TrainingHistory("", row_length=32768)) == 32768
+
+
+def test_the_length_that_tools_try_out_changes_no_angles():
+    config = TTTE2EConfig(rope_parameters={"rope_type": "yarn", "factor": 4.0}, max_position_embeddings=131072)
+    assert length_for_tools(config, TrainingHistory("", row_length=512)) == 131072
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

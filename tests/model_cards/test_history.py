@@ -40,6 +40,7 @@ def run(folder, config, data="standard-library", model="tiny", log=LOG, **change
 def test_facts_are_those_of_the_recipe_and_the_log(tmp_path, config):
     history = training_history(run(tmp_path, config), config)
     assert history.text == "From random weights (`tiny`), with the recipe `pretrain-tiny` on `standard-library`."
+    assert history.row_length == 100
     expected = {
         "rows in a step": "3",
         "tokens in a row": "100",
