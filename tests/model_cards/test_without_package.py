@@ -1,6 +1,8 @@
 """An exported folder gives the same to those who have transformers only as to those who have this package."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -99,3 +101,27 @@ def test_the_evaluation_harness_reads_it(hub, place):
     (report,) = place.glob("harness*.json")
     perplexity = json.loads(report.read_text())["results"]["texts"]["word_perplexity,none"]
     assert 1 < perplexity < float("inf")
+
+
+OLDER = """
+import sys, transformers
+transformers.__version__ = "5.23.1"
+for folder in sys.argv[1:]:
+    try:
+        if folder == "package":
+            import ttt_e2e
+        else:
+            transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        print("loaded")
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_an_older_transformers_is_refused_in_one_line(hub, place):
+    """By every exported folder without the package, and by the package."""
+    clean = CleanEnvironment(place / "older").run("-c", OLDER, *map(str, hub.values()))
+    package = subprocess.run([sys.executable, "-c", OLDER, "package"], text=True, capture_output=True, timeout=300)
+    lines = [line for line in (clean + package.stdout).splitlines() if "[transformers]" not in line]
+    message = "needs transformers 5.24.0 or later, and this is 5.23.1: pip install"
+    assert len(lines) == len(KINDS) + 1 and all(message in line for line in lines), lines
