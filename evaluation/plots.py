@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")  # files only: works without a display
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import MaxNLocator
 
 from ..training.disk import written_whole
 
@@ -25,7 +26,7 @@ class Panel:
     Attributes:
         title: above it; x_label, y_label: of its axes.
         curves: by name, as long as each other: where, and how much. Values that are nan leave a gap.
-        ticks: of the horizontal axis, which is then logarithmic; without them it is linear.
+        ticks: of the horizontal axis, which is then logarithmic; without them it is linear and counts something.
     """
 
     title: str
@@ -63,6 +64,7 @@ def plot_loss_by_position(
     )
     axes.set(xlabel="position in the document (tokens)", ylabel="loss (nats per token)", title=title)
     axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -127,6 +129,8 @@ def _draw_panel(axes: plt.Axes, panel: Panel, styles: Mapping[str, dict]) -> Non
         axes.set_xscale("log", base=2)
         axes.set_xticks(panel.ticks, [f"{tick:,}" for tick in panel.ticks])
         axes.minorticks_off()
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 

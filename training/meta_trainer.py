@@ -12,7 +12,9 @@ from collections.abc import Sized
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..inner_loop import NO_TARGET
@@ -80,12 +82,12 @@ class MetaTrainer(SafeTrainer):
         self._can_skip_logits = any("skip_logits" in inspect.signature(part.forward).parameters for part in parts)
         self._inner_logs = InnerLogs()
         self._last_log = time.perf_counter()
-        self._learning_off, self._evaluated = False, None
+        self._learning_off, self._evaluated, self.evaluation_passes = False, None, 1
         if self.compute_metrics is not None:
             args.prediction_loss_only = False  # it asks for the logits
         self.add_callback(_InnerWarmup(self))
         if self.pop_callback(ProgressCallback):
-            self.add_callback(_ShortProgress)
+            self.add_callback(_ShortProgress(self))
 
     def train(self, *others, **named):
         """As transformers' Trainer; `resume_from_checkpoint=True` takes the last checkpoint that is complete.
@@ -193,12 +195,13 @@ class MetaTrainer(SafeTrainer):
         however many processes there are.
         """
         started, name = time.perf_counter(), f"{metric_key_prefix}_loss"
+        learns = any(part.config.test_time_training for part in learning_models(self.model))
+        self.evaluation_passes = 2 if learns and description == "Evaluation" else 1
         self._evaluated = _TokenMean(self.accelerator)
         output = super().evaluation_loop(dataloader, description, *others, metric_key_prefix=metric_key_prefix, **named)
         if name in output.metrics:
             output.metrics[name] = self._evaluated.mean(output.metrics[name])
-            learns = any(part.config.test_time_training for part in learning_models(self.model))
-            if learns and description == "Evaluation":
+            if self.evaluation_passes == 2:
                 output.metrics[f"{name}_learning_off"] = self._loss_without_learning(
                     dataloader, name, metric_key_prefix
                 )
@@ -254,7 +257,20 @@ class _TokenMean:
 
 
 class _ShortProgress(ProgressCallback):
-    """Shows the logs without one entry for every mini-batch; those go to the log itself and to `report_to`."""
+    """Shows the logs without one entry for every mini-batch; those go to the log itself and to `report_to`.
+
+    The bar of an evaluation goes on over its passes, with learning on and off.
+    """
+
+    def __init__(self, trainer: MetaTrainer):
+        super().__init__()
+        self.trainer = trainer
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **named):
+        if self.prediction_bar is None and state.is_world_process_zero and has_length(eval_dataloader):
+            total = self.trainer.evaluation_passes * len(eval_dataloader)
+            self.prediction_bar = tqdm(total=total, leave=self.training_bar is None, dynamic_ncols=True)
+        super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **named)
 
     def on_log(self, args, state, control, logs=None, **named):
         shown = {name: value for name, value in (logs or {}).items() if "nll_mini_batch_" not in name}

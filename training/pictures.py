@@ -5,6 +5,7 @@ from pathlib import Path
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 LEGEND_ENTRIES = 8
 SHADES = colormaps["viridis"]
@@ -42,6 +43,7 @@ def plot_training(history: list[dict], path: Path) -> None:
 
     for axes in (losses, by_mini_batch, norms, rates):
         axes.set_xlabel("outer step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize="small")

@@ -1,11 +1,14 @@
 """Tables and pictures show what they are given."""
 
 import matplotlib.image
+import pytest
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from ttt_e2e.evaluation import loss_table, plot_loss_by_position
-from ttt_e2e.evaluation.plots import smoothed_curve
+from ttt_e2e.evaluation.plots import Panel, plot_panels, smoothed_curve
+from ttt_e2e.training.pictures import plot_training
 
 SYSTEMS = [{"name": "ours", "parameters": 12345, "training_seconds": 6.7, "loss": 1.25, "loss_by_bucket": [1.5, 1.0]}]
 
@@ -43,3 +46,23 @@ def test_picture_is_written_whole(tmp_path):
     plot_loss_by_position(losses, training_length=100, path=path, smooth=32, title="title")
     assert matplotlib.image.imread(path).shape[:2] == (720, 1200)
     assert [file.name for file in path.parent.iterdir()] == ["picture.png"]
+
+
+PICTURES = {
+    "training": lambda path: plot_training([{"step": step, "loss": 1.0, "grad_norm": 1.0} for step in (1, 2)], path),
+    "loss by position": lambda path: plot_loss_by_position({"a": torch.rand(2, 3)}, 2, path, smooth=1),
+    "panels": lambda path: plot_panels([[Panel("title", "position", "nats", {"a": ([0.5, 2.5], [1, 2])})]], path),
+}
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+def test_what_is_counted_on_an_axis_is_whole(tmp_path, monkeypatch, picture):
+    ticks, save = [], Figure.savefig
+
+    def watch(figure, *arguments, **named):
+        ticks.extend(tick for axes in figure.axes for tick in axes.get_xticks())
+        save(figure, *arguments, **named)
+
+    monkeypatch.setattr(Figure, "savefig", watch)
+    PICTURES[picture](tmp_path / "picture.png")
+    assert ticks and all(float(tick).is_integer() for tick in ticks)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tqdm.auto import tqdm
 from transformers import (
     DataCollatorWithFlattening,
     MistralConfig,
@@ -178,6 +179,25 @@ def test_evaluation_reports_learning_on_and_off(tmp_path):
     assert abs(on - off) > 1e-3
     assert metrics["eval_loss"] == pytest.approx(on, rel=1e-5)
     assert metrics["eval_loss_learning_off"] == pytest.approx(off, rel=1e-5)
+
+
+@pytest.mark.parametrize("learns, passes", [(True, 2), (False, 1)])
+def test_the_bar_of_an_evaluation_counts_to_its_end_once(tmp_path, monkeypatch, learns, passes):
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            bars.append(self)
+
+    monkeypatch.setattr(f"{MetaTrainer.__module__}.tqdm", Bar)
+    model = tiny_model() if learns else tiny_model(test_time_training=False, num_suffix_layers=0)
+    arguments = {"disable_tqdm": False, "per_device_eval_batch_size": 2}
+    trainer = meta_trainer(tmp_path, model, evaluation=random_rows(6), **arguments)
+    for _ in range(2):
+        trainer.evaluate()
+    trainer.predict(random_rows(6))
+    assert [(bar.n, bar.total) for bar in bars] == [(3 * passes, 3 * passes)] * 2 + [(3, 3)]
 
 
 def test_metrics_function_gets_the_logits(tmp_path):
