@@ -41,7 +41,7 @@ class Subject:
     @property
     def vocabulary_size(self) -> int:
         """Ids that the model can read."""
-        return self.model.get_input_embeddings().num_embeddings
+        return self.model.config.get_text_config().vocab_size
 
 
 def load_subject(

@@ -80,8 +80,7 @@ def check_quantisation(model: torch.nn.Module) -> None:
 def inner_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The modules of a [`TTTE2EModel`] through which inner gradients pass."""
     modules = [*model.layers[model.config.num_prefix_layers :], model.norm, model.lm_head]
-    tied = getattr(model.lm_head, "weight", None) is model.embed_tokens.weight
-    return [*modules, model.embed_tokens] if tied else modules
+    return [*modules, model.embed_tokens] if model.config.tie_word_embeddings else modules
 
 
 def _is_distributed() -> bool:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ttt_e2e.evaluation import Subject, load_subject, token_losses
@@ -51,6 +52,15 @@ def test_without_a_usable_cache_the_text_is_read_in_one_pass(kind, monkeypatch):
             output.cache = None
 
         tested.model.register_forward_hook(forget)
+    torch.testing.assert_close(token_losses(tested, ids).double(), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ours", "hybrid", "mistral"])
+def test_adapters_may_stand_around_the_embeddings(kind):
+    adapters = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 7], task_type="CAUSAL_LM")
+    tested, ids = Subject(kind, get_peft_model(subject(kind).model, adapters)), random_documents(2, 21)
+    assert tested.vocabulary_size == VOCAB
+    expected = losses_by_hand(tested.model.get_base_model(), ids)
     torch.testing.assert_close(token_losses(tested, ids).double(), expected, atol=1e-5, rtol=1e-4)
 
 
