@@ -1,36 +1,38 @@
 """Learned contexts as files: `context.safetensors` and `context.json` in a folder of their own.
 
-The json holds the counters, a checksum of everything, and a fingerprint of the slow weights and the configuration that
-read the text: under any other weights the keys, values and fast weights would be noise.
+The json holds the counters, checksums of everything, and a fingerprint of the weights, adapters and settings that read
+the text: under any others the keys, values and fast weights would be noise. A checksum finds damage, not forgery: see
+`context_schema` for what is believed.
 """
 
 import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
 from .context import LearnedContext, Pending
+from .context_schema import (
+    Header,
+    check_description,
+    check_fingerprint,
+    check_headers,
+    check_values,
+    header_limit,
+)
 from .fast_weights import FastWeights
+from .fingerprints import fingerprint, settings_fingerprint
 
-FORMAT = 1
+FORMAT = 2
 TENSORS, COUNTERS = "context.safetensors", "context.json"
-
-
-def fingerprint(model: torch.nn.Module) -> dict[str, str]:
-    """SHA-256 of all weights (names, shapes, dtypes, bytes) and of the settings that shape a learned context."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if tensor.is_meta:
-            raise ValueError(f"The weight `{name}` is offloaded and cannot be fingerprinted: load the model whole.")
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    text = json.dumps(model.config.context_settings(), sort_keys=True)
-    return {"weights": digest.hexdigest(), "config": hashlib.sha256(text.encode()).hexdigest()}
+PENDING = ("inputs", "ids", "positions")
+LONGEST_DESCRIPTION = 4 * 2**20  # bytes: counters of tens of thousands of rows
 
 
 def save_context(folder: Path, context: LearnedContext, counters: dict, model: torch.nn.Module) -> None:
@@ -45,26 +47,24 @@ def save_context(folder: Path, context: LearnedContext, counters: dict, model: t
     for index, history in enumerate(context.histories):
         if history is not None:
             tensors[f"keys.{index}"], tensors[f"values.{index}"] = history
-    for index, tensor in enumerate(context.fast.tensors if context.fast is not None else ()):
-        tensors[f"fast.{index}"] = tensor
-    if context.pending is not None:
-        pending = context.pending
-        tensors |= {
-            "pending.inputs": pending.inputs,
-            "pending.ids": pending.ids,
-            "pending.positions": pending.positions,
-        }
+    fast = None if context.fast is None else context.fast.used_copies()
+    if fast is not None:
+        tensors |= {f"fast.{index}": tensor for index, tensor in enumerate(fast.tensors)}
+    width = max(context.pending_counts)
+    if width:
+        tensors |= {f"pending.{name}": getattr(context.pending, name)[:, :width] for name in PENDING}
     data = save({name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()})
     description = {
         "format": FORMAT,
         "fingerprint": fingerprint(model),
         "tokens": context.tokens,
         "next_positions": context.next_positions,
-        "fast_rows": None if context.fast is None else context.fast.rows,
-        "pending_counts": None if context.pending is None else context.pending.counts,
+        "fast_rows": None if fast is None else fast.rows or tuple(range(context.rows)),
+        "pending_counts": context.pending_counts if width else None,
         **counters,
+        "tensors": hashlib.sha256(data).hexdigest(),
     }
-    description["checksum"] = checksum(data, description)
+    description["checksum"] = checksum(description)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         new = Path(temporary) / "new"
@@ -74,10 +74,10 @@ def save_context(folder: Path, context: LearnedContext, counters: dict, model: t
         _exchange(folder, new, Path(temporary) / "old")
 
 
-def checksum(data: bytes, description: dict) -> str:
-    """SHA-256 of the tensor file and of all that the json says beside it."""
+def checksum(description: dict) -> str:
+    """SHA-256 of all that the json says beside it, that of the tensor file included."""
     text = json.dumps({k: v for k, v in description.items() if k != "checksum"}, sort_keys=True)
-    return hashlib.sha256(data + text.encode()).hexdigest()
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _exchange(folder: Path, new: Path, old: Path) -> None:
@@ -98,49 +98,112 @@ def load_context(folder: Path, model: torch.nn.Module) -> tuple[LearnedContext, 
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, or the weights or the configuration differ.
+        ValueError: a file is damaged or holds what no reading leaves behind, or the weights, the adapters at work or
+            the configuration differ.
     """
     for name in (TENSORS, COUNTERS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"`folder` ({folder}) holds no learned context: {name} is missing.")
-    damaged = f"The learned context in {folder} is damaged ({{}}): read the text again and save it anew."
-    try:
-        counters = json.loads((folder / COUNTERS).read_text())
-        expected = counters["checksum"]
-        if counters["format"] != FORMAT:
-            raise ValueError(
-                f"The learned context in {folder} has format {counters['format']}; this code reads {FORMAT}."
-            )
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(damaged.format(f"{COUNTERS}: {error}")) from error
-    data = (folder / TENSORS).read_bytes()
-    if checksum(data, counters) != expected:
-        raise ValueError(damaged.format(f"{TENSORS} and {COUNTERS} do not match their checksum"))
-    found, own = counters["fingerprint"], fingerprint(model)
-    for part, remedy in (("config", "another configuration"), ("weights", "other weights")):
-        if found[part] != own[part]:
-            raise ValueError(f"The learned context in {folder} was read with {remedy} than `model` has.")
-    try:
-        tensors = {name: tensor.to(model.device) for name, tensor in load(data).items()}
-        return _context(tensors, counters, len(model.layers)), counters
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(damaged.format(error)) from error
+    with _as_damage(folder):
+        description = _read_description(folder / COUNTERS)
+    _check_format(folder, description["format"])
+    with _as_damage(folder):
+        if description["checksum"] != checksum(description):
+            raise ValueError(f"{COUNTERS} does not match its checksum")
+        check_fingerprint(description["fingerprint"])
+    _check_reader(folder, description["fingerprint"], settings_fingerprint(model))
+    config = model.config
+    with _as_damage(folder):
+        check_description(description, config)
+        check_headers(_read_headers(folder / TENSORS, header_limit(config)), description, config)
+        data = (folder / TENSORS).read_bytes()
+        if hashlib.sha256(data).hexdigest() != description["tensors"]:
+            raise ValueError(f"{TENSORS} does not match its checksum")
+        tensors = load(data)
+        check_values(tensors, description, config)
+    _check_reader(folder, description["fingerprint"], fingerprint(model))
+    tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
+    return _context(tensors, description, config.num_hidden_layers), description
 
 
-def _context(tensors: dict[str, torch.Tensor], counters: dict, num_layers: int) -> LearnedContext:
-    histories = (
-        (tensors[f"keys.{i}"], tensors[f"values.{i}"]) if f"keys.{i}" in tensors else None for i in range(num_layers)
+@contextmanager
+def _as_damage(folder: Path) -> Iterator[None]:
+    """What is wrong with the files, as an error that names the folder and the remedy."""
+    try:
+        yield
+    except (ValueError, RecursionError, SafetensorError) as error:
+        raise ValueError(
+            f"The learned context in {folder} is damaged ({error}): read the text again and save it anew."
+        ) from error
+
+
+def _read_description(path: Path) -> dict:
+    """The json: any dictionary with a number as its format, a checksum and a fingerprint."""
+    with path.open("rb") as file:
+        text = file.read(LONGEST_DESCRIPTION + 1)
+    if len(text) > LONGEST_DESCRIPTION:
+        raise ValueError(f"{COUNTERS} is longer than {LONGEST_DESCRIPTION} bytes")
+    description = json.loads(text)
+    if not isinstance(description, dict):
+        raise ValueError(f"{COUNTERS} holds a {type(description).__name__} instead of fields")
+    missing = {"format", "checksum", "fingerprint"} - description.keys()
+    if missing or not isinstance(description["format"], int):
+        raise ValueError(f"{COUNTERS} lacks {sorted(missing)}" if missing else "`format` is no number")
+    return description
+
+
+def _check_format(folder: Path, found: int) -> None:
+    if found == FORMAT:
+        return
+    reason = f"this code reads {FORMAT}"
+    if found == 1:
+        reason = "which does not say which adapters were at work while it was read"
+    raise ValueError(
+        f"The learned context in {folder} has format {found}, {reason}: read the text again and save it anew."
     )
-    fast = [tensors[f"fast.{i}"] for i in range(sum(name.startswith("fast.") for name in tensors))]
-    rows, counts = counters["fast_rows"], counters["pending_counts"]
-    pending = None
+
+
+def _check_reader(folder: Path, found: dict[str, str], own: dict[str, str]) -> None:
+    """Check that the model is the one that read, as far as `own`, its fingerprint or a part of it, tells."""
+    adapters = (
+        f"other adapters at work than `model` has (then: {found['adapters'][:200]}; now: {own['adapters'][:200]}): "
+        "activate, scale and merge them as they were, in the same layers, or read the text again."
+    )
+    differences = {
+        "config": "another configuration than `model` has.",
+        "adapters": adapters,
+        "adapted_layers": adapters,
+        "weights": "other weights than `model` has.",
+    }
+    for part, what in differences.items():
+        if part in own and found[part] != own[part]:
+            raise ValueError(f"The learned context in {folder} was read with {what}")
+
+
+def _read_headers(path: Path, limit: int) -> dict[str, Header]:
+    """Shapes and dtypes of a safetensors file, whose library checks that the file is exactly as long as they say."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > limit:
+        raise ValueError(f"the header of {TENSORS} claims {size} bytes, more than the {limit} it can need")
+    with safe_open(path, framework="pt") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: Header(tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+
+
+def _context(tensors: dict[str, torch.Tensor], description: dict, num_layers: int) -> LearnedContext:
+    rows, counts = description["fast_rows"], description["pending_counts"]
+    fast = pending = None
+    if rows is not None:
+        own = rows == list(range(len(rows)))
+        names = sorted((name for name in tensors if name.startswith("fast.")), key=lambda name: int(name[5:]))
+        fast = FastWeights(tuple(tensors[name] for name in names), None if own else tuple(rows))
     if counts is not None:
-        parts = (tensors[f"pending.{part}"] for part in ("inputs", "ids", "positions"))
-        pending = Pending(tuple(counts), *parts)
+        pending = Pending(tuple(counts), *(tensors[f"pending.{name}"] for name in PENDING))
     return LearnedContext(
-        tokens=tuple(counters["tokens"]),
-        next_positions=tuple(counters["next_positions"]),
-        histories=tuple(histories),
-        fast=FastWeights(tuple(fast), None if rows is None else tuple(rows)) if fast else None,
+        tokens=tuple(description["tokens"]),
+        next_positions=tuple(description["next_positions"]),
+        histories=tuple((tensors[f"keys.{index}"], tensors[f"values.{index}"]) for index in range(num_layers)),
+        fast=fast,
         pending=pending,
     )

@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache
 from .cache_files import load_context, save_context
 from .context import LearnedContext, Pending
 from .fast_weights import FastWeights
+from .fingerprints import WeightMarks
 
 
 @dataclass(frozen=True)
@@ -198,33 +199,31 @@ class TTTE2ECache(Cache):
             )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the learned context to a folder, with a fingerprint of the model's weights and configuration.
+        """Write the learned context to a folder, with a fingerprint of the model's weights, adapters and configuration.
 
         Raises:
-            ValueError: nothing was read yet, the model is gone, or its weights changed since it read.
+            ValueError: nothing was read yet, the model is gone, or its weights or adapters changed since it read.
         """
         reader = None if self._reader is None else self._reader()
         if self.context is None:
             raise ValueError("This cache is empty: read something with it before `save_pretrained`.")
         if reader is None:
             raise ValueError("The model that read this context is gone: save the context while the model is loaded.")
-        if not self._marks.match(reader):
-            raise ValueError(
-                "The model's weights changed after this context was read, so it does not belong to them: read the "
-                "text again, then save."
-            )
+        self._marks.check(reader)
         save_context(Path(folder), self.context, self._counters(), reader)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: torch.nn.Module) -> "TTTE2ECache":
-        """Load what `save_pretrained` wrote, onto the model's device.
+        """Load what `save_pretrained` wrote, onto the model's device. Files of strangers may be loaded: see
+        `context_schema` for what is checked.
 
         Args:
             model: the model whose weights read the text, or anything that wraps it.
 
         Raises:
             FileNotFoundError: the folder holds no learned context.
-            ValueError: the files are damaged, or belong to other weights or another configuration.
+            ValueError: the files are damaged or forged, or belong to other weights, other adapters at work or another
+                configuration.
         """
         reader = next((module for module in model.modules() if hasattr(module, "rotary_emb")), None)
         if reader is None:
@@ -241,35 +240,6 @@ class TTTE2ECache(Cache):
     def _counters(self) -> dict:
         finished = None if self.finished is None else list(self.finished)
         return {"columns": self.columns, "finished": finished, "padding_id": self.padding_id}
-
-
-@dataclass(frozen=True)
-class WeightMarks:
-    """Cheap marks of a model's weights, to notice that they changed.
-
-    Attributes:
-        versions: change when a parameter is replaced, cast, or written in place.
-        samples: a few values of each parameter, because writing through `.data` leaves no other trace.
-    """
-
-    versions: tuple
-    samples: tuple[torch.Tensor, ...]
-
-    @classmethod
-    def of(cls, model: torch.nn.Module) -> "WeightMarks":
-        versions, samples = [], []
-        for parameter in model.parameters():
-            versions += [id(parameter), parameter.dtype, 0 if parameter.is_inference() else parameter._version]
-            values = parameter.data
-            if type(values) is torch.Tensor and not values.is_meta:
-                samples.append(values.flatten()[:: max(1, values.numel() // 16)].clone())
-        return cls(tuple(versions), tuple(samples))
-
-    def match(self, model: torch.nn.Module) -> bool:
-        now = WeightMarks.of(model)
-        return self.versions == now.versions and all(
-            torch.equal(old, new.to(old.device)) for old, new in zip(self.samples, now.samples, strict=True)
-        )
 
 
 def _tensors(context: LearnedContext | None) -> Sequence[torch.Tensor]:

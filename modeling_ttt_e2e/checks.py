@@ -10,6 +10,7 @@ UNPACK = (
     "what is learned from one would leak into the next. Give each document a row of its own: set packing=False and "
     "padding_free=False in a trainer's arguments."
 )
+END_OF_POSITIONS = 2**53  # RoPE angles are computed in float64, which holds whole numbers up to here exactly
 PACKED = (
     "`position_ids` start again inside a row (row {row}, column {column}: {position} after {highest}): the row holds "
     f"several documents, and {UNPACK}"

@@ -86,6 +86,13 @@ class FastWeights:
         rows = list(self.rows)
         return FastWeights(tuple(tensor[rows] for tensor in self.tensors))
 
+    def used_copies(self) -> "FastWeights":
+        """The same values without copies that no row uses."""
+        if self.rows is None or len(set(self.rows)) == len(self.tensors[0]):
+            return self
+        used = sorted(set(self.rows))
+        return FastWeights(tuple(tensor[used] for tensor in self.tensors), tuple(map(used.index, self.rows)))
+
     def replace(self, indices: Sequence[int], new: Sequence[torch.Tensor]) -> "FastWeights":
         """Fast weights in which the rows `indices` have the values `new`, each [len(indices), out, in]."""
         own = self.own_copies().tensors
