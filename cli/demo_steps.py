@@ -37,7 +37,7 @@ from ttt_e2e.training import (
     train_model,
     trained_tokenizer,
 )
-from ttt_e2e.training.disk import write_text
+from ttt_e2e.training.disk import follow_umask, write_text
 
 LEARNING_ON, LEARNING_OFF = "TTT-E2E, learning on", "TTT-E2E, learning off"
 # Cool enough for a model of this size to stay near what it has learned.
@@ -207,6 +207,7 @@ def save_model(model: TTTE2EForCausalLM, data: DemoData, run: TrainingRun, table
         results=[ResultsSection("Measured by `ttt-e2e demo`; all systems read the same rows in training.", [table])],
     )
     write_model_card(folder, contents)
+    follow_umask(folder)
 
 
 def continue_document(recipe: DemoRecipe, data: DemoData, model_folder: Path, console: Console) -> None:

@@ -77,7 +77,8 @@ def train_row(experiment: Experiment, row: Trained, models_folder: Path, cache: 
                 request = TrainingRequest(
                     model, recipe, experiment.data, run, cache, tokenizer=experiment.tokenizer or None, resume=resume
                 )
-                finish_run(prepare_run(request), resume)
+                trainer = prepare_run(request)
+                finish_run(trainer, trainer.last_whole_checkpoint() if resume else None)
         model = str(run / MODEL)
     return model
 

@@ -64,10 +64,11 @@ def train(
     from transformers.utils import logging
 
     from ttt_e2e.configuration import load_recipe
+    from ttt_e2e.training.checkpoints import checkpoint_step
     from ttt_e2e.training.estimates import estimate_run
     from ttt_e2e.training.lora import check_lora
     from ttt_e2e.training.models import changed_config, find_model, fit_to_tokenizer
-    from ttt_e2e.training.run import Adapter, TrainingRequest, finish_run, prepare_run, process_state, resumes_at
+    from ttt_e2e.training.run import Adapter, TrainingRequest, finish_run, prepare_run, process_state
     from ttt_e2e.training.tokenizer import load_tokenizer
 
     try:
@@ -97,16 +98,17 @@ def train(
         if not process_state(chosen).is_main_process:
             logging.set_verbosity_error()
         trainer = prepare_run(request)
+        checkpoint = trainer.last_whole_checkpoint() if resume else None
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise_on_main_process(error)
     if trainer.is_world_process_zero():
-        begin = f"Going on after step {resumes_at(output)}" if resume else "Training"
+        begin = f"Going on after step {checkpoint_step(checkpoint) if checkpoint else 0}" if resume else "Training"
         typer.echo(
             f"{begin}: {trainer.model.num_parameters():,} parameters, {chosen.batch_size} rows of "
             f"{chosen.data.sequence_length} tokens in a step, {trainer.args.world_size} process(es)"
         )
     try:
-        metrics = finish_run(trainer, resume)
+        metrics = finish_run(trainer, checkpoint)
     except KeyboardInterrupt:
         typer.echo("Interrupted. The same command with --resume goes on from the last checkpoint.", err=True)
         raise typer.Exit(130) from None

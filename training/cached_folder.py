@@ -1,7 +1,5 @@
 """Folders that are written once, under the hash of all that they come from, and checked before each use."""
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -11,6 +9,7 @@ from filelock import FileLock
 from transformers.utils import logging
 
 from .disk import flush_to_disk
+from .manifest import damage, write_manifest
 
 logger = logging.get_logger(__name__)
 
@@ -39,25 +38,6 @@ def cached_folder(folder: Path, manifest_name: str, build: Callable[[Path], dict
         _build(folder, manifest_name, build)
 
 
-def damage(folder: Path, manifest_name: str) -> str | None:
-    """What is wrong with a folder, in words; None where all is well. Reads every byte of it."""
-    try:
-        manifest = json.loads((folder / manifest_name).read_text(encoding="utf-8"))
-        if manifest["checksum"] != _checksum(manifest):
-            return f"{manifest_name} does not match its checksum"
-        for name, expected in manifest["files"].items():
-            size = (folder / name).stat().st_size
-            if size != expected["bytes"]:
-                return f"{name} has {size} bytes instead of {expected['bytes']}"
-            if _digest(folder / name) != expected["sha256"]:
-                return f"{name} does not match its digest"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{manifest_name}, or a file that it names, cannot be read: {error!r}"
-    return None
-
-
 def _build(folder: Path, manifest_name: str, build: Callable[[Path], dict]) -> None:
     part = folder.with_name(f"{folder.name}.part")
     if part.exists():
@@ -65,12 +45,7 @@ def _build(folder: Path, manifest_name: str, build: Callable[[Path], dict]) -> N
     part.mkdir()
     try:
         facts = build(part)
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in sorted(part.iterdir())}
-        manifest = {**facts, "files": files}
-        manifest["checksum"] = _checksum(manifest)
-        (part / manifest_name).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        for path in [*part.iterdir(), part]:
-            flush_to_disk(path)
+        write_manifest(part, manifest_name, facts)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(part, folder)
@@ -78,13 +53,3 @@ def _build(folder: Path, manifest_name: str, build: Callable[[Path], dict]) -> N
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _checksum(manifest: dict) -> str:
-    facts = {name: value for name, value in manifest.items() if name != "checksum"}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,6 +1,6 @@
 """Checkpoint folders of a run: which of them are complete, whether they fit the model, and whether the disk has room.
 
-A checkpoint counts only once its manifest is there: a file with the sizes of all others, written last, under a
+A checkpoint counts only once its manifest is there: a file with size and SHA-256 of all others, written last, under a
 temporary name first. A run that is killed while it saves leaves a folder without one, which is never resumed from.
 """
 
@@ -12,8 +12,12 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from transformers.utils import logging
 
-from .disk import flush_to_disk, write_text
+from .disk import follow_umask
+from .manifest import damage, has_sizes, write_manifest
+
+logger = logging.get_logger(__name__)
 
 MANIFEST, ADAPTER_CONFIG = "complete.json", "adapter_config.json"
 # Beside an adapter: its model's configuration. As config.json it would make the folder look like a whole model.
@@ -26,34 +30,31 @@ NOT_COMPARED = {
 }  # fmt: skip
 
 
-def write_manifest(folder: Path) -> None:
-    """Declare a checkpoint complete, once all its files are on the disk."""
-    files = _files(folder)
-    for path in files:
-        flush_to_disk(path)
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    write_text(folder / MANIFEST, json.dumps({"bytes": sizes}, indent=1) + "\n")
+def complete_checkpoint(folder: Path) -> None:
+    """Declare a checkpoint complete, once all its files are on the disk; its files are readable as the umask says."""
+    follow_umask(folder)
+    write_manifest(folder, MANIFEST)
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a checkpoint was saved to its end and still has all files at their size."""
-    try:
-        sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["bytes"]
-        return bool(sizes) and all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+    """Whether a checkpoint was saved to its end and still has all files at their size; before use see `damage`."""
+    return has_sizes(folder, MANIFEST)
 
 
-def check_resumable(folder: Path) -> None:
+def check_resumable(folder: Path, compared: bool = False) -> None:
     """Check that a checkpoint holds all that a run needs to go on.
+
+    Args:
+        compared: every byte of it has just been compared with its manifest.
 
     Raises:
         ValueError: it is incomplete or damaged, or was saved without the optimizer.
     """
-    if not is_complete(folder):
+    found = None if compared else damage(folder, MANIFEST)
+    if found is not None:
         raise ValueError(
-            f"resume_from_checkpoint={str(folder)!r}: the checkpoint is incomplete or damaged; give an earlier one, or "
-            "True for the last complete one."
+            f"resume_from_checkpoint={str(folder)!r}: the checkpoint is incomplete or damaged ({found}); give an "
+            "earlier one, or True for the last whole one."
         )
     if not any(folder.glob("optimizer*")):
         raise ValueError(
@@ -65,11 +66,46 @@ def check_resumable(folder: Path) -> None:
 def checkpoint_folders(run_folder: Path) -> list[Path]:
     """Folders `checkpoint-N` of a run, complete or not, in order of N."""
     steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(run_folder).glob("checkpoint-*")}
-    return sorted((path for path in steps if steps[path] and path.is_dir()), key=lambda path: int(steps[path][1]))
+    return sorted((path for path in steps if steps[path] and path.is_dir()), key=checkpoint_step)
+
+
+def checkpoint_step(folder: Path) -> int:
+    """The outer step after which a checkpoint was saved."""
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def last_whole_checkpoint(run_folder: Path) -> Path | None:
+    """The checkpoint of the most steps of which every byte is as it was saved, with a warning about damaged ones.
+
+    Returns:
+        None where no checkpoint was saved to its end.
+
+    Raises:
+        ValueError: all that were saved to their end are damaged.
+    """
+    damaged = {}
+    for path in reversed(checkpoint_folders(run_folder)):
+        found = damage(path, MANIFEST)
+        if found is None:
+            if damaged:
+                logger.warning(f"{_listed(damaged)}; going back to {path.name}, the last whole checkpoint.")
+            return path
+        if (path / MANIFEST).is_file():
+            damaged[path] = found
+    if damaged:
+        raise ValueError(
+            f"output_dir={str(run_folder)!r} holds no complete checkpoint: {_listed(damaged)}. Restore the files "
+            "from a copy, or start a new run in another folder. Nothing was overwritten."
+        )
+    return None
+
+
+def _listed(damaged: dict[Path, str]) -> str:
+    return ", ".join(f"{path.name} is damaged ({found})" for path, found in damaged.items())
 
 
 def last_complete_checkpoint(run_folder: Path) -> Path | None:
-    """The complete checkpoint of the most steps, or None."""
+    """The checkpoint of the most steps that was saved to its end, by the sizes of its files; or None."""
     return next((path for path in reversed(checkpoint_folders(run_folder)) if is_complete(path)), None)
 
 
@@ -140,7 +176,3 @@ def checkpoint_bytes(model: torch.nn.Module) -> int:
 def _adapter_key(name: str) -> str:
     """The name under which a PEFT adapter saves a parameter; other names are their own."""
     return re.sub(r"\.default(?=\.|$)", "", name) if "lora_" in name else name
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)

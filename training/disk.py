@@ -77,12 +77,25 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
     part.mkdir(parents=True)
     try:
         yield part
+        follow_umask(part)
         for written in [*part.rglob("*"), part]:
             flush_to_disk(written)
         os.replace(part, path)
         flush_to_disk(path.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give all files of a folder that this process has made the permissions that its umask leaves.
+
+    safetensors writes its files for their owner alone. The folder's own permissions tell the umask, which could only be
+    asked for by changing it, for all threads of the process.
+    """
+    permissions = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(permissions)
 
 
 def flush_to_disk(path: Path) -> None:

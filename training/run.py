@@ -16,9 +16,9 @@ from transformers import PreTrainedConfig, set_seed
 
 from ..configuration import Recipe
 from .arguments import MetaTrainingArguments
-from .checkpoints import NOT_COMPARED, checkpoint_bytes, last_complete_checkpoint
+from .checkpoints import NOT_COMPARED, checkpoint_bytes
 from .data import collate_rows
-from .disk import check_disk_space, write_text, written_whole
+from .disk import check_disk_space, follow_umask, write_text, written_whole
 from .lora import add_lora, check_lora
 from .meta_trainer import MetaTrainer
 from .models import ModelSource, build_model, changed_config, find_model, fit_to_tokenizer
@@ -138,12 +138,6 @@ def check_start(request: TrainingRequest, source: ModelSource) -> None:
         check_lora(request.adapter.targets, request.adapter.rank, request.adapter.alpha)
 
 
-def resumes_at(folder: Path) -> int:
-    """The outer step after which a resumed run goes on; 0 where it was interrupted before any complete checkpoint."""
-    last = last_complete_checkpoint(folder)
-    return 0 if last is None else int(last.name.removeprefix("checkpoint-"))
-
-
 def last_evaluation(trainer: MetaTrainer) -> dict[str, float]:
     """Metrics after the last step, evaluated now unless they were then; empty without validation rows."""
     if trainer.eval_dataset is None:
@@ -154,18 +148,17 @@ def last_evaluation(trainer: MetaTrainer) -> dict[str, float]:
     return trainer.evaluate()
 
 
-def finish_run(trainer: MetaTrainer, resume: bool) -> dict[str, float]:
+def finish_run(trainer: MetaTrainer, checkpoint: Path | None) -> dict[str, float]:
     """Train to the end, evaluate, and save the model, the log and its picture.
 
     Args:
-        resume: from the run's last complete checkpoint; from the first step where it was interrupted before any.
+        checkpoint: to go on from, as the trainer's `last_whole_checkpoint` gives it; None for the first step.
 
     Returns:
         The metrics of the last evaluation; empty without validation rows.
     """
     folder = Path(trainer.args.output_dir)
-    last = last_complete_checkpoint(folder) if resume else None
-    trainer.train(str(last) if last else None)
+    trainer.train(None if checkpoint is None else str(checkpoint))
     metrics = last_evaluation(trainer)
     save_run(trainer, folder)
     return metrics
@@ -224,6 +217,7 @@ def save_run(trainer: MetaTrainer, folder: Path) -> None:
     trainer.accelerator.wait_for_everyone()
     if not trainer.args.should_save:
         return
+    follow_umask(part)
     (part / "training_args.bin").unlink(missing_ok=True)  # a pickle, of use to nobody who loads the model
     shutil.rmtree(folder / MODEL, ignore_errors=True)
     os.replace(part, folder / MODEL)

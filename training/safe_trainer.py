@@ -5,6 +5,7 @@ and no process waits for one that has stopped because its disk is full.
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
@@ -17,8 +18,9 @@ from .checkpoints import (
     check_resumable,
     check_same_model,
     checkpoint_bytes,
+    complete_checkpoint,
     last_complete_checkpoint,
-    write_manifest,
+    last_whole_checkpoint,
 )
 from .disk import check_disk_space
 
@@ -27,6 +29,8 @@ STATE = "trainer_state.json"
 
 class SafeTrainer(Trainer):
     """transformers' Trainer with a manifest in every checkpoint, written last; checkpoints without one are not used."""
+
+    _compared: Path | None = None  # the checkpoint of which every byte has just been compared
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *others, **named):
         """As transformers' Trainer; `resume_from_checkpoint=True` takes the last checkpoint that is complete.
@@ -63,10 +67,10 @@ class SafeTrainer(Trainer):
                 f"resume_from_checkpoint={asked!r}: transformers cannot resume a model that from_pretrained has "
                 "sharded (distributed_config): load the checkpoint's folder as a model and begin a new run."
             )
-        folder = last if asked is True else Path(asked)
+        folder = self.last_whole_checkpoint() if asked is True else Path(asked)
         if folder is None:
             raise ValueError(f"output_dir={self.args.output_dir!r} holds no complete checkpoint: start a new run.")
-        check_resumable(folder)
+        self._check_resumable(folder)
         check_same_model(folder, self.model)
         return folder
 
@@ -106,7 +110,7 @@ class SafeTrainer(Trainer):
             self.args.save_total_limit, self.args.push_to_hub = limit, push
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            write_manifest(folder)
+            complete_checkpoint(folder)
             rotate_checkpoints(
                 output_dir=str(run_folder),
                 save_total_limit=limit,
@@ -116,14 +120,35 @@ class SafeTrainer(Trainer):
         if push:
             self._push_from_checkpoint(str(folder))
 
-    def _check_disk_space(self, what: str) -> None:
-        """Every process stops where the one that saves has no room."""
-        problem = [None]
+    def last_whole_checkpoint(self) -> Path | None:
+        """The checkpoint from which `train` would go on; None where none was saved to its end. Called by all processes.
+
+        Raises:
+            ValueError: all are damaged.
+        """
+        found = self._of_saving_process(lambda: last_whole_checkpoint(Path(self.args.output_dir)))
+        self._compared = found
+        return found
+
+    def _check_resumable(self, folder: Path) -> None:
+        """One process compares every byte of a checkpoint, unless that was just done to find it."""
+        compared, self._compared = self._compared == folder, None
+        self._of_saving_process(lambda: check_resumable(folder, compared))
+
+    def _of_saving_process(self, work: Callable[[], object]) -> object:
+        """What one process has found, or its error, on every process."""
+        result = [None, None]
         if self.args.should_save:
             try:
-                check_disk_space(Path(self.args.output_dir), checkpoint_bytes(self.model), what)
-            except OSError as error:
-                problem = [str(error)]
-        broadcast_object_list(problem)
-        if problem[0] is not None:
-            raise OSError(problem[0])
+                result[0] = work()
+            except (ValueError, OSError) as error:
+                result[1] = error
+        broadcast_object_list(result)
+        if result[1] is not None:
+            raise result[1]
+        return result[0]
+
+    def _check_disk_space(self, what: str) -> None:
+        """Every process stops where the one that saves has no room."""
+        folder, needed = Path(self.args.output_dir), checkpoint_bytes(self.model)
+        self._of_saving_process(lambda: check_disk_space(folder, needed, what))

@@ -113,6 +113,40 @@ def test_resumed_run_ends_as_the_uninterrupted_one(place):
     assert logs[0] == logs[1] and len(logs[0]) == 6
 
 
+def test_damaged_checkpoint_is_named_and_the_one_before_it_is_used(place, caplog):
+    assert train(place).exit_code == 0
+    weights = (place / "run" / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(place / "run" / "model")
+    flip_a_bit(place / "run" / "checkpoint-6" / "model.safetensors")
+    output = " ".join(train(place, "--resume").output.split())
+    found = "checkpoint-6 is damaged (model.safetensors does not match its digest)"
+    assert f"{found}; going back to checkpoint-4, the last whole checkpoint" in caplog.text
+    assert "Going on after step 4" in output
+    assert (place / "run" / "model" / "model.safetensors").read_bytes() == weights
+    for folder in (place / "run").glob("checkpoint-*"):
+        flip_a_bit(folder / "optimizer.pt")
+    before = everything_below(place / "run")
+    assert "checkpoint-6 is damaged (optimizer.pt does not match its digest)" in refusal(train(place, "--resume"))
+    assert everything_below(place / "run") == before
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_all_files_of_a_run_are_as_readable_as_the_umask_says(place):
+    before = os.umask(0o027)
+    try:
+        assert train(place).exit_code == 0
+    finally:
+        os.umask(before)
+    files = [path for path in (place / "run").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} > {".safetensors", ".json", ".pt"}
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {path.name: "0o640" for path in files}
+
+
 def test_run_that_was_killed_before_its_first_checkpoint_begins_again(place):
     assert train(place, output="whole").exit_code == 0
     (place / "early").mkdir()

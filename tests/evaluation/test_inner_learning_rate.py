@@ -22,7 +22,7 @@ from ttt_e2e.evaluation.inner_learning_rate import (
 )
 from ttt_e2e.evaluation.results import Point
 from ttt_e2e.training import train_tokenizer
-from ttt_e2e.training.checkpoints import write_manifest
+from ttt_e2e.training.checkpoints import complete_checkpoint
 
 from .subjects import learner, mistral
 
@@ -122,7 +122,7 @@ def test_the_folder_of_a_run_stands_for_its_model(place):
 
 
 def test_a_checkpoint_is_measured_but_never_written_to(place):
-    write_manifest(place / "model")
+    complete_checkpoint(place / "model")
     assert run(place)[1].helps
     with pytest.raises(ValueError, match="is a checkpoint of a run, which could not be resumed"):
         prepare_sweep(request(place, write=True))

@@ -47,7 +47,7 @@ SAVING = {
     "the optimizer": (Trainer, "_save_optimizer_and_scheduler"),
     "half of the optimizer": (torch, "save"),
     "the random state": (Trainer, "_save_rng_state"),
-    "the manifest": (safe_trainer, "write_manifest"),
+    "the manifest": (safe_trainer, "complete_checkpoint"),
     "the name of the manifest": (os, "replace"),
 }
 Disk = namedtuple("Disk", ["total", "used", "free"])
@@ -301,12 +301,26 @@ def remove(name):
     return lambda folder: (folder / name).unlink()
 
 
+def flip(name):
+    """One bit in the middle of a file is another one."""
+
+    def damage(folder):
+        data = bytearray((folder / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (folder / name).write_bytes(data)
+
+    return damage
+
+
 def manifest(content):
     return lambda folder: (folder / "complete.json").write_bytes(content)
 
 
 DAMAGE = {
     "weights cut off": truncate("model.safetensors"),
+    "one bit of the weights": flip("model.safetensors"),
+    "one bit of the optimizer": flip("optimizer.pt"),
+    "one bit of the manifest": flip("complete.json"),
     "optimizer cut off": truncate("optimizer.pt"),
     "optimizer gone": remove("optimizer.pt"),
     "random state gone": remove("rng_state.pth"),
@@ -315,16 +329,16 @@ DAMAGE = {
     "manifest empty": manifest(b""),
     "manifest of zeros": manifest(bytes(100)),
     "manifest of no text": manifest(b"\xff\xfe\x00garbage"),
-    "manifest without files": manifest(b'{"bytes": {}}'),
+    "manifest without files": manifest(b'{"files": {}}'),
     "manifest a list": manifest(b'["model.safetensors"]'),
-    "manifest with a list": manifest(b'{"bytes": ["model.safetensors"]}'),
+    "manifest with a list": manifest(b'{"files": ["model.safetensors"]}'),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_checkpoint_is_not_used(run_folder, six_steps, damage):
     DAMAGE[damage](run_folder / "checkpoint-6")
-    with pytest.raises(ValueError, match="the checkpoint is incomplete or damaged; give an earlier one"):
+    with pytest.raises(ValueError, match=r"the checkpoint is incomplete or damaged \(.*\); give an earlier one"):
         trainer_of(run_folder, max_steps=6).train(resume_from_checkpoint=str(run_folder / "checkpoint-6"))
     begun = []
     trainer = trainer_of(run_folder, max_steps=6, callbacks=[Begun(begun)])
@@ -389,7 +403,7 @@ def test_weights_of_other_shapes_are_refused(run_folder):
     for step in (3, 6):
         folder = run_folder / f"checkpoint-{step}"
         (folder / "config.json").unlink()
-        checkpoints.write_manifest(folder)
+        checkpoints.complete_checkpoint(folder)
     with pytest.raises(ValueError, match=r"its shape of model\.\S+ is \(\d+.*\), but this model's is \("):
         trainer_of(run_folder, {"hidden_size": 32}).train(resume_from_checkpoint=True)
 
