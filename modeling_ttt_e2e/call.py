@@ -178,7 +178,7 @@ def _read_call(model: torch.nn.Module, request: Request) -> Answer:
             # Mini-batches never reach across the beginning of what may be learned.
             context = reader.drop_pending(context)
         more = request.use_cache or piece is not pieces[-1]
-        for segment, placement in segments(columns, piece, context, size, more):
+        for segment, placement in segments(columns, piece, context, size, model.config.mini_batch_size, more):
             context, output = read_segment(reader, context, segment)
             if wanted.hidden:
                 hidden.add(output.hidden, placement)

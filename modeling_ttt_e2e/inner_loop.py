@@ -31,7 +31,7 @@ class UpdateRule:
         learning_rate: step size, warm-up included.
         max_grad_norm: joint L2 norm to which the gradient of one sequence is clipped; 0 for no clipping.
         second_order: differentiate through the gradient when grad mode is on.
-        horizon: cut the outer gradient every so many steps; None for never.
+        horizon: cut the outer gradient every so many steps of a row within a call; None for never.
     """
 
     learning_rate: float
@@ -69,19 +69,24 @@ class InnerState:
     def detach(self) -> "InnerState":
         return self.with_tensors([tensor.detach() for tensor in self.tensors()])
 
+    def cut(self, rows: tuple[bool, ...]) -> "InnerState":
+        """The same values, from which no outer gradient flows back in some rows."""
+        return self.with_tensors([cut_gradient(tensor, rows) for tensor in self.tensors()])
+
 
 @dataclass(frozen=True)
 class MiniBatch:
     """One mini-batch of every row.
 
     Attributes:
-        index: number of the mini-batch within the call, which places the cuts of `UpdateRule.horizon`.
+        index: number of the mini-batch within the segment.
         inputs: [B, T, D], the hidden states that enter the inner loop.
         targets: [B, T] ids of the next tokens, `NO_TARGET` where there is none or it is masked.
         labels: [B, T] what the outer loss predicts, or None.
         position_embeddings: cosines and sines of the RoPE angles, each [1 or B, T, channels of a head].
         complete: which rows' mini-batch is full and has all its targets; the others report no inner loss.
         update: which rows take a step; a subset of `complete`.
+        cut: the rows whose outer gradient ends behind this mini-batch (`UpdateRule.horizon`).
     """
 
     index: int
@@ -91,6 +96,7 @@ class MiniBatch:
     position_embeddings: tuple[torch.Tensor, torch.Tensor]
     complete: tuple[bool, ...]
     update: tuple[bool, ...]
+    cut: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,16 @@ class StepOutput:
             tuple(next(tensors) for _ in self.layers),
             tuple(next(tensors) for _ in self.attentions),
         )
+
+
+def cut_gradient(tensor: torch.Tensor, rows: tuple[bool, ...]) -> torch.Tensor:
+    """The same values [B, ...], from which no gradient flows back in some rows."""
+    if all(rows):
+        return tensor.detach()
+    if not any(rows) or not tensor.requires_grad:
+        return tensor
+    chosen = torch.tensor(rows, device=tensor.device).view(-1, *[1] * (tensor.dim() - 1))
+    return torch.where(chosen, tensor.detach(), tensor)
 
 
 def log_likelihood_loss(logits: torch.Tensor, targets: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:
@@ -243,8 +259,8 @@ def run_inner_loop(
     """`inner_step` for one mini-batch after the other."""
     outputs = []
     for batch in batches:
-        if rule.horizon is not None and batch.index % rule.horizon == 0:
-            state = state.detach()
         state, output = inner_step(suffix, state, batch, rule)
+        if any(batch.cut):
+            state = state.cut(batch.cut)
         outputs.append(output)
     return state, outputs

@@ -70,53 +70,109 @@ def split_by_learning(columns: int, seen: int, learning: bool, span: tuple[int, 
 
 
 def segments(
-    columns: Columns, piece: Piece, context: LearnedContext, size: int | None, keep_context: bool
+    columns: Columns,
+    piece: Piece,
+    context: LearnedContext,
+    size: int | None,
+    mini_batch_size: int,
+    keep_context: bool,
 ) -> Iterator[tuple[Segment, Placement]]:
     """Cut a piece into segments of at most `size` tokens (None: one segment).
 
+    Where the pending mini-batch of a row is filled up and more follows, its rest is a segment of its own: then a
+    mini-batch never mixes tokens of earlier calls, whose keys and values are constants, with those that follow, and no
+    row depends on how far its neighbours have read.
+
     Args:
         context: before the piece.
-        size: tokens per segment; the first is shorter when a mini-batch is already begun.
+        size: tokens per segment.
         keep_context: the learned context after the piece will be used.
     """
     where, known, counts = _tokens_of_piece(columns, piece)
+    starts, longest = (0,) * len(counts), max(counts)
+    if piece.learning:
+        rest = _rest_of_mini_batches(context.pending_counts, counts, known, mini_batch_size)
+        if any(rest):
+            longest = max(count - own for count, own in zip(counts, rest, strict=True))
+            more = keep_context or longest > 0
+            # What follows is left to the next segment: the step of the mini-batch is taken there.
+            yield _segment(columns, piece, context, _Cut(where, rest, starts, rest), max(rest), more)
+            if longest == 0:
+                return
+            starts = rest
     # A piece of nothing but padding is read as well, one column of it, for the shapes of its outputs.
-    longest = max(1, *counts)
-    device = where.device
+    longest = max(1, longest)
+    step = longest if size is None else size
+    for first in range(0, longest, step):
+        begin = tuple(start + first for start in starts)
+        width = min(step, longest - first)
+        more = keep_context or first + width < longest
+        yield _segment(columns, piece, context, _Cut(where, known, begin, counts), width, more)
 
-    def pick(tensor: torch.Tensor | None, start: int, end: int) -> torch.Tensor | None:
+
+@dataclass(frozen=True)
+class _Cut:
+    """Where a segment lies among the tokens of a piece.
+
+    Attributes:
+        where: [B, n], the column of each token; known: how many tokens each row has in the piece.
+        begin, end: its tokens per row; it may be cut shorter.
+    """
+
+    where: torch.Tensor
+    known: tuple[int, ...]
+    begin: tuple[int, ...]
+    end: tuple[int, ...]
+
+
+def _rest_of_mini_batches(
+    pending: Sequence[int], counts: Sequence[int], known: Sequence[int], size: int
+) -> tuple[int, ...]:
+    """Per row, the tokens that fill up its begun mini-batch; zeros when no row goes beyond the one that it is in."""
+    rest = tuple(-waiting % size for waiting in pending)
+    if all(tokens <= (left or size) for tokens, left in zip(known, rest, strict=True)):
+        return (0,) * len(rest)
+    return tuple(min(count, left) for count, left in zip(counts, rest, strict=True))
+
+
+def _segment(
+    columns: Columns, piece: Piece, context: LearnedContext, cut: _Cut, size: int, more: bool
+) -> tuple[Segment, Placement]:
+    """The segment of `size` tokens at a cut; `more`: the learned context after it will be used."""
+    device = cut.where.device
+    own = tuple(min(max(end - begin, 0), size) for begin, end in zip(cut.begin, cut.end, strict=True))
+    first = cut.begin[0]
+    aligned = min(cut.begin) == max(cut.begin) and first + size <= cut.where.shape[1]
+    if aligned:
+        where = cut.where[:, first : first + size]
+    else:
+        index = torch.tensor(cut.begin, device=device)[:, None] + torch.arange(size, device=device)
+        where = cut.where.gather(1, index.clamp_max(cut.where.shape[1] - 1))
+    consecutive = columns.real is None and aligned
+
+    def pick(tensor: torch.Tensor | None) -> torch.Tensor | None:
         if tensor is None:
             return None
         if consecutive:
-            return tensor[:, piece.start + start : piece.start + end]
-        return gather_columns(tensor, where[:, start:end])
+            return tensor[:, piece.start + first : piece.start + first + size]
+        return gather_columns(tensor, where)
 
-    consecutive = columns.real is None
-    starts = torch.tensor(sorted(set(context.next_positions)), device=device)[:, None]
-    if len(starts) > 1:
-        starts = torch.tensor(context.next_positions, device=device)[:, None]
-    start = 0
-    while start < longest:
-        step = longest if size is None else size
-        if start == 0 and size is not None and piece.learning:
-            step = max(1, size - max(context.pending_counts))
-        end = min(start + step, longest)
-        own = tuple(min(max(count - start, 0), end - start) for count in counts)
-        position_ids = pick(columns.position_ids, start, end)
-        if position_ids is None:
-            position_ids = starts + torch.arange(start, end, device=device)
-        segment = Segment(
-            ids=pick(columns.ids, start, end),
-            embeddings=pick(columns.embeddings, start, end),
-            counts=own,
-            position_ids=position_ids,
-            next_ids=_next_ids(columns, where, known, start, own) if piece.learning else (-1,) * len(own),
-            labels=pick(columns.labels, start, end),
-            learning=piece.learning,
-            needs_context=keep_context or end < longest,
-        )
-        yield segment, Placement(where[:, start:end], own, consecutive and min(own) == end - start)
-        start = end
+    position_ids = pick(columns.position_ids)
+    if position_ids is None:
+        starts = [next_one + begin for next_one, begin in zip(context.next_positions, cut.begin, strict=True)]
+        starts = starts[:1] if min(starts) == max(starts) else starts
+        position_ids = torch.tensor(starts, device=device)[:, None] + torch.arange(size, device=device)
+    segment = Segment(
+        ids=pick(columns.ids),
+        embeddings=pick(columns.embeddings),
+        counts=own,
+        position_ids=position_ids,
+        next_ids=_next_ids(columns, cut, own) if piece.learning else (-1,) * len(own),
+        labels=pick(columns.labels),
+        learning=piece.learning,
+        needs_context=more,
+    )
+    return segment, Placement(where, own, consecutive and min(own) == size)
 
 
 def _tokens_of_piece(columns: Columns, piece: Piece) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]:
@@ -135,14 +191,13 @@ def _tokens_of_piece(columns: Columns, piece: Piece) -> tuple[torch.Tensor, tupl
     return where, tuple(real.sum(dim=1).tolist()), tuple(needed.sum(dim=1).tolist())
 
 
-def _next_ids(
-    columns: Columns, where: torch.Tensor, known: Sequence[int], start: int, counts: Sequence[int]
-) -> tuple[int, ...]:
+def _next_ids(columns: Columns, cut: _Cut, counts: Sequence[int]) -> tuple[int, ...]:
     """Per row the id of the token after the segment's last one; -1 when the piece does not hold it."""
-    last = torch.tensor([start + count for count in counts], device=where.device)[:, None]
-    index = where.gather(1, last.clamp_max(where.shape[1] - 1))
+    following = [begin + count for begin, count in zip(cut.begin, counts, strict=True)]
+    last = torch.tensor(following, device=cut.where.device)[:, None]
+    index = cut.where.gather(1, last.clamp_max(cut.where.shape[1] - 1))
     ids = columns.ids.gather(1, index).squeeze(1).tolist()
-    return tuple(id if start + n < total else -1 for id, n, total in zip(ids, counts, known, strict=True))
+    return tuple(id if place < total else -1 for id, place, total in zip(ids, following, cut.known, strict=True))
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 from .checkpointing import run_checkpointed
 from .context import LearnedContext, take_last
 from .fast_weights import FastWeights, is_plain
-from .inner_loop import InnerState, MiniBatch, StepOutput, run_inner_loop
+from .inner_loop import InnerState, MiniBatch, StepOutput, cut_gradient, run_inner_loop
 from .layers import TTTE2ESuffixLayer, zero_fast_weights
 from .reader import Reader, Segment, SegmentOutput
 from .slots import Slots
@@ -35,23 +35,28 @@ def learn(
         The context with new fast weights, pending tokens, and keys and values of the inner layers.
     """
     size = reader.config.mini_batch_size
-    context = learn_pending(reader, context, segment, output)
-    counts = zip(context.pending_counts, segment.counts, segment.next_ids, strict=True)
-    if any(pending + new + (following >= 0) > size for pending, new, following in counts):
-        return run_mini_batches(reader, context, segment, inputs, output)
-    return read_on(reader, context, segment, inputs, output)
-
-
-def learn_pending(reader: Reader, context: LearnedContext, segment: Segment, output: SegmentOutput) -> LearnedContext:
-    """Take the step of every row whose pending mini-batch is full and whose next token has now arrived."""
-    size = reader.config.mini_batch_size
     rows = [
         row
         for row, (pending, new) in enumerate(zip(context.pending_counts, segment.counts, strict=True))
         if pending == size and new > 0
     ]
-    if not rows:
-        return context
+    if rows:
+        context = learn_pending(reader, context, segment, output, rows)
+    counts = zip(context.pending_counts, segment.counts, segment.next_ids, strict=True)
+    if any(pending + new + (following >= 0) > size for pending, new, following in counts):
+        steps = tuple(int(row in rows) for row in range(context.rows))
+        return run_mini_batches(reader, context, segment, inputs, output, steps)
+    return read_on(reader, context, segment, inputs, output)
+
+
+def learn_pending(
+    reader: Reader, context: LearnedContext, segment: Segment, output: SegmentOutput, rows: Sequence[int]
+) -> LearnedContext:
+    """Take the step of the rows whose pending mini-batch is full and whose next token has now arrived.
+
+    Keys and values stay those that were read, constants where an earlier call has read them; the step alone is a
+    function of the slow weights, which compute the mini-batch again from its inputs.
+    """
     ids = segment.ids[rows, 0].tolist()
     nothing = Segment(
         ids=segment.ids[rows, :0],
@@ -66,14 +71,19 @@ def learn_pending(reader: Reader, context: LearnedContext, segment: Segment, out
     own = SegmentOutput(attentions=[[] for _ in output.attentions])
     empty = context.pending.inputs[rows, :0]
     silent = replace(reader, wanted=replace(reader.wanted, hidden=False, layers=False, attentions=False))
-    part = run_mini_batches(silent, context.select(rows), nothing, empty, own)
+    part = run_mini_batches(silent, context.select(rows), nothing, empty, own, (0,) * len(rows))
     output.inner += [(tuple(rows[row] for row in members), *values) for members, *values in own.inner]
-    if len(rows) == context.rows:
-        return part
-    fast = context.fast or zero_fast_weights(_suffix_layers(reader), context.pending.inputs)
+    fast = part.fast
+    if len(rows) < context.rows:
+        whole = context.fast or zero_fast_weights(_suffix_layers(reader), context.pending.inputs)
+        fast = whole.replace(rows, part.fast.tensors)
     left = tuple(0 if row in rows else count for row, count in enumerate(context.pending_counts))
     pending = replace(context.pending, counts=left) if any(left) else None
-    return replace(context, fast=fast.replace(rows, part.fast.tensors), pending=pending)
+    histories = context.histories
+    if reader.rule.horizon == 1:
+        cut = tuple(row in rows for row in range(context.rows))
+        histories = tuple(kv and tuple(cut_gradient(states, cut) for states in kv) for kv in histories)
+    return replace(context, fast=fast, pending=pending, histories=histories)
 
 
 def read_on(
@@ -109,11 +119,20 @@ def read_on(
 
 
 def run_mini_batches(
-    reader: Reader, context: LearnedContext, segment: Segment, inputs: torch.Tensor, output: SegmentOutput
+    reader: Reader,
+    context: LearnedContext,
+    segment: Segment,
+    inputs: torch.Tensor,
+    output: SegmentOutput,
+    steps: tuple[int, ...],
 ) -> LearnedContext:
-    """The inner loop over all mini-batches that the pending and the new tokens fill or begin."""
+    """The inner loop over all mini-batches that the pending and the new tokens fill or begin.
+
+    Args:
+        steps: inner steps that each row has taken before in this call.
+    """
     slots = Slots(context, segment, inputs)
-    batches = mini_batches(reader, slots)
+    batches = mini_batches(reader, slots, steps)
     layers = _suffix_layers(reader)
     fast = context.fast
     if fast is None and any(any(batch.update) for batch in batches):
@@ -144,21 +163,27 @@ def run_mini_batches(
     done = tuple(sum(complete) for complete in zip(*(batch.complete for batch in batches), strict=True))
     pending = slots.left_after(tuple(count * reader.config.mini_batch_size for count in done))
     histories = list(context.histories)
+    # A row that only waits has computed the keys of its pending tokens again; they stay as constant as they were.
+    waiting = tuple(count > 0 for count in context.pending_counts)
     for index, chunks in enumerate(state.histories, start=reader.config.num_prefix_layers + 1):
         keep = reader.window_before(index)
         joined = join(chunks, None)
         ends = [joined[0].shape[2] - slots.length + total for total in slots.totals]
         keep = max(ends) if keep is None else keep + (max(pending.counts) if pending is not None else 0)
-        histories[index] = tuple(take_last(states, ends, keep) for states in joined)
+        histories[index] = tuple(cut_gradient(take_last(states, ends, keep), waiting) for states in joined)
     fast = state.fast
     if fast is not None and fast.whole:
         fast = fast.less(_projections(layers))
     return replace(context, fast=fast, pending=pending, histories=tuple(histories))
 
 
-def mini_batches(reader: Reader, slots: Slots) -> list[MiniBatch]:
-    """Cut the slots into mini-batches; the last one may be shorter."""
-    size, segment = reader.config.mini_batch_size, slots.segment
+def mini_batches(reader: Reader, slots: Slots, steps: tuple[int, ...]) -> list[MiniBatch]:
+    """Cut the slots into mini-batches; the last one may be shorter.
+
+    Args:
+        steps: inner steps that each row has taken before in this call.
+    """
+    size, segment, horizon = reader.config.mini_batch_size, slots.segment, reader.rule.horizon
     targets = slots.targets(reader.config.bos_token_id)
     cosines, sines = reader.model.rotary_emb(slots.position_ids, reader.model.dtype)
     # One split instead of many slices: its backward pass is one concatenation.
@@ -180,6 +205,7 @@ def mini_batches(reader: Reader, slots: Slots) -> list[MiniBatch]:
                 complete=complete,
                 # A step is taken only where something will be read with its result.
                 update=tuple(full and (segment.needs_context or total > end) for full, total in follows),
+                cut=tuple(horizon is not None and (before + index + 1) % horizon == 0 for before in steps),
             )
         )
     return batches
