@@ -17,6 +17,7 @@ import pytest
 import requests
 import typer
 from safetensors.torch import load_file, save_file
+from transformers import tokenization_utils_base
 from typer.testing import CliRunner
 
 from ttt_e2e import TTTE2ECache
@@ -131,6 +132,22 @@ def test_special_tokens_that_a_document_spells_out(place, text_model, tmp_path):
     ids = [text_tokens("the mill<end>", text_model.tokenizer, True, split).tolist() for split in (True, False)]
     expected = [text_model.tokenizer.decode(alone(text_model, one), skip_special_tokens=True) for one in ids]
     assert texts == [f"{text}\n" for text in expected]
+
+
+def test_no_text_is_called_too_long(place, text_model, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", lambda message, *arguments: said.append(message))
+    save_text_model(text_model, tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text()) | {"model_max_length": 4}
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
+    message = f"{PROMPT}<end>{PROMPT}"
+    for command, options in {
+        "read": ("--document", place / "book.txt", "--output", tmp_path / "new"),
+        "generate": ("--prompt", message, "--max-new-tokens", 2),
+        "chat": ("--max-new-tokens", 2),
+    }.items():
+        assert run(tmp_path, command, *options, typed=f"{message}\n").exit_code == 0
+    assert said == []
 
 
 @pytest.mark.parametrize("command", ["read", "generate", "chat", "serve"])
