@@ -1,14 +1,17 @@
 """Each command teaches, quickly, and refuses mistakes before any work; one whose output is cut off ends quietly."""
 
+import ast
 import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+from ttt_e2e.cli import main
 from ttt_e2e.cli.main import app
 from ttt_e2e.configuration import preset_names, recipe_names
 from ttt_e2e.configuration.demo_recipe import DEMO_RECIPE
@@ -67,6 +70,13 @@ def test_the_console_script_is_the_one_whose_help_is_quick():
     scripts = {script.name: script.value for script in distribution("ttt-e2e").entry_points}
     assert scripts == {"ttt-e2e": "ttt_e2e_cli.main:app"}
     assert importlib.util.find_spec("ttt_e2e.cli.main").origin == importlib.util.find_spec("ttt_e2e_cli.main").origin
+
+
+def test_nothing_outside_the_folder_is_imported_by_its_place():
+    """`from ..serving` has no meaning in `ttt_e2e_cli`."""
+    for path in Path(main.__file__).parent.glob("*.py"):
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        assert all(node.level < 2 for node in nodes), path
 
 
 @pytest.mark.parametrize(
