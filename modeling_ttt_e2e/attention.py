@@ -32,6 +32,11 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """The device itself, or the CPU for one that has no float64 (Apple's MPS)."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 @dataclass(frozen=True)
 class AttentionInputs:
     """What every attention layer of one call shares.

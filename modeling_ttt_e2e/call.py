@@ -9,10 +9,17 @@ from transformers.utils import logging
 
 from .attention import TWICE_DIFFERENTIABLE
 from .cache_ttt_e2e import TTTE2ECache
-from .checks import check_extra_arguments, check_ids, check_labels, check_positions, real_columns
+from .checks import (
+    check_extra_arguments,
+    check_ids,
+    check_labels,
+    check_not_reentrant,
+    check_positions,
+    real_columns,
+)
 from .context import LearnedContext
 from .inner_loop import NO_TARGET, UpdateRule
-from .layout import AttentionWriter, Columns, ColumnWriter, segments, split_by_learning
+from .layout import AttentionWriter, Columns, ColumnWriter, past_columns, segments, split_by_learning
 from .reader import Reader, Wanted
 from .reading import inner_table, read_segment
 from .sharding import check_quantisation, check_tensor_parallelism, check_units
@@ -48,6 +55,7 @@ class Request:
 
     Attributes:
         columns: the input.
+        attention_mask: as given.
         cache: the one to go on from, and to update; None for a new one.
         context: what was read before; columns_read: how many columns that were.
         learning: take inner steps; span: only within these columns, None for all.
@@ -57,6 +65,7 @@ class Request:
     """
 
     columns: Columns
+    attention_mask: torch.Tensor | None
     cache: TTTE2ECache | None
     context: LearnedContext
     columns_read: int
@@ -139,6 +148,7 @@ def make_request(model: torch.nn.Module, arguments: CallArguments, unknown: dict
             labels=labels,
             last_needed=(shape[1],) * shape[0] if all_needed or not has_labels else _last_labelled(labels),
         ),
+        attention_mask=arguments.attention_mask,
         cache=cache,
         context=context,
         columns_read=columns_read,
@@ -184,20 +194,19 @@ def _read_call(model: torch.nn.Module, request: Request) -> Answer:
                 hidden.add(output.hidden, placement)
             if columns.labels is not None:
                 nll.add(output.label_nll, placement)
-            for writer, states in zip(layers, output.layers, strict=False):
-                writer.add(states, placement)
+            for writer, chunks in zip(layers, output.layers, strict=False):
+                writer.add_chunks(chunks, placement)
+            ends = [n + count for n, count in zip(read, segment.counts, strict=True)]
             for writer, parts in zip(attentions, output.attentions, strict=False):
                 for weights, first in parts:
-                    writer.add(weights, [n + f for n, f in zip(read, first, strict=True)], list(read))
+                    writer.add(weights, [n + f for n, f in zip(read, first, strict=True)], read, ends)
             inner += output.inner
-            read = [n + count for n, count in zip(read, segment.counts, strict=True)]
+            read = ends
     inner_loss = inner_grad_norm = None
     if request.learning:
         inner_loss, inner_grad_norm = inner_table(inner, rows, columns.device)
         _warn_about_gradients(inner_grad_norm)
-    states = tuple(writer.result() for writer in layers) if wanted.layers else None
-    if states is not None:
-        states = (*states[:-1], model.norm(states[-1]))
+    states = tuple(writer.followed() for writer in layers) if wanted.layers else None
     return Answer(
         hidden=hidden.result() if wanted.hidden else None,
         token_nll=nll.result()[:, : request.label_columns] if columns.labels is not None else None,
@@ -228,6 +237,8 @@ def make_reader(model: torch.nn.Module, request: Request) -> Reader:
         check_tensor_parallelism(model)
         inner_implementation = "eager" if implementation == "eager" else TWICE_DIFFERENTIABLE
     checkpointing = model.gradient_checkpointing and model.training
+    if checkpointing and request.learning and torch.is_grad_enabled():
+        check_not_reentrant(model._gradient_checkpointing_func)
     return Reader(model, rule, implementation, inner_implementation, checkpointing, request.wanted)
 
 
@@ -332,13 +343,11 @@ def _last_labelled(labels: torch.Tensor) -> tuple[int, ...]:
 def _attention_writers(config, request: Request) -> list[AttentionWriter]:
     rows, length = request.columns.shape
     every = torch.arange(length, device=request.columns.device)
-    real = request.columns.real
+    real, read = request.columns.real, request.columns_read
     places = [every if real is None else every[real[row]] for row in range(rows)]
-    most = max(request.context.tokens)
-    return [
-        AttentionWriter(min(most, config.sliding_window - 1) if kind == "sliding_attention" else most, places, length)
-        for kind in config.layer_types
-    ]
+    past = past_columns(request.attention_mask, read, request.context.tokens, every.device)
+    kept = {"full_attention": read, "sliding_attention": min(read, (config.sliding_window or 1) - 1)}
+    return [AttentionWriter(kept[kind], read, past, places, length) for kind in config.layer_types]
 
 
 def _warn_about_gradients(norms: torch.Tensor) -> None:

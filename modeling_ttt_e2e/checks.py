@@ -1,6 +1,6 @@
 """Checks of a call's arguments, before any work is done. Messages name the argument, its value and the remedy."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 
@@ -93,3 +93,16 @@ def check_extra_arguments(arguments: dict, known: Collection[str] = ()) -> None:
     unknown = sorted(name for name, value in given.items() if value is not AS_EVER.get(name))
     if unknown:
         raise TypeError(f"forward() does not know the arguments {unknown}: remove them.")
+
+
+def check_not_reentrant(checkpoint: Callable | None) -> None:
+    """Check that a function which checkpoints blocks lets the inner gradient pass through them.
+
+    Raises:
+        ValueError: it was made with `use_reentrant=True`.
+    """
+    if getattr(checkpoint, "keywords", {}).get("use_reentrant"):
+        raise ValueError(
+            "`use_reentrant=True` cannot checkpoint this model while it learns: the inner gradient needs a graph that "
+            "reentrant checkpointing hides. Use `use_reentrant=False`, or `test_time_training=False`."
+        )

@@ -105,7 +105,7 @@ class StepOutput:
     hidden: [B, T, D] after the final norm, or None when nobody asked.
     label_nll: [B, T] negative log-likelihood of `labels` (0 where there is none), or None.
     inner_loss, inner_grad_norm: [B], detached; NaN where the row has no complete mini-batch or takes no step.
-    layers: hidden states after each suffix block [B, T, D], when asked for.
+    layers: hidden states after each suffix block but the last, and after the final norm [B, T, D], when asked for.
     attentions: attention weights of the inner attention layers, when asked for.
     """
 

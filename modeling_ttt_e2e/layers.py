@@ -17,7 +17,14 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .attention import AttentionInputs, BlockMasks, at_least_float32, attend_in_blocks, attention_function
+from .attention import (
+    AttentionInputs,
+    BlockMasks,
+    at_least_float32,
+    attend_in_blocks,
+    attention_function,
+    float64_device,
+)
 from .fast_weights import Delta, FastWeights, linear
 from .rms_norm import rms_normalize
 
@@ -58,10 +65,13 @@ class TTTE2ERotaryEmbedding(nn.Module):
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> KeysValues:
         """position_ids [1 or B, T] -> cosines and sines, each [1 or B, T, C], in `dtype` but at least float32."""
-        angles = position_ids[..., None].double() * self.inv_freq.double()
+        device = position_ids.device
+        exact = float64_device(device)
+        angles = position_ids[..., None].to(exact).double() * self.inv_freq.to(exact).double()
         angles = torch.cat([angles, angles], dim=-1)
         dtype = at_least_float32(dtype)
-        return (angles.cos() * self.attention_scaling).to(dtype), (angles.sin() * self.attention_scaling).to(dtype)
+        cosines, sines = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cosines.to(dtype).to(device), sines.to(dtype).to(device)
 
 
 def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,10 @@ A call has columns, some of them padding; a row has tokens. Reading works on tok
 left, and the outputs are returned to their columns. So padding changes nothing, wherever it stands.
 """
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -49,6 +51,11 @@ class Placement:
     columns: torch.Tensor
     counts: tuple[int, ...]
     consecutive: bool
+
+    def part(self, start: int, length: int) -> "Placement":
+        """Where tokens start to start + length - 1 of the segment stand."""
+        counts = tuple(min(max(count - start, 0), length) for count in self.counts)
+        return Placement(self.columns[:, start : start + length], counts, self.consecutive)
 
 
 @dataclass(frozen=True)
@@ -209,6 +216,21 @@ class ColumnWriter:
     end: int
     consecutive: bool = True
     parts: list[tuple[torch.Tensor, Placement]] = field(default_factory=list)
+    sources: list[tuple[torch.Tensor, Placement]] = field(default_factory=list)
+
+    def add_chunks(self, chunks: Sequence[torch.Tensor], placement: Placement) -> None:
+        """Consecutive chunks [B, n, ...] of the tokens at `placement`, which `followed` follows back.
+
+        Slots behind the last token are left out.
+        """
+        start = 0
+        for chunk in chunks:
+            own = placement.part(start, chunk.shape[1])
+            start += chunk.shape[1]
+            width = own.columns.shape[1]
+            if width:
+                self.sources.append((chunk, own))
+                self.add(chunk if width == chunk.shape[1] else chunk[:, :width], own)
 
     def add(self, values: torch.Tensor, placement: Placement) -> None:
         """values [B, n, ...] of the tokens at `placement`."""
@@ -241,6 +263,20 @@ class ColumnWriter:
         result = flat.new_zeros(self.rows, self.end - self.first, *flat.shape[1:])
         return result.index_put((places[:, 0], places[:, 1] - self.first), flat)
 
+    def followed(self) -> torch.Tensor:
+        """As `result`, with the gradient of the chunks: `retain_grad()` shows what flows through the model itself.
+
+        Where the columns are one chunk it is returned itself. Elsewhere the result is a copy, from which nothing in the
+        model is computed; then hooks on the chunks bring it their gradient.
+        """
+        (first, placement), *others = self.sources
+        if not others and placement.consecutive and first.shape[1] == self.end - self.first:
+            return first
+        result = self.result()
+        for chunk, own in self.sources:
+            follow_gradient(result, chunk, partial(_to_columns, placement=own))
+        return result
+
     def _flat(self, values: torch.Tensor, placement: Placement) -> tuple[torch.Tensor, torch.Tensor]:
         if not placement.consecutive:
             return values, placement.columns
@@ -248,42 +284,105 @@ class ColumnWriter:
         return values.flatten(0, 1), torch.stack([rows, placement.columns], dim=-1).flatten(0, 1)
 
 
+def _to_columns(state: torch.Tensor, gradient: torch.Tensor, placement: Placement) -> None:
+    """Write the gradient of tokens at `placement` into that of the columns."""
+    gradient = gradient[:, : placement.columns.shape[1]]
+    rows = torch.arange(gradient.shape[0], device=gradient.device)[:, None]
+    counts = torch.tensor(placement.counts, device=gradient.device)[:, None]
+    real = torch.arange(gradient.shape[1], device=gradient.device) < counts
+    state[rows.expand_as(real)[real], placement.columns[real]] = gradient[real]
+
+
+def follow_gradient(
+    state: torch.Tensor, source: torch.Tensor, write: Callable[[torch.Tensor, torch.Tensor], None]
+) -> None:
+    """Let `state.retain_grad()` show the gradient of `source`, of which it is a copy in another order.
+
+    Args:
+        write: `write(gradient of state, gradient of source)` puts the latter in its place.
+    """
+    if not source.requires_grad:
+        return
+    copy = weakref.ref(state)  # which may go before the graph does
+
+    def follow(gradient: torch.Tensor) -> None:
+        own = copy()
+        if own is None or not own.retains_grad:
+            return
+        if own.grad is None:
+            own.grad = torch.zeros_like(own)
+        with torch.no_grad():
+            write(own.grad, gradient)
+
+    source.register_hook(follow)
+
+
+def past_columns(
+    attention_mask: torch.Tensor | None, columns_read: int, tokens: Sequence[int], device: torch.device
+) -> list[torch.Tensor]:
+    """Per row, the columns of the tokens that earlier calls have read, in order.
+
+    A mask over all columns tells them; without one, padding is taken to stand on the left.
+    """
+    places = [torch.arange(columns_read - count, columns_read, device=device) for count in tokens]
+    if attention_mask is None or attention_mask.shape[1] <= columns_read or columns_read == 0:
+        return places
+    masked = [row.nonzero().squeeze(1).to(device) for row in attention_mask[:, :columns_read]]
+    return [own if len(own) == len(place) else place for own, place in zip(masked, places, strict=True)]
+
+
 class AttentionWriter:
     """Collects one block's attention weights and returns them over the columns of a call.
 
     Args:
-        history: key columns from before the call.
+        history: key columns from before the call, the last ones that were read.
+        columns_read: columns from before the call.
+        past: per row, the columns of its tokens from before the call; those beyond `history` are left out.
         columns_of_rows: per row, the columns of its tokens in the call, in order.
         columns: N, columns of the call.
     """
 
-    def __init__(self, history: int, columns_of_rows: Sequence[torch.Tensor], columns: int):
+    def __init__(
+        self,
+        history: int,
+        columns_read: int,
+        past: Sequence[torch.Tensor],
+        columns_of_rows: Sequence[torch.Tensor],
+        columns: int,
+    ):
         self.history = history
+        # The place of every token of a row among the keys, those from before the call first; negative: left out.
+        shifted = zip(past, columns_of_rows, strict=True)
+        self.key_places = [torch.cat([old - columns_read, new]) + history for old, new in shifted]
+        self.past_tokens = [len(own) for own in past]
         self.columns_of_rows = columns_of_rows
         self.columns = columns
         self.parts = []
 
-    def add(self, weights: torch.Tensor, first_queries: Sequence[int], begin: Sequence[int]) -> None:
-        """weights [B, heads, Q, K]; per row the index, among the call's tokens, of query 0 and of the first query
-        that is new."""
-        self.parts.append((weights, first_queries, begin))
+    def add(
+        self, weights: torch.Tensor, first_queries: Sequence[int], begin: Sequence[int], end: Sequence[int]
+    ) -> None:
+        """weights [B, heads, Q, K]; per row, among the call's tokens, the index of query 0, of the first query that
+        is new, and of the first one behind them."""
+        self.parts.append((weights, first_queries, begin, end))
 
     def result(self) -> torch.Tensor:
         """[B, heads, N, history + N]; zero where a query or key is padding."""
-        weights = self.parts[0][0]
+        weights, firsts, _, ends = self.parts[0]
         size = (*weights.shape[:2], self.columns, self.history + self.columns)
+        alone = len(self.parts) == 1 and weights.shape == size
+        if alone and not self.history and not any(firsts) and min(ends) == self.columns:
+            return weights
         result = weights.new_zeros(size)
-        for weights, first_queries, begin in self.parts:
-            for row, (first, fresh) in enumerate(zip(first_queries, begin, strict=True)):
-                places = self.columns_of_rows[row]
+        for weights, *bounds in self.parts:
+            for row, (first, begin, end) in enumerate(zip(*bounds, strict=True)):
+                places, earlier = self.columns_of_rows[row], self.past_tokens[row]
                 queries = torch.arange(weights.shape[2], device=weights.device) + first
-                keys = torch.arange(weights.shape[3], device=weights.device) + first
+                keys = torch.arange(weights.shape[3], device=weights.device) + earlier + first
                 keys = keys - (weights.shape[3] - weights.shape[2])
-                good_queries = (queries >= fresh) & (queries < len(places))
-                good_keys = (keys >= -self.history) & (keys < len(places))
-                queries, keys = queries[good_queries], keys[good_keys]
-                past = keys + self.history
-                key_columns = torch.where(keys < 0, past, places[keys.clamp_min(0)] + self.history)
+                good_queries = (queries >= begin) & (queries < end)
+                key_columns = self.key_places[row][keys.clamp(0, len(self.key_places[row]) - 1)]
+                good_keys = (keys >= 0) & (keys < earlier + end) & (key_columns >= 0)
                 block = weights[row][:, good_queries][:, :, good_keys]
-                result[row][:, places[queries][:, None], key_columns[None, :]] = block
+                result[row][:, places[queries[good_queries]][:, None], key_columns[good_keys][None, :]] = block
         return result

@@ -110,7 +110,7 @@ def read_on(
                 keep = None if keep is None else keep + max(totals)
                 histories[index] = reader.extend(histories[index], new, segment.counts, keep)
         if reader.wanted.layers:
-            output.layers.append(x)
+            output.layers.append([x])
     reader.finish(output, x, segment.labels)
     if not segment.needs_context:
         return context
@@ -262,7 +262,8 @@ def _collect(
     if slots.labels is not None:
         output.label_nll = joined(step.label_nll for step in outputs)
     if reader.wanted.layers:
-        output.layers += [joined(states) for states in zip(*(step.layers for step in outputs), strict=True)]
+        # A row with new tokens has none pending here: its slots are its tokens.
+        output.layers += map(list, zip(*(step.layers for step in outputs), strict=True))
     for batch, step in zip(batches, outputs, strict=True):
         first = tuple(batch.index * reader.config.mini_batch_size - start for start in slots.starts)
         for index, weights in enumerate(step.attentions, start=reader.config.num_prefix_layers + 1):

@@ -28,6 +28,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Q
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention import float64_device
 from .base_generation import BaseGenerationMixin
 from .causal_lm_loss import mean_loss, position_labels, token_losses
 from .checks import check_extra_arguments, real_columns
@@ -73,9 +74,11 @@ class RecurrentHybridRotaryEmbedding(Qwen3RotaryEmbedding):
     @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """position_ids [1 or batch, length] -> cosines and sines [1 or batch, length, head_dim] in x's dtype."""
-        angles = position_ids[..., None].double() * self.inv_freq.to(x.device).double()
+        exact = float64_device(x.device)
+        angles = position_ids[..., None].to(exact).double() * self.inv_freq.to(exact).double()
         angles = torch.cat([angles, angles], dim=-1)
-        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+        cosines, sines = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cosines.to(x.dtype).to(x.device), sines.to(x.dtype).to(x.device)
 
 
 class RecurrentHybridDecoderLayer(GradientCheckpointingLayer):

@@ -15,6 +15,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .cache_ttt_e2e import TTTE2ECache
 from .call import CallArguments, answer_request, make_request
+from .checks import check_not_reentrant
 from .configuration_ttt_e2e import TTTE2EConfig
 from .generation_ttt_e2e import TTTE2EGenerationMixin
 from .heads_ttt_e2e import QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead
@@ -76,12 +77,8 @@ class TTTE2EPreTrainedModel(PreTrainedModel):
         self.base_model.lm_head = new_embeddings
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None, every_n_layers=1):
-        settings = getattr(gradient_checkpointing_func, "keywords", {})
-        if enable and settings.get("use_reentrant"):
-            raise ValueError(
-                "`use_reentrant=True` cannot checkpoint this model: the inner gradient needs a graph that reentrant "
-                "checkpointing hides. Use `use_reentrant=False`."
-            )
+        if enable and self.config.test_time_training:
+            check_not_reentrant(gradient_checkpointing_func)
         arguments = (
             {} if gradient_checkpointing_func is None else {"gradient_checkpointing_func": gradient_checkpointing_func}
         )

@@ -210,7 +210,10 @@ class TTTLayersModel(TTTLayersPreTrainedModel):
             columns = TokenColumns.of(inputs_embeds, attention_mask, position_ids, cache.columns, cache.next_positions)
         keep_layers = _chosen(output_hidden_states, self.config.output_hidden_states)
         keep_weights = _chosen(output_attentions, self.config.output_attentions)
-        writers = columns.attention_writers(self.config, reading.tokens) if keep_weights else None
+        writers = None
+        if keep_weights:
+            read = 0 if cache is None else cache.columns
+            writers = columns.attention_writers(self.config, attention_mask, reading.tokens, read)
         self._read(columns, reading, keep_layers, writers)
         if use_cache:
             cache = TTTLayersCache(self.config) if cache is None else cache
@@ -218,8 +221,7 @@ class TTTLayersModel(TTTLayersPreTrainedModel):
         hidden = columns.restore(torch.cat(reading.hidden, dim=1))
         layers = None
         if keep_layers:
-            blocks = (torch.cat(parts, dim=1) for parts in zip(*reading.layers, strict=True))
-            layers = (*map(columns.restore, blocks), hidden)
+            layers = (*(columns.restore_followed(parts) for parts in zip(*reading.layers, strict=True)), hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             cache=cache if use_cache else None,
@@ -244,7 +246,7 @@ class TTTLayersModel(TTTLayersPreTrainedModel):
                 layers.append(x)
                 if writers is not None and index in writers:
                     first = columns.counts_in(0, start)
-                    writers[index].add(weights, first, first)
+                    writers[index].add(weights, first, first, columns.counts_in(0, end))
             reading.states = tuple(states)
             reading.tokens = tuple(old + new for old, new in zip(reading.tokens, counts, strict=True))
             reading.hidden.append(self.norm(x))

@@ -58,14 +58,15 @@ class SegmentOutput:
     """Attributes:
     hidden: [B, T, D] after the final norm, or None.
     label_nll: [B, T], or None without labels.
-    layers: hidden states before the first block and after every block, when asked for.
+    layers: hidden states before the first block, after every block but the last, and after the final norm, each as
+        consecutive chunks [B, t, D], when asked for.
     attentions: per block a list of (weights [B, heads, queries, keys], first query's column per row), when asked for.
     inner: in order of time (rows, inner loss [rows], inner gradient norm [rows]).
     """
 
     hidden: torch.Tensor | None = None
     label_nll: torch.Tensor | None = None
-    layers: list[torch.Tensor] = field(default_factory=list)
+    layers: list[list[torch.Tensor]] = field(default_factory=list)
     attentions: list[list[tuple[torch.Tensor, tuple[int, ...]]]] = field(default_factory=list)
     inner: list[tuple[tuple[int, ...], torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
@@ -185,6 +186,8 @@ class Reader:
         """Final norm, and the outer loss without ever holding the logits of more than a mini-batch."""
         hidden = self.model.norm(x)
         output.hidden = hidden if self.wanted.hidden else None
+        if self.wanted.layers:
+            output.layers[-1] = [hidden]
         if labels is None:
             return
 
@@ -207,4 +210,4 @@ class Reader:
 
     def _note_layer(self, output: SegmentOutput, x: torch.Tensor) -> None:
         if self.wanted.layers:
-            output.layers.append(x)
+            output.layers.append([x])

@@ -79,13 +79,13 @@ class Suffix:
                 new_histories.append(self._remember(chunks, new, sliding_window))
                 attentions.append(weights)
             outputs.append(x)
-        hidden = self.norm(x) if self.want_hidden or with_logits else None
+        hidden = self.norm(x) if self.want_hidden or self.want_layers or with_logits else None
         output = StepOutput(
             hidden=hidden if self.want_hidden else None,
             label_nll=None,
             inner_loss=None,
             inner_grad_norm=None,
-            layers=tuple(outputs) if self.want_layers else (),
+            layers=(*outputs[:-1], hidden) if self.want_layers else (),
             attentions=tuple(attentions) if self.want_attentions else (),
         )
         return output, tuple(new_histories), linear(self.head, hidden) if with_logits else None

@@ -11,7 +11,7 @@ import torch
 from .cache_ttt_layers import TTTLayersCache
 from .checks import check_positions, real_columns
 from .context import gather_columns
-from .layout import AttentionWriter
+from .layout import AttentionWriter, follow_gradient, past_columns
 
 
 @dataclass(frozen=True)
@@ -97,16 +97,30 @@ class TokenColumns:
         padding = ~self.real.view(*self.real.shape, *[1] * (tokens.dim() - 2))
         return gather_columns(tokens, index).masked_fill(padding, 0.0)
 
-    def attention_writers(self, config, tokens_before: Sequence[int]) -> dict[int, AttentionWriter]:
+    def restore_followed(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """As `restore` of consecutive parts, with the gradient of the tokens: see `layout.follow_gradient`."""
+        tokens = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        state = self.restore(tokens)
+        if state is not tokens:
+            follow_gradient(state, tokens, lambda own, gradient: own.copy_(self.restore(gradient)))
+        return state
+
+    def attention_writers(
+        self, config, attention_mask: torch.Tensor | None, tokens_before: Sequence[int], columns_read: int
+    ) -> dict[int, AttentionWriter]:
         """Collectors of attention weights by the index of their block."""
         rows, columns = len(self.counts), self.tokens.shape[1] if self.real is None else self.real.shape[1]
-        every, most = torch.arange(columns, device=self.tokens.device), max(tokens_before)
+        every = torch.arange(columns, device=self.tokens.device)
         places = [every if self.real is None else every[self.real[row]] for row in range(rows)]
-        past = {"full_attention": most, "sliding_attention": min(most, (config.sliding_window or 1) - 1)}
+        past = past_columns(attention_mask, columns_read, tokens_before, every.device)
+        kept = {
+            "full_attention": columns_read,
+            "sliding_attention": min(columns_read, (config.sliding_window or 1) - 1),
+        }
         return {
-            index: AttentionWriter(past[kind], places, columns)
+            index: AttentionWriter(kept[kind], columns_read, past, places, columns)
             for index, kind in enumerate(config.layer_types)
-            if kind in past
+            if kind in kept
         }
 
 

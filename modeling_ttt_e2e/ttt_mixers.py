@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .attention import at_least_float32
+from .attention import at_least_float32, float64_device
 from .context import take_last
 from .mini_batch_grid import MiniBatchGrid
 from .ttt_attention_mixer import MixerCall, TTTLayersAttention
@@ -211,14 +211,15 @@ MIXERS: dict[str, Any] = {
 
 
 def rotation_angles(positions: torch.Tensor, channels: int, theta: float) -> torch.Tensor:
-    """positions [...] -> RoPE angles [..., channels / 2], float64."""
-    exponents = torch.arange(0, channels, 2, dtype=torch.float64, device=positions.device) / channels
-    return positions[..., None].double() * theta**-exponents
+    """positions [...] -> RoPE angles [..., channels / 2], float64, on a device that has it."""
+    device = float64_device(positions.device)
+    exponents = torch.arange(0, channels, 2, dtype=torch.float64, device=device) / channels
+    return positions[..., None].to(device).double() * theta**-exponents
 
 
 def rotate_pairs(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     """Turn the channels (2i, 2i + 1) of x [B, H, G, N, C] by angles [1 or B, G, N, C / 2]."""
-    cosines, sines = angles.cos().to(x.dtype).unsqueeze(1), angles.sin().to(x.dtype).unsqueeze(1)
+    cosines, sines = (turn.to(x.dtype).to(x.device).unsqueeze(1) for turn in (angles.cos(), angles.sin()))
     even, odd = x[..., ::2], x[..., 1::2]
     return torch.stack([even * cosines - odd * sines, even * sines + odd * cosines], dim=-1).flatten(-2)
 
