@@ -36,9 +36,7 @@ class StandIn(TorchFunctionMode):
             return args[0].as_subclass(torch.Tensor)
         result = function(*args, **kwargs)
         if isinstance(result, OnMPS) and result.dtype == torch.float64:
-            raise TypeError(
-                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
-            )
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype: the MPS framework has none.")
         return result
 
 
