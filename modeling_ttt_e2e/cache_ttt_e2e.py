@@ -14,6 +14,7 @@ import torch
 from transformers import Cache, DynamicCache
 
 from .cache_files import load_context, save_context
+from .checks import check_repeats, selected_rows
 from .context import LearnedContext, Pending
 from .fast_weights import FastWeights
 from .fingerprints import WeightMarks
@@ -176,8 +177,7 @@ class TTTE2ECache(Cache):
         """Keep the rows `indices` (ids, or a bool per row), in that order."""
         if self.context is None:
             return
-        indices = indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices
-        rows = indices.tolist()
+        rows = selected_rows(indices, self.context.rows)
         if rows != list(range(self.context.rows)):
             self.context = self.context.select(rows)
             self.finished = None if self.finished is None else tuple(self.finished[row] for row in rows)
@@ -188,6 +188,7 @@ class TTTE2ECache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row, for beams or several answers to one prompt; fast weights are shared."""
+        check_repeats(repeats)
         if self.context is not None:
             self.batch_select_indices(torch.arange(self.context.rows).repeat_interleave(repeats))
 

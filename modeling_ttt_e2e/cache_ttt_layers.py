@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import Cache
 
+from .checks import check_repeats, selected_rows
+
 
 class TTTLayersCache(Cache):
     """What a batch of rows has read; pass it as `cache` and read on.
@@ -104,9 +106,9 @@ class TTTLayersCache(Cache):
         """Keep the rows `indices` (ids, or a bool per row), in that order."""
         if not self.is_initialized:
             return
-        indices = indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices
-        self.states = map_tensors(lambda tensor: tensor.index_select(0, indices.to(tensor.device)), self.states)
-        rows = indices.tolist()
+        rows = selected_rows(indices, self.batch_size)
+        kept = torch.tensor(rows)
+        self.states = map_tensors(lambda tensor: tensor.index_select(0, kept.to(tensor.device)), self.states)
         self.tokens = tuple(self.tokens[row] for row in rows)
         self.next_positions = tuple(self.next_positions[row] for row in rows)
 
@@ -116,6 +118,7 @@ class TTTLayersCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row, for beams or several answers to one prompt."""
+        check_repeats(repeats)
         if self.is_initialized:
             self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 

@@ -1,5 +1,6 @@
 """One call of the model: check its arguments, read its columns piece by piece, and put the outputs back in place."""
 
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,11 +11,17 @@ from transformers.utils import logging
 from .attention import TWICE_DIFFERENTIABLE
 from .cache_ttt_e2e import TTTE2ECache
 from .checks import (
+    check_embeddings,
     check_extra_arguments,
+    check_flags,
     check_ids,
     check_labels,
+    check_learning_span,
+    check_logits_to_keep,
     check_not_reentrant,
     check_positions,
+    check_same_labels,
+    check_something_to_read,
     real_columns,
 )
 from .context import LearnedContext
@@ -99,8 +106,15 @@ def make_request(model: torch.nn.Module, arguments: CallArguments, unknown: dict
     """
     config = model.config
     check_extra_arguments(unknown)
+    check_flags(
+        use_cache=arguments.use_cache,
+        output_hidden_states=arguments.output_hidden_states,
+        output_attentions=arguments.output_attentions,
+        test_time_training=arguments.test_time_training,
+    )
+    check_learning_span(arguments.learning_span)
+    shape = check_inputs(arguments.input_ids, arguments.inputs_embeds, config)
     ids, embeddings = _out_of_inference_mode(arguments.input_ids), _out_of_inference_mode(arguments.inputs_embeds)
-    shape = check_inputs(ids, embeddings, config.vocab_size)
     cache = arguments.cache
     has_prefix = isinstance(cache, DynamicCache) and cache.get_seq_length() > 0
     if has_prefix:
@@ -127,7 +141,9 @@ def make_request(model: torch.nn.Module, arguments: CallArguments, unknown: dict
     use_cache = arguments.use_cache
     if use_cache is None:
         use_cache = cache is not None or (config.use_cache and not model.training and not has_labels)
+    check_something_to_read(real, goes_on=use_cache or columns_read > 0)
     keep = arguments.logits_to_keep
+    check_logits_to_keep(keep, shape[1])
     if not config.use_attention and _default(arguments.output_attentions, config.output_attentions):
         raise ValueError(
             "`output_attentions=True`, but this model has no attention (`use_attention=False` in its "
@@ -248,7 +264,7 @@ def segment_size(config) -> int:
     return config.mini_batch_size * max(1, window // config.mini_batch_size)
 
 
-def check_inputs(ids: torch.Tensor | None, embeddings: torch.Tensor | None, vocab_size: int) -> tuple[int, int]:
+def check_inputs(ids: torch.Tensor | None, embeddings: torch.Tensor | None, config) -> tuple[int, int]:
     """Rows and columns of a call's input.
 
     Raises:
@@ -257,9 +273,9 @@ def check_inputs(ids: torch.Tensor | None, embeddings: torch.Tensor | None, voca
     if ids is None and embeddings is None:
         raise ValueError("`input_ids` and `inputs_embeds` are both None: give one of them.")
     if ids is not None:
-        check_ids(ids, vocab_size)
-    if embeddings is not None and (embeddings.dim() != 3 or embeddings.shape[:2].numel() == 0):
-        raise ValueError(f"`inputs_embeds` must be [batch, length, hidden_size], got {tuple(embeddings.shape)}.")
+        check_ids(ids, config.vocab_size)
+    if embeddings is not None:
+        check_embeddings(embeddings, config.hidden_size)
     if ids is not None and embeddings is not None and ids.shape != embeddings.shape[:2]:
         raise ValueError(
             f"`inputs_embeds` {tuple(embeddings.shape)} and `input_ids` {tuple(ids.shape)} must describe the same "
@@ -291,6 +307,8 @@ def _check_learning(
     learning = model.config.test_time_training if asked is None else asked
     if learning:
         model.config.check_can_learn()
+        if model.training:
+            _check_multiplier(model.inner_learning_rate_multiplier)
         if ids is None:
             raise ValueError(
                 "`inputs_embeds` alone (as from prompt tuning of PEFT) cannot be learned from, because the next tokens "
@@ -302,6 +320,14 @@ def _check_learning(
             'empty cache, or stop further learning with generate(..., learn_from="none").'
         )
     return learning
+
+
+def _check_multiplier(multiplier: float) -> None:
+    if not 0 <= multiplier < math.inf:
+        raise ValueError(
+            f"`inner_learning_rate_multiplier` of the model is {multiplier}: set it to a finite number, not "
+            "negative (1.0 is no warm-up)."
+        )
 
 
 def _mask_after_end(
@@ -322,12 +348,15 @@ def _position_labels(
     arguments: CallArguments, real: torch.Tensor | None, shape: tuple[int, int], vocab_size: int
 ) -> torch.Tensor | None:
     """What each column's output is compared with, [batch, length], `NO_TARGET` at padding; None without labels."""
-    labels = arguments.labels
-    if arguments.shift_labels is not None:
-        check_labels(arguments.shift_labels, shape, vocab_size, "shift_labels")
-        labels = arguments.shift_labels
+    labels, shift_labels = arguments.labels, arguments.shift_labels
+    for name, given in (("labels", labels), ("shift_labels", shift_labels)):
+        if given is not None:
+            check_labels(given, shape, vocab_size, name)
+    if labels is not None and shift_labels is not None:
+        check_same_labels(labels, shift_labels)
+    if shift_labels is not None:
+        labels = shift_labels
     elif labels is not None:
-        check_labels(labels, shape, vocab_size)
         labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], NO_TARGET)], dim=1)
     if labels is None or real is None:
         return labels

@@ -6,8 +6,33 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .checks import check_labels, check_number_of_items, check_same_labels
+
 LOSS_SEGMENT = 1024  # positions whose logits are held at once
 IGNORED = -100  # transformers' label for "do not predict"
+
+
+def check_loss_arguments(
+    labels: torch.Tensor | None,
+    shift_labels: torch.Tensor | None,
+    num_items: int | torch.Tensor | None,
+    shape: tuple[int, int],
+    vocab_size: int,
+) -> None:
+    """Check what the loss of a language model is made from.
+
+    Args:
+        shape: of the inputs, (batch, length).
+
+    Raises:
+        ValueError, TypeError: naming the argument, its value and the remedy.
+    """
+    check_number_of_items(num_items)
+    for name, given in (("labels", labels), ("shift_labels", shift_labels)):
+        if given is not None:
+            check_labels(given, shape, vocab_size, name)
+    if labels is not None and shift_labels is not None:
+        check_same_labels(labels, shift_labels)
 
 
 def position_labels(
@@ -17,7 +42,7 @@ def position_labels(
 
     Args:
         labels: [batch, length]; position t predicts label t + 1.
-        shift_labels: [batch, length], already aligned with the positions; goes before `labels`.
+        shift_labels: [batch, length], already aligned with the positions; where both are given they agree.
         real: [batch, length] bool, False at padding, which predicts nothing; None when nothing is padded.
 
     Returns:

@@ -1,6 +1,8 @@
 """Checks of a call's arguments, before any work is done. Messages name the argument, its value and the remedy."""
 
+import math
 from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 
@@ -10,18 +12,26 @@ UNPACK = (
     "what is learned from one would leak into the next. Give each document a row of its own: set packing=False and "
     "padding_free=False in a trainer's arguments."
 )
+INDICES = (torch.int64, torch.int32)
 END_OF_POSITIONS = 2**53  # RoPE angles are computed in float64, which holds whole numbers up to here exactly
 PACKED = (
     "`position_ids` start again inside a row (row {row}, column {column}: {position} after {highest}): the row holds "
     f"several documents, and {UNPACK}"
 )
 
+OUTSIDE = (
+    "`position_ids` holds {position} (row {row}, column {column}): positions lie from 0 to 2**53 - 1; count each row's "
+    "tokens, or leave the argument out."
+)
+
 
 def check_ids(input_ids: torch.Tensor, vocab_size: int, name: str = "input_ids") -> None:
     """[batch, length] of ids in [0, vocab_size)."""
-    if input_ids.dim() != 2 or input_ids.is_floating_point():
+    check_tensor(name, input_ids)
+    if input_ids.dim() != 2 or input_ids.dtype not in INDICES:
         raise ValueError(
-            f"`{name}` must be integers of shape [batch, length], got {input_ids.dtype} {tuple(input_ids.shape)}."
+            f"`{name}` must be integers (int64 or int32) of shape [batch, length], got {input_ids.dtype} "
+            f"{tuple(input_ids.shape)}."
         )
     if input_ids.numel() == 0:
         raise ValueError(f"`{name}` is empty (shape {tuple(input_ids.shape)}): give at least one token per row.")
@@ -31,8 +41,33 @@ def check_ids(input_ids: torch.Tensor, vocab_size: int, name: str = "input_ids")
         raise ValueError(f"`{name}` holds the id {bad}, outside the vocabulary of {vocab_size} (0..{vocab_size - 1}).")
 
 
+def check_embeddings(embeddings: torch.Tensor, hidden_size: int) -> None:
+    """[batch, length, hidden_size] of floating numbers, at least one token per row."""
+    check_tensor("inputs_embeds", embeddings)
+    shape = tuple(embeddings.shape)
+    if len(shape) != 3 or 0 in shape or shape[2] != hidden_size or not embeddings.is_floating_point():
+        raise ValueError(
+            f"`inputs_embeds` must be floating numbers [batch, length, hidden_size = {hidden_size}], not empty, got "
+            f"{embeddings.dtype} {shape}."
+        )
+
+
+def one_input(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> tuple[int, int]:
+    """Rows and columns of the one input that is given, whose values are not looked at."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+    name, given = ("inputs_embeds", inputs_embeds) if input_ids is None else ("input_ids", input_ids)
+    check_tensor(name, given)
+    if given.dim() < 2:
+        raise ValueError(f"`{name}` must have a row for each text, [batch, length, ...], got {tuple(given.shape)}.")
+    return tuple(given.shape[:2])
+
+
 def check_labels(labels: torch.Tensor, shape: tuple[int, int], vocab_size: int, name: str = "labels") -> None:
     """Labels of the inputs' shape; -100 or ids of the vocabulary."""
+    check_tensor(name, labels)
+    if labels.dtype not in INDICES:
+        raise ValueError(f"`{name}` must be integers (int64 or int32), got {labels.dtype}.")
     if tuple(labels.shape) != tuple(shape):
         raise ValueError(f"`{name}` has shape {tuple(labels.shape)}, but the inputs have {tuple(shape)}.")
     bad = labels[(labels != -100) & ((labels < 0) | (labels >= vocab_size))]
@@ -43,41 +78,196 @@ def check_labels(labels: torch.Tensor, shape: tuple[int, int], vocab_size: int, 
         )
 
 
+def check_same_labels(labels: torch.Tensor, shift_labels: torch.Tensor) -> None:
+    """Labels that are given both ways, each [batch, length], say the same; the last column has no counterpart."""
+    wrong = shift_labels[:, :-1] != labels[:, 1:].to(shift_labels.device)
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"`labels` and `shift_labels` disagree: after row {row}, column {column} the former have "
+            f"{int(labels[row, column + 1])}, the latter {int(shift_labels[row, column])}. Give one of them."
+        )
+
+
 def real_columns(attention_mask: torch.Tensor | None, shape: tuple[int, int], past_columns: int) -> torch.Tensor | None:
-    """The mask of the new columns as bool [batch, length], or None when nothing is padded."""
+    """The mask of the new columns as bool [batch, length], or None when nothing is padded.
+
+    Args:
+        attention_mask: 1 for tokens and 0 for padding, in any dtype.
+    """
     if attention_mask is None:
         return None
+    check_tensor("attention_mask", attention_mask)
     rows, columns = shape
     if tuple(attention_mask.shape) not in {(rows, columns), (rows, past_columns + columns)}:
         raise ValueError(
             f"`attention_mask` has shape {tuple(attention_mask.shape)}; it must be [batch, length] = {shape}"
             + (f" or, with what was read before, {(rows, past_columns + columns)}." if past_columns else ".")
         )
-    real = attention_mask[:, -columns:].bool()
-    return None if bool(real.all()) else real
+    given = attention_mask[:, -columns:]
+    real = given == 1
+    if bool(real.all()):  # while decoding the only look at the values
+        return None
+    wrong = ~real & (given != 0)
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"`attention_mask` holds {given[row, column].item()} (row {row}, column {column}): it must be 1 for tokens "
+            "and 0 for padding."
+        )
+    return real
+
+
+def check_something_to_read(real: torch.Tensor | None, goes_on: bool) -> None:
+    """A call of nothing but padding leaves no trace, unless it `goes_on` from a cache or returns one.
+
+    Args:
+        real: as `real_columns` returns it.
+    """
+    if real is not None and not goes_on and not bool(real.any()):
+        raise ValueError(
+            "`attention_mask` is 0 everywhere, so there is nothing to read: give at least one row a token, or a "
+            "`cache` to go on from."
+        )
 
 
 def check_positions(
     position_ids: torch.Tensor, real: torch.Tensor | None, shape: tuple[int, int], next_positions: tuple[int, ...]
 ) -> torch.Tensor:
     """Positions [batch, length] that grow along each row's tokens and go on from what was read before."""
-    rows, columns = shape
-    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, rows) or position_ids.shape[1] != columns:
-        raise ValueError(
-            f"`position_ids` has shape {tuple(position_ids.shape)}; it must be [batch, length] = {shape}, or one row."
-        )
-    position_ids = position_ids.expand(rows, columns)
+    position_ids = expand_positions(position_ids, shape)
     seen = torch.tensor(next_positions, device=position_ids.device)[:, None] - 1
     before = position_ids if real is None else position_ids.masked_fill(~real, -1)
     highest = torch.cat([seen, before], dim=1).cummax(dim=1).values[:, :-1]
-    wrong = position_ids <= highest
+    wrong = (position_ids <= highest) | (position_ids >= END_OF_POSITIONS)
     if real is not None:
         wrong = wrong & real
     if bool(wrong.any()):
         row, column = wrong.nonzero()[0].tolist()
         position, above = int(position_ids[row, column]), int(highest[row, column])
+        if not 0 <= position < END_OF_POSITIONS:
+            raise ValueError(OUTSIDE.format(row=row, column=column, position=position))
         raise ValueError(PACKED.format(row=row, column=column, position=position, highest=above))
     return position_ids
+
+
+def check_position_range(position_ids: torch.Tensor, real: torch.Tensor | None, shape: tuple[int, int]) -> None:
+    """Positions of tokens are not negative, and small enough for exact angles."""
+    position_ids = expand_positions(position_ids, shape)
+    wrong = (position_ids < 0) | (position_ids >= END_OF_POSITIONS)
+    if real is not None:
+        wrong = wrong & real
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        raise ValueError(OUTSIDE.format(row=row, column=column, position=int(position_ids[row, column])))
+
+
+def expand_positions(position_ids: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """Integers [1 or batch, length] as int64 [batch, length], whatever their values."""
+    rows, columns = shape
+    check_tensor("position_ids", position_ids)
+    if position_ids.dtype not in INDICES:
+        raise ValueError(f"`position_ids` must be integers (int64 or int32), got {position_ids.dtype}.")
+    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, rows) or position_ids.shape[1] != columns:
+        raise ValueError(
+            f"`position_ids` has shape {tuple(position_ids.shape)}; it must be [batch, length] = {shape}, or one row."
+        )
+    return position_ids.expand(rows, columns).long()
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Raises TypeError for what is no tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"`{name}` must be a torch.Tensor, got a {type(value).__name__}: {shown(value)}.")
+
+
+def check_flags(**flags: bool | None) -> None:
+    """Switches are True, False, or None for the default; a text would count as True."""
+    for name, value in flags.items():
+        if value is not None and not isinstance(value, bool):
+            raise TypeError(f"`{name}` must be True, False or None, got {shown(value)}.")
+
+
+def check_number_of_items(items: int | float | torch.Tensor | None) -> None:
+    """What a summed loss is divided by: one positive number, or None."""
+    if items is None:
+        return
+    value = items.item() if isinstance(items, torch.Tensor) and items.numel() == 1 else items
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`num_items_in_batch` must be a number or a tensor of one, got {shown(items)}.")
+    if not 0 < value < math.inf:
+        raise ValueError(
+            f"`num_items_in_batch` is {value}, and the summed loss is divided by it: give the positive number of "
+            "labelled tokens, or leave it out."
+        )
+
+
+def check_learning_span(span: tuple[int, int] | None) -> None:
+    """Columns (first, end), two integers with 0 <= first <= end."""
+    if span is None:
+        return
+    if not isinstance(span, tuple | list) or len(span) != 2 or not all(_is_integer(bound) for bound in span):
+        raise TypeError(f"`learning_span` must be two integers (first, end), got {shown(span)}.")
+    if not 0 <= span[0] <= span[1]:
+        raise ValueError(
+            f"`learning_span` is {tuple(span)}; it must be columns (first, end) with 0 <= first <= end. (0, 0) learns "
+            "from none of them."
+        )
+
+
+def check_logits_to_keep(keep: int | torch.Tensor | None, length: int) -> None:
+    """0 for all positions, how many of the last ones, or a tensor of positions of the call."""
+    if isinstance(keep, torch.Tensor):
+        if keep.dim() != 1 or keep.dtype not in INDICES:
+            raise ValueError(
+                f"`logits_to_keep` must be a number or integer positions [kept], got {keep.dtype} {tuple(keep.shape)}."
+            )
+        wrong = keep[(keep < -length) | (keep >= length)]
+        if wrong.numel():
+            raise ValueError(f"`logits_to_keep` holds the position {int(wrong[0])}, but the inputs have {length}.")
+    elif keep is not None and not _is_integer(keep):
+        raise TypeError(f"`logits_to_keep` must be an integer or a tensor of positions, got {shown(keep)}.")
+    elif keep is not None and keep < 0:
+        raise ValueError(f"`logits_to_keep` is {keep}: give 0 for all positions, or how many of the last ones.")
+
+
+def selected_rows(indices: torch.Tensor, rows: int) -> list[int]:
+    """The rows that a cache of `rows` rows is asked to keep, from their numbers or a bool for each.
+
+    Raises:
+        TypeError, ValueError: there is no such row, or none is asked for.
+    """
+    check_tensor("indices", indices)
+    if indices.dim() != 1 or indices.dtype not in (*INDICES, torch.bool):
+        raise ValueError(
+            f"`indices` must be integers or bools of one dimension, got {indices.dtype} {tuple(indices.shape)}."
+        )
+    if indices.dtype == torch.bool and len(indices) != rows:
+        raise ValueError(f"`indices` has {len(indices)} bools, but the cache holds {rows} rows: give one for each.")
+    wanted = (indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices).tolist()
+    wrong = [row for row in wanted if not 0 <= row < rows]
+    if wrong or not wanted:
+        what = f"holds {wrong[0]}" if wrong else "asks for no row"
+        raise ValueError(f"`indices` {what}; the cache holds the rows 0 to {rows - 1}: name at least one of them.")
+    return wanted
+
+
+def check_repeats(repeats: int) -> None:
+    """How often every row of a cache is repeated."""
+    if not _is_integer(repeats):
+        raise TypeError(f"`repeats` must be an integer, got {shown(repeats)}.")
+    if repeats < 1:
+        raise ValueError(f"`repeats` is {repeats}: give at least 1.")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: cut short, because it may be long."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:120]}..."
 
 
 def check_extra_arguments(arguments: dict, known: Collection[str] = ()) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .checks import END_OF_POSITIONS
+from .checks import END_OF_POSITIONS, shown
 
 FINGERPRINT = {"weights", "config", "adapters", "adapted_layers"}
 FIELDS = {
@@ -50,7 +50,7 @@ def check_fingerprint(found: Any) -> None:
         ValueError: it is not.
     """
     if not isinstance(found, dict) or set(found) != FINGERPRINT or not all(isinstance(v, str) for v in found.values()):
-        raise ValueError(f"`fingerprint` must be texts named {sorted(FINGERPRINT)}, got {_shown(found)}")
+        raise ValueError(f"`fingerprint` must be texts named {sorted(FINGERPRINT)}, got {shown(found)}")
 
 
 def check_description(description: dict[str, Any], config) -> None:
@@ -67,7 +67,7 @@ def check_description(description: dict[str, Any], config) -> None:
     _check_integer("columns", description["columns"], 1, MOST_COLUMNS)
     tokens, columns = description["tokens"], description["columns"]
     if not isinstance(tokens, list) or not tokens:
-        raise ValueError(f"`tokens` must be a list with an entry for each row, got {_shown(tokens)}")
+        raise ValueError(f"`tokens` must be a list with an entry for each row, got {shown(tokens)}")
     rows = len(tokens)
     _check_rows("tokens", tokens, [(0, columns)] * rows)
     _check_rows("next_positions", description["next_positions"], [(count, END_OF_POSITIONS) for count in tokens])
@@ -75,7 +75,7 @@ def check_description(description: dict[str, Any], config) -> None:
         _check_rows("fast_rows", description["fast_rows"], [(0, rows - 1)] * rows)
         copies = set(description["fast_rows"])
         if copies != set(range(len(copies))) or not config.num_suffix_layers:
-            raise ValueError(f"`fast_rows` must name copies 0, 1, ... without a gap, got {_shown(copies)}")
+            raise ValueError(f"`fast_rows` must name copies 0, 1, ... without a gap, got {shown(copies)}")
     if description["pending_counts"] is not None:
         largest = config.mini_batch_size if config.num_suffix_layers else 0
         _check_rows("pending_counts", description["pending_counts"], [(0, min(largest, count)) for count in tokens])
@@ -89,7 +89,7 @@ def _check_end(description: dict[str, Any], rows: int, vocab_size: int) -> None:
     if finished is not None and (
         not isinstance(finished, list) or len(finished) != rows or not all(isinstance(end, bool) for end in finished)
     ):
-        raise ValueError(f"`finished` must be null or true or false for each of {rows} rows, got {_shown(finished)}")
+        raise ValueError(f"`finished` must be null or true or false for each of {rows} rows, got {shown(finished)}")
     if padding_id is not None or finished is not None:
         _check_integer("padding_id", padding_id, 0, vocab_size - 1)
 
@@ -189,19 +189,19 @@ def _check_pending_positions(positions: torch.Tensor, description: dict[str, Any
 def _check_names(kind: str, found: Collection[str], wanted: set[str]) -> None:
     missing, unknown = sorted(wanted - set(found)), sorted(set(found) - wanted)
     if missing:
-        raise ValueError(f"the {kind} {_shown(missing)} are missing")
+        raise ValueError(f"the {kind} {shown(missing)} are missing")
     if unknown:
-        raise ValueError(f"the {kind} {_shown(unknown)} are unknown")
+        raise ValueError(f"the {kind} {shown(unknown)} are unknown")
 
 
 def _check_integer(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"`{name}` must be an integer from {low} to {high}, got {_shown(value)}")
+        raise ValueError(f"`{name}` must be an integer from {low} to {high}, got {shown(value)}")
 
 
 def _check_rows(name: str, values: Any, bounds: list[tuple[int, int]]) -> None:
     if not isinstance(values, list) or len(values) != len(bounds):
-        raise ValueError(f"`{name}` must be a list with an entry for each of {len(bounds)} rows, got {_shown(values)}")
+        raise ValueError(f"`{name}` must be a list with an entry for each of {len(bounds)} rows, got {shown(values)}")
     for row, (value, (low, high)) in enumerate(zip(values, bounds, strict=True)):
         _check_integer(f"{name}[{row}]", value, low, high)
 
@@ -213,9 +213,3 @@ def _check_range(name: str, tensor: torch.Tensor, low: float, high: float) -> No
     if not (low <= least and most <= high):
         wrong = most if low <= least else least
         raise ValueError(f"the tensor `{name}` holds {wrong}, but its numbers must lie from {low:.6g} to {high:.6g}")
-
-
-def _shown(value: Any) -> str:
-    """A value as a message shows it: cut short, because a forged one may be long."""
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:120]}..."

@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from .attention import at_least_float32
 from .cache_ttt_e2e import TTTE2ECache
 from .call import check_inputs
-from .checks import check_extra_arguments, real_columns
+from .checks import check_extra_arguments, check_number_of_items, real_columns
 from .context import gather_columns
 from .inner_loop import NO_TARGET, log_likelihood_loss, widened
 from .renamed_arguments import accept_earlier_cache_names
@@ -62,7 +62,8 @@ class SequenceClassificationHead:
         Raises:
             ValueError, TypeError: an argument that cannot be read, before any work; nothing is changed.
         """
-        shape = check_inputs(input_ids, inputs_embeds, self.config.vocab_size)
+        check_number_of_items(num_items_in_batch)
+        shape = check_inputs(input_ids, inputs_embeds, self.config)
         behind = columns_behind(real_tokens(attention_mask, shape, cache))
         if labels is not None:
             self.config.problem_type = problem_type(self.config, labels)
@@ -125,7 +126,8 @@ class TokenClassificationHead:
         Raises:
             ValueError, TypeError: an argument that cannot be read, before any work; nothing is changed.
         """
-        shape = check_inputs(input_ids, inputs_embeds, self.config.vocab_size)
+        check_number_of_items(num_items_in_batch)
+        shape = check_inputs(input_ids, inputs_embeds, self.config)
         real = real_tokens(attention_mask, shape, cache)
         if labels is not None:
             check_label_ids(labels, shape, self.config.num_labels)
@@ -181,7 +183,8 @@ class QuestionAnsweringHead:
         Raises:
             ValueError, TypeError: an argument that cannot be read, before any work; nothing is changed.
         """
-        shape = check_inputs(input_ids, inputs_embeds, self.config.vocab_size)
+        check_number_of_items(num_items_in_batch)
+        shape = check_inputs(input_ids, inputs_embeds, self.config)
         real = real_tokens(attention_mask, shape, cache)
         answers = answer_columns({"start_positions": start_positions, "end_positions": end_positions}, shape, real)
         outputs = self.model(

@@ -30,8 +30,18 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention import float64_device
 from .base_generation import BaseGenerationMixin
-from .causal_lm_loss import mean_loss, position_labels, token_losses
-from .checks import check_extra_arguments, real_columns
+from .causal_lm_loss import check_loss_arguments, mean_loss, position_labels, token_losses
+from .checks import (
+    check_embeddings,
+    check_extra_arguments,
+    check_flags,
+    check_ids,
+    check_logits_to_keep,
+    check_position_range,
+    check_something_to_read,
+    one_input,
+    real_columns,
+)
 from .configuration_recurrent_hybrid import RecurrentHybridConfig
 from .recurrent_inputs import (
     RecurrentMask,
@@ -206,12 +216,14 @@ class RecurrentHybridModel(RecurrentHybridPreTrainedModel):
         """
         check_extra_arguments(kwargs, known=(*PACKING_ARGUMENTS, *CAPTURED_OUTPUTS))
         packing = {name: kwargs[name] for name in PACKING_ARGUMENTS if kwargs.get(name) is not None}
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+        check_flags(use_cache=use_cache)
+        one_input(input_ids, inputs_embeds)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
+        if not torch.compiler.is_compiling():
+            self._check_values(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         recurrent = "linear_attention" in self.config.layer_types and not torch.compiler.is_compiling()
@@ -250,6 +262,28 @@ class RecurrentHybridModel(RecurrentHybridPreTrainedModel):
                 **packing,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache if use_cache else None)
+
+    def _check_values(self, input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache) -> None:
+        """Check what a compiled forward pass cannot look at; masks that transformers has prepared pass as they are."""
+        if inputs_embeds is None:
+            check_ids(input_ids, self.config.vocab_size)
+        else:
+            check_embeddings(inputs_embeds, self.config.hidden_size)
+        if cache is not None and not isinstance(cache, Cache):
+            raise TypeError(
+                f"`cache` is a {type(cache).__name__}: make it with `DynamicCache(config=model.config)`, or pass None."
+            )
+        shape = tuple((input_ids if inputs_embeds is None else inputs_embeds).shape[:2])
+        real = None
+        if (
+            attention_mask is not None
+            and not isinstance(attention_mask, dict)
+            and getattr(attention_mask, "ndim", 2) != 4
+        ):
+            real = real_columns(attention_mask, shape, 0 if cache is None else int(cache.get_seq_length()))
+            check_something_to_read(real, goes_on=use_cache or cache is not None)
+        if position_ids is not None:
+            check_position_range(position_ids, real, shape)
 
 
 class RecurrentHybridForCausalLM(RecurrentHybridPreTrainedModel, BaseGenerationMixin):
@@ -296,6 +330,10 @@ class RecurrentHybridForCausalLM(RecurrentHybridPreTrainedModel, BaseGenerationM
             positions, vocab_size] or None, `token_nll`, and the base model's fields.
         """
         shift_labels = kwargs.pop("shift_labels", None)
+        check_flags(skip_logits=skip_logits, **{name: kwargs.get(name) for name in CAPTURED_OUTPUTS})
+        shape = one_input(input_ids, inputs_embeds)
+        check_logits_to_keep(logits_to_keep, shape[1])
+        check_loss_arguments(labels, shift_labels, num_items_in_batch, shape, self.config.vocab_size)
         columns_read = 0 if cache is None else cache.get_seq_length()
         outputs = self.model(
             input_ids=input_ids,

@@ -15,7 +15,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .cache_ttt_e2e import TTTE2ECache
 from .call import CallArguments, answer_request, make_request
-from .checks import check_not_reentrant
+from .checks import check_flags, check_not_reentrant, check_number_of_items
 from .configuration_ttt_e2e import TTTE2EConfig
 from .generation_ttt_e2e import TTTE2EGenerationMixin
 from .heads_ttt_e2e import QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead
@@ -245,6 +245,8 @@ class TTTE2EForCausalLM(TTTE2EPreTrainedModel, TTTE2EGenerationMixin):
             `loss` (the mean of `token_nll` over labelled tokens; 0 when there is none), `logits` [batch, kept
             positions, vocab_size] or None, and the base model's fields.
         """
+        check_flags(skip_logits=skip_logits)
+        check_number_of_items(num_items_in_batch)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

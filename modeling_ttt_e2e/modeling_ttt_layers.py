@@ -25,8 +25,17 @@ from transformers.utils.generic import can_return_tuple
 from .attention import AttentionInputs, attention_mask, block_masks, valid_columns
 from .base_generation import BaseGenerationMixin
 from .cache_ttt_layers import TTTLayersCache
-from .causal_lm_loss import mean_loss, position_labels, token_losses
-from .checks import check_extra_arguments, check_ids, check_labels, real_columns
+from .causal_lm_loss import check_loss_arguments, mean_loss, position_labels, token_losses
+from .checks import (
+    check_embeddings,
+    check_extra_arguments,
+    check_flags,
+    check_ids,
+    check_logits_to_keep,
+    check_something_to_read,
+    one_input,
+    real_columns,
+)
 from .configuration_ttt_layers import ATTENTION_MIXERS, INNER_LEARNERS, TTTLayersConfig
 from .layers import TTTE2EMLP, TTTE2ERMSNorm, TTTE2ERotaryEmbedding
 from .mini_batch_grid import MiniBatchGrid
@@ -194,12 +203,15 @@ class TTTLayersModel(TTTLayersPreTrainedModel):
             ValueError, TypeError: an argument that cannot be read, before any work; nothing is changed.
         """
         check_extra_arguments(kwargs)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        check_flags(use_cache=use_cache, output_hidden_states=output_hidden_states, output_attentions=output_attentions)
+        shape = one_input(input_ids, inputs_embeds)
         if inputs_embeds is None:
             check_ids(input_ids, self.config.vocab_size)
+        else:
+            check_embeddings(inputs_embeds, self.config.hidden_size)
+        check_cache(cache, shape[0], self.config)
+        if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        check_cache(cache, inputs_embeds.shape[0], self.config)
         if use_cache is None:
             use_cache = cache is not None or (self.config.use_cache and not self.training)
         if cache is None or not cache.is_initialized:
@@ -208,6 +220,7 @@ class TTTLayersModel(TTTLayersPreTrainedModel):
         else:
             reading = _Reading(cache.tokens, cache.states)
             columns = TokenColumns.of(inputs_embeds, attention_mask, position_ids, cache.columns, cache.next_positions)
+        check_something_to_read(columns.real, goes_on=use_cache or cache is not None)
         keep_layers = _chosen(output_hidden_states, self.config.output_hidden_states)
         keep_weights = _chosen(output_attentions, self.config.output_attentions)
         writers = None
@@ -327,10 +340,10 @@ class TTTLayersForCausalLM(TTTLayersPreTrainedModel, BaseGenerationMixin):
             positions, vocab_size] or None, `token_nll`, and the base model's fields.
         """
         shift_labels = kwargs.pop("shift_labels", None)
-        inputs = input_ids if input_ids is not None else inputs_embeds
-        for name, given in (("labels", labels), ("shift_labels", shift_labels)):
-            if given is not None and inputs is not None:
-                check_labels(given, inputs.shape[:2], self.config.vocab_size, name)
+        check_flags(skip_logits=skip_logits)
+        shape = one_input(input_ids, inputs_embeds)
+        check_logits_to_keep(logits_to_keep, shape[1])
+        check_loss_arguments(labels, shift_labels, num_items_in_batch, shape, self.config.vocab_size)
         columns_read = 0 if cache is None else cache.get_seq_length()
         outputs = self.model(
             input_ids=input_ids,

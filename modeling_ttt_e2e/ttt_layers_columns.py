@@ -54,10 +54,6 @@ class TokenColumns:
         Raises:
             ValueError: the mask has another shape, or positions do not grow along a row's tokens.
         """
-        if embeddings.dim() != 3 or embeddings.shape[:2].numel() == 0:
-            raise ValueError(
-                f"`inputs_embeds` must be [batch, length, hidden_size], not empty, got {tuple(embeddings.shape)}."
-            )
         rows, columns = shape = tuple(embeddings.shape[:2])
         device, where, counts = embeddings.device, None, (columns,) * rows
         real = real_columns(attention_mask, shape, columns_read)

@@ -185,7 +185,7 @@ def test_loss_without_logits(model, logits, monkeypatch):
     with torch.no_grad():
         output = model(IDS, labels=labels, skip_logits=True)
         scaled = model(IDS, labels=labels, skip_logits=True, num_items_in_batch=2 * count).loss
-        shifted = model(IDS[:, :-1], labels=labels, shift_labels=labels[:, 1:], skip_logits=True).token_nll
+        shifted = model(IDS[:, :-1], shift_labels=labels[:, 1:], skip_logits=True).token_nll
         nothing = model(IDS[:, :1], labels=IDS[:, :1], skip_logits=True)
     assert output.logits is None
     torch.testing.assert_close(output.token_nll, expected, rtol=0, atol=1e-9)

@@ -110,7 +110,7 @@ def test_padding_changes_no_gradient(model):
 
 def loss_of_gradients(model, ids, labels, mask):
     model.zero_grad()
-    loss = model(ids, attention_mask=mask, labels=labels, shift_labels=labels).loss
+    loss = model(ids, attention_mask=mask, shift_labels=labels).loss
     loss.backward()
     return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
@@ -278,7 +278,7 @@ def test_loss_is_the_mean_over_labelled_tokens(model, logits, skip_logits, monke
     with torch.no_grad():
         output = model(IDS, labels=labels, skip_logits=skip_logits)
         scaled = model(IDS, labels=labels, skip_logits=skip_logits, num_items_in_batch=2 * count).loss
-        shifted = model(IDS[:, :-1], labels=labels[:, 1:], shift_labels=labels[:, 1:], skip_logits=skip_logits)
+        shifted = model(IDS[:, :-1], shift_labels=labels[:, 1:], skip_logits=skip_logits)
         nothing = model(IDS[:, :1], labels=IDS[:, :1], skip_logits=skip_logits)
     assert (output.logits is None) == skip_logits
     torch.testing.assert_close(output.token_nll, expected, **CLOSE)
