@@ -11,6 +11,7 @@ from .contexts import DeviceOption, DtypeOption, ModelOption, SplitOption, say_l
 from .errors import refuse
 
 MEBIBYTE = 2**20
+EVERYWHERE = ("", "0.0.0.0", "::")  # hosts that stand for all addresses of this machine
 
 
 def serve(
@@ -23,6 +24,18 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
     largest_request: Annotated[int, typer.Option(metavar="MIB", help="Longer requests are refused.", min=1)] = 4,
+    default_max_tokens: Annotated[
+        int | None,
+        typer.Option(help="Written where a request names no number. [default: 256, or --max-tokens if less]", min=1),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Requests for longer texts are refused.", min=1)] = 4096,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A name by which clients may call the server, besides localhost and --host; give it once for each.",
+        ),
+    ] = None,
     contexts_in_memory: Annotated[int, typer.Option(help="The last used ones stay loaded.", min=1)] = 4,
     split_special_tokens: SplitOption = True,
     dtype: DtypeOption = "auto",
@@ -36,6 +49,8 @@ def serve(
     `tiny:book`, or with the field `context`: `client.completions.create(model="tiny", prompt="...",
     extra_body={"context": "book"})`. The field `learn_from` is that of `generate`. Requests never change a context, and
     are worked on one after the other. There is no password: do not open the port to a network that you do not trust.
+    With `--host 0.0.0.0` clients may call the server by any IP address, and by the names of `--allow-host`. Symbolic
+    links in the folder of contexts are not followed.
     """
     say_loading(model)
     try:
@@ -49,11 +64,20 @@ def serve(
     from ttt_e2e.serving import ContextFolder, load_text_model
 
     try:
+        limits = server_module.TokenLimits(default_max_tokens, max_tokens)
         with bound_socket(host, port) as listening:
             text_model = load_text_model(model, dtype=dtype, device=device, split_special_tokens=split_special_tokens)
             named = ContextFolder(contexts, text_model.model, kept=contexts_in_memory)
             name = name or default_label(str(Path(model).resolve()) if Path(model).is_dir() else model, None)
-            app = server_module.build_app(name, text_model, named, largest_request * MEBIBYTE)
+            app = server_module.build_app(
+                name,
+                text_model,
+                named,
+                largest_request * MEBIBYTE,
+                limits=limits,
+                allowed_hosts=[host, *(allow_host or [])],
+                any_address=host in EVERYWHERE,
+            )
             host, port = listening.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             typer.echo(f"{name} with {len(named.names())} learned contexts at http://{shown}:{port}/v1 (Ctrl-C ends)")

@@ -5,6 +5,7 @@ A folder holds what `TTTE2ECache.save_pretrained` writes (and can be loaded with
 """
 
 import json
+import os
 import threading
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
@@ -113,15 +114,27 @@ def open_context(folder: Path, model: TTTE2EForCausalLM) -> StoredContext:
         answer_end = facts["answer_end"]
         if not isinstance(answer_end, str | None):
             raise ValueError(f"answer_end is {answer_end!r}")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"The learned context in {folder} is damaged ({DOCUMENTS}: {error!r}): read the text again, then save."
         ) from error
     return StoredContext(cache, documents, answer_end)
 
 
+def _holds_its_files(folder: Path) -> bool:
+    """Whether a folder and all that it holds lie there themselves: a symbolic link would lead out, a pipe nowhere."""
+    try:
+        return not folder.is_symlink() and all(
+            entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False) for entry in os.scandir(folder)
+        )
+    except OSError:  # gone meanwhile, or not ours to read
+        return False
+
+
 class ContextFolder:
     """The learned contexts in one folder, by the names of their sub-folders. Safe to use from several threads.
+
+    Symbolic links in it are not followed.
 
     Args:
         folder: None when there are none.
@@ -140,10 +153,11 @@ class ContextFolder:
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
-        """Names of all contexts, sorted; hidden folders do not count."""
+        """Names of all contexts, sorted; hidden folders, links and names that cannot be printed do not count."""
         if self.folder is None:
             return []
-        return sorted(path.parent.name for path in self.folder.glob(f"[!.]*/{COUNTERS}"))
+        found = (path.parent for path in self.folder.glob(f"[!.]*/{COUNTERS}"))
+        return sorted(folder.name for folder in found if folder.name.isprintable() and _holds_its_files(folder))
 
     def open(self, name: str) -> StoredContext:
         """A context of one's own: reading on with it changes neither the files nor what others get.

@@ -1,6 +1,7 @@
 """Writing on from a learned context."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -78,6 +79,30 @@ class StopWhen(StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
         return torch.full((len(input_ids),), self.stop(), dtype=torch.bool, device=input_ids.device)
+
+
+class ReadingStopped(Exception):
+    """Nobody waits for what the model is computing."""
+
+
+@contextmanager
+def stops_when(model: TTTE2EForCausalLM, stop: Callable[[], bool]) -> Iterator[None]:
+    """Within it the model asks `stop()` at every layer it comes to, so also between the mini-batches of a long text.
+
+    Raises:
+        ReadingStopped: from within the model, when `stop()` is true.
+    """
+
+    def ask(*arguments) -> None:
+        if stop():
+            raise ReadingStopped
+
+    hooks = [layer.input_layernorm.register_forward_pre_hook(ask) for layer in model.model.layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _padding(model: TTTE2EForCausalLM) -> list[int] | None:

@@ -379,6 +379,8 @@ def test_a_server_that_cannot_listen(place, bad):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert refused(run(place, "serve", "--port", port), f"--port {port}", "choose another port")
+    limits = run(place, "serve", "--port", 0, "--default-max-tokens", 9, "--max-tokens", 5)
+    assert refused(limits, "--default-max-tokens 9", "at most --max-tokens", "5")
     missing = run(place, "serve", "--port", 0, "--contexts", bad / "missing")
     assert refused(missing, "missing", "no such folder")
 
@@ -399,6 +401,7 @@ def test_the_server_answers(place, monkeypatch):
 
     monkeypatch.setattr(uvicorn, "Server", Kept)
     options = {"model": str(place / "model"), "contexts": place, "name": "small", "port": 0}
+    options |= {"max_tokens": 12, "allow_host": ["box.example"]}
     thread = threading.Thread(target=serve, kwargs={**DEFAULTS, **options})
     thread.start()
     try:
@@ -409,8 +412,12 @@ def test_the_server_answers(place, monkeypatch):
         listed = requests.get(f"{url}/models", timeout=60).json()
         body = {"model": "small:book", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
         answer = requests.post(f"{url}/completions", json=body, timeout=60).json()
+        longer = requests.post(f"{url}/completions", json=body | {"max_tokens": 13}, timeout=60)
+        hosts = ("box.example", "evil.example")
+        asked = [requests.get(f"{url}/models", headers={"host": host}, timeout=60).status_code for host in hosts]
     finally:
         servers[0].should_exit = True
         thread.join()
     assert [model["id"] for model in listed["data"]] == ["small", "small:book"]
     assert answer["choices"][0]["text"] == written(place, "--context", place / "book", "--prompt", PROMPT)[:-1]
+    assert longer.status_code == 400 and "at most 12" in longer.text and asked == [200, 403]

@@ -12,7 +12,7 @@ from ttt_e2e.serving import ContextFolder, StoredContext, read_documents, text_t
 
 from .small import BOOK, GREEDY, small_text_model
 
-TOKENS, LIMIT = 12, 2**20
+TOKENS, MOST, LIMIT = 12, 100_000, 2**20
 
 
 class Served:
@@ -21,7 +21,7 @@ class Served:
     def __init__(self, folder, **changes):
         import uvicorn  # of the extra serve, without which the tests are skipped
 
-        from ttt_e2e.serving.server import build_app
+        from ttt_e2e.serving.server import TokenLimits, build_app
 
         self.text_model = small_text_model(**changes)
         self.folder = folder
@@ -30,7 +30,8 @@ class Served:
             empty = StoredContext.new(self.text_model.model)
             write_context(folder / name, read_documents(self.text_model, empty, [(name, ids)]))
         contexts = ContextFolder(folder, self.text_model.model)
-        app = build_app("small", self.text_model, contexts, largest_request=LIMIT)
+        limits = TokenLimits(default=TOKENS, most=MOST)
+        app = build_app("small", self.text_model, contexts, largest_request=LIMIT, limits=limits)
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         self.server = uvicorn.Server(uvicorn.Config(app, log_level="error"))

@@ -1,0 +1,309 @@
+"""The handlers of transformers' server, for requests that were checked and go on from a learned context."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fastapi import HTTPException
+from fastapi.responses import JSONResponse, StreamingResponse
+from transformers import GenerationConfig, StoppingCriteriaList
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.utils import BaseHandler, GenerateManager, GenerationState, InferenceThread, Modality
+
+from .. import TTTE2EForCausalLM
+from ..training.tokenizer import PLAIN_END, PLAIN_TEMPLATE, speaks_plainly
+from .contexts import StoredContext
+from .doors import GONE
+from .requests import ChatFields, CompletionFields, Fields, TemplateFields, check_request, generation_fields
+from .served_model import OneModel
+from .writing import ReadingStopped, StopWhen, stops_when
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The threads beside the one that answers clients, one of each kind: what is done on one is done in turn.
+
+    Attributes:
+        generation: reads and writes.
+        text: fills in templates and tokenizes. A tokenizer must not be used by two threads at once.
+    """
+
+    generation: InferenceThread
+    text: ThreadPoolExecutor
+
+    @classmethod
+    def start(cls) -> "Workers":
+        return cls(InferenceThread(), ThreadPoolExecutor(1, thread_name_prefix="text"))
+
+    async def prepare(self, work: Callable, *arguments):
+        """Do something with a tokenizer, while other clients are answered."""
+        return await asyncio.get_running_loop().run_in_executor(self.text, work, *arguments)
+
+
+@dataclass(frozen=True)
+class TokenLimits:
+    """How much is written for one prompt.
+
+    Attributes:
+        default: where the request does not say. None: 256, or the most if that is less.
+        most: longer ones are refused.
+
+    Raises:
+        ValueError: the default is above the most.
+    """
+
+    default: int | None = None
+    most: int = 4096
+
+    def __post_init__(self):
+        if self.default is None:
+            object.__setattr__(self, "default", min(256, self.most))
+        if self.default > self.most:
+            raise ValueError(f"--default-max-tokens {self.default}: must be at most --max-tokens, which is {self.most}")
+
+    def wanted(self, request: Fields) -> int:
+        """The longest text that a request asks for.
+
+        Raises:
+            HTTPException: 400 where it is too long.
+        """
+        config = None if request.generation_config is None else generation_fields(request.generation_config)
+        fields = {
+            "max_completion_tokens": request.max_completion_tokens,
+            "max_tokens": request.max_tokens,
+            "generation_config.max_new_tokens": None if config is None else config.max_new_tokens,
+        }
+        name, value = next(((name, n) for name, n in fields.items() if n is not None), ("max_tokens", self.default))
+        if value > self.most:
+            raise HTTPException(
+                400, f"{name}={value}: this server writes at most {self.most} tokens for a request (its --max-tokens)"
+            )
+        return value
+
+
+class RequestGeneration(GenerateManager):
+    """The generation of one prompt, on the thread of all of them. It ends where the client goes away.
+
+    Args:
+        start: the context to go on from, for this prompt alone; None begins anew.
+    """
+
+    def __init__(self, thread: InferenceThread, model: TTTE2EForCausalLM, request: Fields, start: StoredContext | None):
+        self._thread, self.model, self.gone = thread, model, GONE.get()
+        self.request, self.start = request, start
+
+    def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
+        inputs = self._prepare(inputs, processor)
+        return super().generate_streaming(model, processor, inputs, gen_config, request_id, response_parser)
+
+    async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
+        inputs = self._prepare(inputs, processor)
+        try:
+            return await super().generate_non_streaming(model, processor, inputs, gen_config, request_id)
+        except ReadingStopped as error:
+            raise HTTPException(499, "the client has gone away") from error
+
+    def submit(self, fn: Callable, *args, **kwargs):
+        return super().submit(self._with_seed(self._while_waited_for(fn)), *args, **kwargs)
+
+    def async_submit(self, fn: Callable, *args, **kwargs):
+        return super().async_submit(self._with_seed(self._while_waited_for(self._unless_gone(fn))), *args, **kwargs)
+
+    def _unless_gone(self, fn: Callable) -> Callable:
+        """Nothing is begun for a client that went away while it waited."""
+
+        def run(*args, **kwargs):
+            if self.gone.is_set():
+                raise ReadingStopped
+            return fn(*args, **kwargs)
+
+        return run
+
+    def _while_waited_for(self, fn: Callable) -> Callable:
+        """Reading a long text ends where the client goes away."""
+
+        def run(*args, **kwargs):
+            with stops_when(self.model, self.gone.is_set):
+                return fn(*args, **kwargs)
+
+        return run
+
+    def _with_seed(self, fn: Callable) -> Callable:
+        """The seed is set where and when the tokens are drawn: other requests draw in between otherwise."""
+        seed = self.request.seed
+
+        def run(*args, **kwargs):
+            if seed is None:
+                return fn(*args, **kwargs)
+            torch.manual_seed(seed)
+            try:
+                return fn(*args, **kwargs)
+            finally:
+                torch.seed()  # those who come next and name no seed get chance again
+
+        return run
+
+    def _prepare(self, inputs, tokenizer) -> dict:
+        """Arguments of `generate`; `inputs` gets the ids that are read."""
+        # From here on only the thread holds the context, so that its memory is free when it stops.
+        start, self.start = self.start, None
+        ids = inputs["input_ids"]
+        read = 0 if start is None else start.cache.get_seq_length()
+        if read and ids[0, :1].tolist() == [tokenizer.bos_token_id]:  # the text began with the context
+            ids = ids[:, 1:]
+        if ids.shape[1] == 0:
+            raise HTTPException(400, "the prompt is empty: give at least one token to go on from")
+        inputs["input_ids"] = ids  # the handler counts them
+        arguments = {
+            "input_ids": ids,
+            "attention_mask": ids.new_ones(1, read + ids.shape[1]),
+            "stopping_criteria": StoppingCriteriaList([StopWhen(self.gone.is_set)]),
+        }
+        if read:
+            arguments["cache"] = start.cache
+        if self.request.learn_from is not None:
+            arguments["learn_from"] = self.request.learn_from
+        return arguments
+
+
+class CheckedHandler(BaseHandler):
+    """Checks a request, opens its context, prepares its prompts beside the event loop, and answers them in turn."""
+
+    fields: type[Fields]
+    # Fields of ours, which transformers' schema does not know.
+    own_fields = frozenset({"context", "learn_from", "seed"})
+
+    def __init__(self, manager: OneModel, workers: Workers, limits: TokenLimits):
+        super().__init__(manager, GenerationState())
+        self.workers, self.limits = workers, limits
+
+    async def handle_request(self, body: dict, request_id: str) -> JSONResponse | StreamingResponse:
+        model = self.model_manager.text_model.model
+        request = check_request(body, self.fields, model.config.vocab_size)
+        name = self.model_manager.find_context(request)
+        body = {field: value for field, value in body.items() if field not in self.own_fields}
+        self._validate_request(body)
+        config = self.generation_config(request, body)
+        self.check(request)
+        start = None if name is None else await asyncio.to_thread(self.model_manager.open_context, name)
+        prompts = await self.workers.prepare(self.prompts, request, body)
+        try:
+            answers = []
+            for inputs in prompts:
+                generation = RequestGeneration(self.workers.generation, model, request, start and start.fork())
+                answers.append(await self.answer(request, body, inputs, config, generation, request_id))
+            return answers[0] if len(answers) == 1 else together(answers)
+        except ValueError as error:  # what only `generate` finds out
+            raise HTTPException(400, f"the request cannot be answered: {error}") from error
+
+    def check(self, request: Fields) -> None:
+        """What depends on the model and the kind of request.
+
+        Raises:
+            HTTPException: 400.
+        """
+
+    def prompts(self, request: Fields, body: dict) -> list[dict[str, torch.Tensor]]:
+        """Each prompt as `input_ids` [1, tokens]."""
+        raise NotImplementedError
+
+    def extras(self, body: dict) -> dict[str, Any]:
+        """What the handler of transformers wants to know besides."""
+        raise NotImplementedError
+
+    def generation_config(self, request: Fields, body: dict) -> GenerationConfig:
+        """How to write."""
+        body = dict(body)
+        if request.generation_config is not None:
+            given = generation_fields(request.generation_config)
+            body["generation_config"] = given.model_dump_json(exclude_none=True)
+        config = self._build_generation_config(body, self.model_manager.text_model.model.generation_config)
+        config.max_new_tokens = self.limits.wanted(request)
+        if request.temperature or (request.top_p is not None and request.temperature is None):
+            config.do_sample = True
+        # transformers leaves it out of completions.
+        config.sequence_bias = {(int(token),): bias for token, bias in (request.logit_bias or {}).items()} or None
+        return config
+
+    async def answer(self, request, body, inputs, config, generation, request_id) -> JSONResponse | StreamingResponse:
+        """The answer to one prompt."""
+        manager = self.model_manager
+        model, tokenizer = manager.text_model.model, manager.text_model.tokenizer
+        arguments = (request_id, model, tokenizer, manager.name, inputs, config, generation)
+        if request.stream:
+            return self._streaming(*arguments, **self.extras(body))
+        return await self._non_streaming(*arguments, **self.extras(body))
+
+
+class Chat(CheckedHandler, ChatCompletionHandler):
+    """`/v1/chat/completions`."""
+
+    fields = ChatFields
+
+    def __init__(self, manager: OneModel, workers: Workers, limits: TokenLimits):
+        super().__init__(manager, workers, limits)
+        self.is_plain = speaks_plainly(manager.text_model.tokenizer)
+
+    def check(self, request: ChatFields) -> None:
+        if request.tools and "tools" not in str(self.model_manager.text_model.tokenizer.chat_template):
+            raise HTTPException(400, "tools: the model's chat template has no place for them; leave the field out")
+
+    def prompts(self, request: ChatFields, body: dict) -> list[dict[str, torch.Tensor]]:
+        text_model = self.model_manager.text_model
+        template = (request.chat_template_kwargs or TemplateFields()).model_dump(exclude_none=True)
+        try:
+            inputs = text_model.tokenizer.apply_chat_template(
+                self.get_processor_inputs_from_messages(body["messages"], Modality.LLM),
+                chat_template=PLAIN_TEMPLATE if self.is_plain else None,
+                tools=body.get("tools"),
+                sanitize_control_tokens=text_model.split_special_tokens,
+                return_tensors="pt",
+                return_dict=True,
+                **template,
+            )
+        except Exception as error:  # whatever the template raises, it is this conversation that it cannot show
+            raise HTTPException(400, f"messages: the model's chat template cannot show them: {error}") from error
+        return [{"input_ids": inputs["input_ids"].to(text_model.model.device)}]
+
+    def extras(self, body: dict) -> dict[str, Any]:
+        return {"tools": body.get("tools")}
+
+    def generation_config(self, request: ChatFields, body: dict) -> GenerationConfig:
+        config = super().generation_config(request, body)
+        if self.is_plain and config.stop_strings is None:
+            config.stop_strings = PLAIN_END
+        return config
+
+
+class Completion(CheckedHandler, CompletionHandler):
+    """`/v1/completions`."""
+
+    fields = CompletionFields
+
+    def check(self, request: CompletionFields) -> None:
+        if request.stream and len(request.prompts) > 1:
+            raise HTTPException(400, "stream=True: only with one prompt; send the prompts one by one, or do not stream")
+
+    def prompts(self, request: CompletionFields, body: dict) -> list[dict[str, torch.Tensor]]:
+        text_model = self.model_manager.text_model
+        texts_or_ids = request.prompts
+        if isinstance(texts_or_ids[0], str):
+            texts_or_ids = [text_model.tokenizer(text)["input_ids"] for text in texts_or_ids]
+        ids = [torch.tensor([one], dtype=torch.long, device=text_model.model.device) for one in texts_or_ids]
+        return [{"input_ids": one} for one in ids]
+
+    def extras(self, body: dict) -> dict[str, Any]:
+        return {"suffix": body.get("suffix")}
+
+
+def together(answers: list[JSONResponse]) -> JSONResponse:
+    """The answers to several prompts as one, in their order."""
+    bodies = [json.loads(answer.body) for answer in answers]
+    choices = [{**body["choices"][0], "index": index} for index, body in enumerate(bodies)]
+    usage = {name: sum(body["usage"][name] for body in bodies) for name in bodies[0]["usage"]}
+    return JSONResponse({**bodies[0], "choices": choices, "usage": usage})
