@@ -72,7 +72,7 @@ class HostCheck:
     """
 
     def __init__(self, app: Callable, names: Collection[str] = (), any_address: bool = False):
-        self.app, self.names, self.any_address = app, {_plain(name) for name in names}, any_address
+        self.app, self.names, self.any_address = app, {_plain(name) for name in names} - {""}, any_address
 
     async def __call__(self, scope, receive, send) -> None:
         app = self.app

@@ -257,7 +257,7 @@ def test_only_the_names_of_this_machine(served, host, status):
 def test_names_that_are_allowed():
     from ttt_e2e.serving.doors import HostCheck
 
-    named = HostCheck(None, names=["Box.example", "0.0.0.0"], any_address=True)
+    named = HostCheck(None, names=["Box.example", "0.0.0.0", ""], any_address=True)
     assert all(map(named.accepts, ["box.example:80", "10.0.0.1:8000", "[fe80::1]:80", "[fe80::1]", "localhost"]))
     assert not any(map(named.accepts, ["evil.example", "a.box.example", "10.0.0.1.evil.example", ""]))
 
