@@ -2,12 +2,49 @@
 
 import difflib
 import inspect
+import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 DEFAULT_FLOOR = 1e-5
+# What numbers may be: a check, and its words. None, where a field admits it, is left alone.
+NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "finite and not negative")
+ABOVE_ZERO = (lambda value: 0 < value < math.inf, "finite and above 0")
+BELOW_ONE = (lambda value: 0 <= value < 1, "at least 0 and below 1")
+AT_LEAST_ONE = (lambda value: 1 <= value < math.inf, "at least 1")
+RANGES = {
+    "learning_rate": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "adam_beta1": BELOW_ONE,
+    "adam_beta2": BELOW_ONE,
+    "adam_epsilon": NOT_NEGATIVE,
+    "max_grad_norm": NOT_NEGATIVE,
+    "warmup_steps": NOT_NEGATIVE,
+    "inner_lr_init": NOT_NEGATIVE,
+    "inner_lr_warmup_steps": NOT_NEGATIVE,
+    "label_smoothing_factor": BELOW_ONE,
+    "neftune_noise_alpha": NOT_NEGATIVE,
+    "num_train_epochs": ABOVE_ZERO,
+    "max_steps": (lambda value: value == -1 or 1 <= value < math.inf, "at least 1, or -1 for whole epochs"),
+    "logging_steps": ABOVE_ZERO,
+    "save_steps": ABOVE_ZERO,
+    "eval_steps": ABOVE_ZERO,
+    "eval_delay": NOT_NEGATIVE,
+    "save_total_limit": AT_LEAST_ONE,
+    "per_device_train_batch_size": AT_LEAST_ONE,
+    "per_device_eval_batch_size": AT_LEAST_ONE,
+    "gradient_accumulation_steps": AT_LEAST_ONE,
+    "eval_accumulation_steps": AT_LEAST_ONE,
+    "dataloader_num_workers": NOT_NEGATIVE,
+    "dataloader_prefetch_factor": AT_LEAST_ONE,
+    "torch_empty_cache_steps": AT_LEAST_ONE,
+    "ddp_timeout": ABOVE_ZERO,
+    "ddp_bucket_cap_mb": ABOVE_ZERO,
+    "seed": (lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
+    "data_seed": (lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
+}
 
 
 @dataclass
@@ -48,6 +85,7 @@ class MetaTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        self._check_ranges()  # before transformers computes with the numbers
         super().__post_init__()
         if self.data_seed is None:
             # Otherwise the order of rows would follow whatever was seeded last before training.
@@ -73,16 +111,21 @@ class MetaTrainingArguments(TrainingArguments):
                     + (f"; did you mean {similar[0]!r}?" if similar else f", but {', '.join(known)}")
                 )
 
+    def _check_ranges(self) -> None:
+        for name, (fits, words) in RANGES.items():
+            value = getattr(self, name)
+            if isinstance(value, int | float) and not fits(value):
+                raise ValueError(f"{name}={value}: must be {words}.")
+
     def _check_rates(self) -> None:
         floor = (self.lr_scheduler_kwargs or {}).get("min_lr")
+        if floor is not None and not 0 <= floor < math.inf:
+            raise ValueError(f"lr_scheduler_kwargs={self.lr_scheduler_kwargs}: min_lr must be finite and not negative.")
         if floor is not None and floor > self.learning_rate:
             raise ValueError(
                 f"lr_scheduler_kwargs={self.lr_scheduler_kwargs}: the floor lies above learning_rate="
                 f"{self.learning_rate}; lower it."
             )
-        for name in ("inner_lr_init", "inner_lr_warmup_steps"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)}: must be finite and not negative.")
         if self.inner_lr_warmup_steps >= 1 and self.inner_lr_warmup_steps != int(self.inner_lr_warmup_steps):
             raise ValueError(
                 f"inner_lr_warmup_steps={self.inner_lr_warmup_steps}: give whole steps, or a share of all below 1."

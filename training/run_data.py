@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..configuration import DataRecipe
 from .corpus import split_documents
 from .data import DocumentRows, PackedRows, PackedStream
-from .sources import load_documents, source_state
+from .sources import check_no_address, load_documents, source_state
 from .token_store import TokenStore, tokenize_documents
 from .tokenizer import load_tokenizer, tokenizer_digest, trained_tokenizer
 
@@ -54,6 +54,9 @@ def check_data_request(request: DataRequest) -> None:
         ValueError: the request contradicts itself.
     """
     recipe = request.recipe
+    for source in (request.data, request.validation_data):
+        if source is not None:
+            check_no_address(source)
     if recipe.streaming:
         refusals = {
             "data.validation_every cannot split data.streaming documents: set it to null, and give --validation-data": (

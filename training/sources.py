@@ -45,10 +45,11 @@ def load_documents(
 
     Raises:
         FileNotFoundError: the source looks like a path, and there is nothing.
-        ValueError: there is no text in it, a file is not what its suffix says, the text column is missing, or the name
-            is not one of a dataset that can be loaded.
+        ValueError: the source is an address, as gs://bucket/folder; there is no text in it, a file is not what its
+            suffix says, the text column is missing, or the name is not one of a dataset that can be loaded.
         OSError: there is too little space on the disk.
     """
+    check_no_address(source)
     path = Path(source).expanduser()
     if source != STANDARD_LIBRARY and not path.exists() and not looks_like_path(source):
         return _load_dataset(str(source), text_column, split, configuration, streaming, Path(cache_folder))
@@ -74,6 +75,25 @@ def source_state(source: str | Path) -> str:
     root, files = _files_of(path)
     facts = [(file.relative_to(root).as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def check_no_address(source: str | Path) -> None:
+    """Check that a source is no address; `Path` would make gs:/bucket of gs://bucket.
+
+    Raises:
+        ValueError: it is one. The message says what to give instead.
+    """
+    scheme, separator, rest = str(source).partition("://")
+    if not separator or not scheme.replace("+", "").replace("-", "").isalnum() or Path(source).exists():
+        return
+    remedies = {
+        "gs": f"download it (gcloud storage cp -r {source} FOLDER) and give the folder",
+        "s3": f"download it (aws s3 cp --recursive {source} FOLDER) and give the folder",
+        "hf": f"give the data set's name alone, as {rest.removeprefix('datasets/') or 'owner/name'}",
+        "file": f"give the path alone, {rest}",
+    }
+    remedy = remedies.get(scheme.lower(), "download it and give the path, or give the name of a data set of the Hub")
+    raise ValueError(f"source={str(source)!r}: addresses are not supported; {remedy}")
 
 
 def looks_like_path(source: str | Path) -> bool:

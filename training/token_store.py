@@ -25,33 +25,37 @@ BYTES_PER_TOKEN = 2  # of text; more are usual, so that the estimate of the disk
 class TokenStore:
     """Documents as tokens, each with the separator before it and nothing at its end; a folder that stays on the disk.
 
-    It can be pickled (only its folder is), and holds no tokens in memory.
+    It can be pickled (only its folder is), and holds no tokens in memory. Its files are opened at once: what has them
+    open goes on reading them when the folder is removed.
 
     Args:
         folder: written by `tokenize_documents`.
 
+    Raises:
+        FileNotFoundError: the folder has been removed.
+
     Attributes:
+        tokens: `[num_tokens]`, uint16 or uint32, memory-mapped: all documents in their order.
+        starts: `[num_documents + 1]`, int64, memory-mapped: where each document begins, and at last where all end.
         num_tokens: of all documents, separators included.
         num_documents: how many there are.
         separator_id: the token before each document.
     """
 
     def __init__(self, folder: Path):
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            self.tokens: np.ndarray = np.load(folder / TOKENS, mmap_mode="r")
+            self.starts: np.ndarray = np.load(folder / STARTS, mmap_mode="r")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{folder}: the prepared data has been removed ({Path(error.filename).name} is missing); start the "
+                "command again, which prepares it anew (a training with --resume)"
+            ) from error
         self.folder = folder
         self.num_tokens: int = manifest["tokens"]
         self.num_documents: int = manifest["documents"]
         self.separator_id: int = manifest["separator_id"]
-
-    @cached_property
-    def tokens(self) -> np.ndarray:
-        """`[num_tokens]`, uint16 or uint32, memory-mapped: all documents in their order."""
-        return np.load(self.folder / TOKENS, mmap_mode="r")
-
-    @cached_property
-    def starts(self) -> np.ndarray:
-        """`[num_documents + 1]`, int64, memory-mapped: where each document begins, and at last where all end."""
-        return np.load(self.folder / STARTS, mmap_mode="r")
 
     @cached_property
     def names(self) -> list[str]:

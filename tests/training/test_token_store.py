@@ -254,3 +254,12 @@ def test_killed_build_is_never_used_and_two_builds_share_the_work(tmp_path):
     results = [json.loads((tmp_path / f"result-{number}").read_text()) for number in range(2)]
     assert [result["tokens"] for result in results] == [[0, 1, 2, 0, 3, 0, 4, 5, 6]] * 2
     assert sorted(result["calls"] for result in results) == [0, 3], "one of them tokenized, the other one waited"
+
+
+def test_data_removed_during_a_run_is_read_on_or_named(tmp_path):
+    store = tokenize_documents(Dataset.from_dict({"text": ["ab", "cde"]}), letters_tokenizer(), tmp_path)
+    expected = store.tokens.tolist()
+    shutil.rmtree(store.folder)
+    assert store.tokens.tolist() == expected and store.document(1).tolist() == expected[3:]
+    with pytest.raises(FileNotFoundError, match=r"has been removed.*start the command again, which prepares it anew"):
+        pickle.loads(pickle.dumps(store))
