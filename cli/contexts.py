@@ -74,19 +74,23 @@ def read(
         text_tokens,
         write_context,
     )
+    from ttt_e2e.training.claims import claimed
     from ttt_e2e.training.record import check_output
 
     try:
         check_output(output, resume=False)
         texts = [(document_name(path), document_text(path)) for path in documents]
-        text_model = load_text_model(model, dtype=dtype, device=device)
-        start = StoredContext.new(text_model.model) if context is None else open_context(context, text_model.model)
-        tokens = [(name, text_tokens(text, text_model.tokenizer, True, split_special_tokens)) for name, text in texts]
-        check_room(output, text_model.model, start.tokens + sum(len(ids) for _, ids in tokens))
-        started = time.perf_counter()
-        learned = read_documents(text_model, start, tokens)
-        seconds = time.perf_counter() - started
-        write_context(output, learned)
+        with claimed(output):
+            text_model = load_text_model(model, dtype=dtype, device=device)
+            start = StoredContext.new(text_model.model) if context is None else open_context(context, text_model.model)
+            tokens = [
+                (name, text_tokens(text, text_model.tokenizer, True, split_special_tokens)) for name, text in texts
+            ]
+            check_room(output, text_model.model, start.tokens + sum(len(ids) for _, ids in tokens))
+            started = time.perf_counter()
+            learned = read_documents(text_model, start, tokens)
+            seconds = time.perf_counter() - started
+            write_context(output, learned)
     except (ValueError, OSError) as error:
         refuse(error)
     except KeyboardInterrupt:
@@ -129,6 +133,7 @@ def generate(
     except ValueError as error:
         refuse(error)
     say_loading(model)
+    from contextlib import nullcontext
     from dataclasses import replace
 
     from transformers import TextStreamer, set_seed
@@ -144,32 +149,34 @@ def generate(
         write_context,
         writing_arguments,
     )
+    from ttt_e2e.training.claims import claimed
     from ttt_e2e.training.record import check_output
 
     try:
         arguments = writing_arguments(temperature, top_p, learn_from)
         if save_context is not None:
             check_output(save_context, resume=False)
-        text_model = load_text_model(model, dtype=dtype, device=device)
-        start = StoredContext.new(text_model.model) if context is None else open_context(context, text_model.model)
-        ids = text_tokens(text, text_model.tokenizer, start.tokens == 0, split_special_tokens).tolist()
-        if save_context is not None:
-            check_room(save_context, text_model.model, start.tokens + len(ids) + max_new_tokens)
-        if seed is not None:
-            set_seed(seed)
-        streamer = TextStreamer(text_model.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        after = start.fork()
-        written = write(
-            text_model.model,
-            ids,
-            after.cache,
-            streamer=streamer,
-            max_new_tokens=max_new_tokens,
-            **arguments,
-        )
-        if save_context is not None:
-            document = ReadDocument("prompt and what was written", len(ids) + len(written))
-            write_context(save_context, replace(after, documents=(*after.documents, document), answer_end=None))
+        with nullcontext() if save_context is None else claimed(save_context):
+            text_model = load_text_model(model, dtype=dtype, device=device)
+            start = StoredContext.new(text_model.model) if context is None else open_context(context, text_model.model)
+            ids = text_tokens(text, text_model.tokenizer, start.tokens == 0, split_special_tokens).tolist()
+            if save_context is not None:
+                check_room(save_context, text_model.model, start.tokens + len(ids) + max_new_tokens)
+            if seed is not None:
+                set_seed(seed)
+            streamer = TextStreamer(text_model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            after = start.fork()
+            written = write(
+                text_model.model,
+                ids,
+                after.cache,
+                streamer=streamer,
+                max_new_tokens=max_new_tokens,
+                **arguments,
+            )
+            if save_context is not None:
+                document = ReadDocument("prompt and what was written", len(ids) + len(written))
+                write_context(save_context, replace(after, documents=(*after.documents, document), answer_end=None))
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and save_context is not None:
             typer.echo("No context was saved.", err=True)

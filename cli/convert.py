@@ -66,6 +66,7 @@ def official(
 
     In Python: `ttt_e2e.training.official_checkpoint.convert_official(checkpoint, size, output)`.
     """
+    from ttt_e2e.training.claims import claimed
     from ttt_e2e.training.official_checkpoint import convert_official, official_config
     from ttt_e2e.training.verification import largest_difference, load_reference
 
@@ -74,15 +75,16 @@ def official(
             raise ValueError(f"--tolerance {tolerance} is of --verify: name the file of reference numbers as well")
         output = output.expanduser()
         reference = None if verify is None else load_reference(verify, official_config(size).vocab_size)
-        weights = convert_official(
-            checkpoint,
-            size,
-            output,
-            tokenizer=tokenizer,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            project=project,
-        )
+        with claimed(output):
+            weights = convert_official(
+                checkpoint,
+                size,
+                output,
+                tokenizer=tokenizer,
+                dtype=dtype,
+                max_shard_size=max_shard_size,
+                project=project,
+            )
     except (ImportError, OSError, ValueError) as error:
         refuse(error)
     typer.echo(f"{output}: converted from {weights}; load it with AutoModelForCausalLM.from_pretrained")
@@ -107,10 +109,12 @@ def to_official(
 
     In Python: `ttt_e2e.training.official_checkpoint.export_official(model, output)`.
     """
+    from ttt_e2e.training.claims import claimed
     from ttt_e2e.training.official_checkpoint import export_official
 
     try:
-        export_official(model, output)
+        with claimed(output):
+            export_official(model, output)
     except (ImportError, OSError, ValueError) as error:
         refuse(error)
     typer.echo(f"{output}: step 0 holds model_weights; its configuration is {output / 'config.json'}")
@@ -131,10 +135,12 @@ def ttt_layers(
 
     In Python: `ttt_e2e.training.ttt_layers_checkpoint.convert_ttt_layers(checkpoint, output)`.
     """
+    from ttt_e2e.training.claims import claimed
     from ttt_e2e.training.ttt_layers_checkpoint import convert_ttt_layers
 
     try:
-        parameters = convert_ttt_layers(checkpoint, output, tokenizer=tokenizer, dtype=dtype)
+        with claimed(output):
+            parameters = convert_ttt_layers(checkpoint, output, tokenizer=tokenizer, dtype=dtype)
     except (OSError, ValueError) as error:
         refuse(error)
     typer.echo(f"{output}: {parameters:,} parameters; load it with AutoModelForCausalLM.from_pretrained")

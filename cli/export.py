@@ -44,6 +44,7 @@ def export(
     """
     from ttt_e2e.model_cards.export import ExportRequest, prepare_export, write_export
     from ttt_e2e.model_cards.push import check_push, push_folder
+    from ttt_e2e.training.claims import claimed
 
     request = ExportRequest(model, output, dtype, tuple(results or ()), name, license)
     try:
@@ -52,7 +53,8 @@ def export(
                 raise ValueError(f"{option} is for an upload: name a repository with --push, or leave it out")
         if push is not None:
             check_push(push, private)
-        folder = write_export(prepare_export(request))
+        with claimed(output):
+            folder = write_export(prepare_export(request))
         size = sum(path.stat().st_size for path in folder.iterdir())
         typer.echo(f"{folder}: {size / 2**20:.1f} MiB; load it with trust_remote_code=True, where ttt_e2e is missing")
         if push is not None:

@@ -16,10 +16,12 @@ def merge(
 
     In Python: `ttt_e2e.training.lora.merge_lora(adapter, output)`.
     """
+    from ttt_e2e.training.claims import claimed
     from ttt_e2e.training.lora import merge_lora
 
     try:
-        merge_lora(adapter, output)
+        with claimed(output):
+            merge_lora(adapter, output)
     except (ImportError, OSError, ValueError) as error:
         refuse(error)
     typer.echo(f"{output}: load it with AutoModelForCausalLM.from_pretrained")

@@ -1,12 +1,16 @@
 """`ttt-e2e train`: from text to a trained model, in one command."""
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .errors import refuse
+
+if TYPE_CHECKING:
+    from ttt_e2e.training.run import TrainingRequest
 
 DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ttt-e2e"
 
@@ -61,14 +65,11 @@ def train(
     Written to the folder: `model/` (load it with `AutoModelForCausalLM.from_pretrained`), `checkpoint-N/`,
     `training.png`, `training_log.json`, `run.json`.
     """
-    from transformers.utils import logging
-
     from ttt_e2e.configuration import load_recipe
-    from ttt_e2e.training.checkpoints import checkpoint_step
     from ttt_e2e.training.estimates import estimate_run
     from ttt_e2e.training.lora import check_lora
     from ttt_e2e.training.models import changed_config, find_model, fit_to_tokenizer
-    from ttt_e2e.training.run import Adapter, TrainingRequest, finish_run, prepare_run, process_state
+    from ttt_e2e.training.run import Adapter, TrainingRequest
     from ttt_e2e.training.tokenizer import load_tokenizer
 
     try:
@@ -95,23 +96,40 @@ def train(
             adapter=Adapter(lora, lora_rank, lora_alpha) if lora else None,
             resume=resume,
         )
-        if not process_state(chosen).is_main_process:
-            logging.set_verbosity_error()
-        trainer = prepare_run(request)
-        checkpoint = trainer.last_whole_checkpoint() if resume else None
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise_on_main_process(error)
-    if trainer.is_world_process_zero():
-        begin = f"Going on after step {checkpoint_step(checkpoint) if checkpoint else 0}" if resume else "Training"
-        typer.echo(
-            f"{begin}: {trainer.model.num_parameters():,} parameters, {chosen.batch_size} rows of "
-            f"{chosen.data.sequence_length} tokens in a step, {trainer.args.world_size} process(es)"
-        )
-    try:
-        metrics = finish_run(trainer, checkpoint)
-    except KeyboardInterrupt:
-        typer.echo("Interrupted. The same command with --resume goes on from the last checkpoint.", err=True)
-        raise typer.Exit(130) from None
+    run(request)
+
+
+def run(request: "TrainingRequest") -> None:
+    """Train as requested, in a folder that no other process writes to meanwhile."""
+    from transformers.utils import logging
+
+    from ttt_e2e.training.checkpoints import checkpoint_step
+    from ttt_e2e.training.run import finish_run, kept_folder, prepare_run, process_state
+
+    recipe, output = request.recipe, request.output
+    with ExitStack() as kept:
+        try:
+            if not process_state(recipe).is_main_process:
+                logging.set_verbosity_error()
+            kept.enter_context(kept_folder(request))
+            trainer = prepare_run(request)
+            checkpoint = trainer.last_whole_checkpoint() if request.resume else None
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            raise_on_main_process(error)
+        if trainer.is_world_process_zero():
+            step = 0 if checkpoint is None else checkpoint_step(checkpoint)
+            typer.echo(
+                f"{f'Going on after step {step}' if request.resume else 'Training'}: "
+                f"{trainer.model.num_parameters():,} parameters, {recipe.batch_size} rows of "
+                f"{recipe.data.sequence_length} tokens in a step, {trainer.args.world_size} process(es)"
+            )
+        try:
+            metrics = finish_run(trainer, checkpoint)
+        except KeyboardInterrupt:
+            typer.echo("Interrupted. The same command with --resume goes on from the last checkpoint.", err=True)
+            raise typer.Exit(130) from None
     if trainer.is_world_process_zero():
         for name, value in metrics.items():
             typer.echo(f"{name}: {value:.6g}")

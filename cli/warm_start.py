@@ -48,6 +48,7 @@ def transformer(
     In Python, for a model in memory: `ttt_e2e.convert_transformer.warm_started_model(source, settings)`.
     """
     from ttt_e2e.convert_transformer import WarmStartSettings
+    from ttt_e2e.training.claims import claimed
     from ttt_e2e.training.warm_start import WarmStartRequest, prepare_warm_start, write_warm_start
 
     settings = WarmStartSettings(
@@ -60,14 +61,16 @@ def transformer(
         inner_max_grad_norm=inner_clip,
     )
     try:
-        start = prepare_warm_start(WarmStartRequest(model, output, settings, dtype, seed, max_shard_size))
-        config = start.config
-        typer.echo(
-            f"{start.parameters:,} parameters, {start.new_parameters:,} of them new; {start.total_bytes / 2**20:,.0f} "
-            f"MiB. Window {config.sliding_window:,}, mini-batch {config.mini_batch_size:,}, the last "
-            f"{config.num_suffix_layers} of {config.num_hidden_layers} blocks learn."
-        )
-        write_warm_start(start)
+        with claimed(output):
+            start = prepare_warm_start(WarmStartRequest(model, output, settings, dtype, seed, max_shard_size))
+            config = start.config
+            typer.echo(
+                f"{start.parameters:,} parameters, {start.new_parameters:,} of them new; "
+                f"{start.total_bytes / 2**20:,.0f} MiB. Window {config.sliding_window:,}, mini-batch "
+                f"{config.mini_batch_size:,}, the last {config.num_suffix_layers} of {config.num_hidden_layers} blocks "
+                "learn."
+            )
+            write_warm_start(start)
     except (ValueError, OSError, ImportError) as error:
         refuse(error)
     except KeyboardInterrupt:

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from ..training.checkpoints import MANIFEST
+from ..training.claims import claimed
 from ..training.disk import write_text
 from ..training.models import ModelSource, find_model
 from ..training.tokenizer import tokenizer_digest
@@ -360,9 +361,10 @@ def sweep_panels(points: Sequence[Point]) -> list[Panel]:
 def write_settings(folder: Path, setting: Setting) -> Path:
     """Write a learning rate and its mini-batch size into a model's config.json, which is replaced whole."""
     path = folder / "config.json"
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    fields |= {"inner_learning_rate": setting.learning_rate, "mini_batch_size": setting.mini_batch_size}
-    write_text(path, json.dumps(fields, indent=2) + "\n")
+    with claimed(folder):  # nobody changes the file between reading and writing
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields |= {"inner_learning_rate": setting.learning_rate, "mini_batch_size": setting.mini_batch_size}
+        write_text(path, json.dumps(fields, indent=2) + "\n")
     return path
 
 

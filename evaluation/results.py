@@ -58,6 +58,11 @@ class Point:
         return json.dumps(finite(asdict(self)), allow_nan=False) + "\n"
 
 
+def lock_path(path: Path) -> Path:
+    """The file by which one process at a time writes a file of results."""
+    return path.with_name(f".{path.name}.lock")
+
+
 class ResultsFile:
     """The points of one run in one file; it is read at once and changed only by `append`.
 
@@ -78,7 +83,7 @@ class ResultsFile:
         whole, torn = self._contents()
         if torn:
             logger.warning(f"{path}: its last line was not written to its end; that point is measured again.")
-        self._whole_bytes, self._lock = len(whole), FileLock(path.with_name(f".{path.name}.lock"))
+        self._whole_bytes, self._lock = len(whole), FileLock(lock_path(path))
         self.points = [_read_point(line, f"{path}, line {n}") for n, line in enumerate(whole.splitlines(), start=1)]
 
     def check(self, task: str, settings: dict, data: str, models: Mapping[str, str], device: str | None) -> None:

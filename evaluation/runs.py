@@ -27,7 +27,7 @@ from .candidates import DTYPES, Candidate, find_candidates, find_judge, load_can
 from .comparison import comparison_panels, comparison_tables
 from .needle_data import documentation_texts, ruler_essays
 from .plots import plot_panels
-from .results import Point, ResultsFile, digest, environment, tokens_digest
+from .results import Point, ResultsFile, digest, environment, lock_path, tokens_digest
 from .subject import Subject
 from .tables import Table
 from .tasks import Task, TaskData, find_task, task_settings
@@ -202,7 +202,7 @@ def open_results(folder: Path, task: Task) -> ResultsFile:
     """
     path = folder / f"{RESULTS}.jsonl"
     if not path.is_file():
-        check_output(folder, resume=False)
+        check_output(folder, resume=False, besides={lock_path(path).name})
     results = ResultsFile(path)
     if results.points and results.points[0].task != task.name:
         results.check(task.name, {}, "", {}, None)  # raises: before any data is read

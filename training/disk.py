@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .claims import claimed
+
 
 def check_disk_space(folder: Path, needed: int, what: str) -> None:
     """Check that a disk has room, before anything is written.
@@ -40,7 +42,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     The folder is made where it is missing. After an exception `path` is as it was, and the temporary file is gone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
+    # A name of this process's own: of several that write the file at once, the last one's is there in the end, whole.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
         flush_to_disk(temporary)
@@ -69,9 +72,14 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
 
     Raises:
         OSError: `path` is a disk's own folder.
+        ValueError: another process is writing it.
     """
     check_replaceable(path)
-    path = path.resolve()
+    with claimed(path):
+        yield from _written_whole(path.resolve())
+
+
+def _written_whole(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
     part.mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from .disk import write_text
@@ -9,15 +10,22 @@ from .disk import write_text
 RECORD = "run.json"
 
 
-def check_output(folder: Path, resume: bool) -> None:
+def check_output(folder: Path, resume: bool, besides: Collection[str] = ()) -> None:
     """Check the run's folder: empty for a new run, with a record for one that is resumed.
+
+    Args:
+        besides: names of files that count as nothing.
 
     Raises:
         ValueError: it is not.
     """
     if resume and not (folder / RECORD).is_file():
         raise ValueError(f"output={str(folder)!r} holds no run to resume (no {RECORD}): start one without --resume")
-    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if (
+        not resume
+        and folder.exists()
+        and (not folder.is_dir() or any(path.name not in besides for path in folder.iterdir()))
+    ):
         is_run = (folder / RECORD).is_file()
         remedy = "choose another folder" + (", or go on with the run there with --resume" if is_run else "")
         raise ValueError(

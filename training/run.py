@@ -7,6 +7,8 @@ holds the model with its tokenizer, `training_log.json` the log, and `training.p
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,8 +17,10 @@ from accelerate import PartialState
 from transformers import PreTrainedConfig, set_seed
 
 from ..configuration import Recipe
+from .agreement import of_one_process
 from .arguments import MetaTrainingArguments
 from .checkpoints import NOT_COMPARED, checkpoint_bytes
+from .claims import RUN_LOCK, claimed_run
 from .data import collate_rows
 from .disk import check_disk_space, follow_umask, write_text, written_whole
 from .lora import add_lora, check_lora
@@ -63,6 +67,21 @@ class TrainingRequest:
     resume: bool = False
 
 
+@contextmanager
+def kept_folder(request: TrainingRequest) -> Iterator[None]:
+    """Keep the run's folder for this run, all its processes, until the end of the block.
+
+    Raises:
+        ValueError: another run is there, or is writing there.
+    """
+    state = process_state(request.recipe)
+    check_output(request.output, request.resume, besides={RUN_LOCK})
+    state.wait_for_everyone()  # each has looked before one makes the folder
+    with ExitStack() as kept:
+        of_one_process(state.is_main_process, lambda: kept.enter_context(claimed_run(request.output)))
+        yield
+
+
 def prepare_run(request: TrainingRequest) -> MetaTrainer:
     """Check a request and make all that training needs; called by every process of the run.
 
@@ -77,7 +96,7 @@ def prepare_run(request: TrainingRequest) -> MetaTrainer:
     source = find_model(request.model)
     config = changed_config(source, recipe.model, recipe.data.sequence_length)
     arguments = training_arguments(request, state.num_processes)
-    check_output(request.output, request.resume)
+    check_output(request.output, request.resume, besides={RUN_LOCK})
     check_start(request, source)
     data = prepare_data(
         DataRequest(

@@ -5,14 +5,14 @@ and no process waits for one that has stopped because its disk is full.
 """
 
 import shutil
-from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
+from .agreement import of_one_process
 from .checkpoints import (
     BASE_CONFIG,
     check_resumable,
@@ -22,6 +22,7 @@ from .checkpoints import (
     last_complete_checkpoint,
     last_whole_checkpoint,
 )
+from .claims import claimed_run
 from .disk import check_disk_space
 
 STATE = "trainer_state.json"
@@ -39,17 +40,22 @@ class SafeTrainer(Trainer):
 
         Raises:
             ValueError: there is nothing to resume from, the checkpoint is incomplete or of another model, or the output
-                folder holds checkpoints of a run that is not resumed.
+                folder holds checkpoints of a run that is not resumed, or another process trains into it.
             OSError: the disk has no room for a checkpoint.
         """
         folder = self._checkpoint_to_resume(resume_from_checkpoint)
-        if self.args.save_strategy.value != "no":
+        saves = self.args.save_strategy.value != "no"
+        if saves:
             self._check_disk_space("a checkpoint")
         if folder is not None and (finished := self._finished_state(folder)) is not None:
             self._load_from_checkpoint(str(folder))
             self.state = finished
             return TrainOutput(finished.global_step, 0.0, {})
-        return super().train(None if folder is None else str(folder), *others, **named)
+        with ExitStack() as kept:
+            if saves:
+                output = Path(self.args.output_dir)
+                of_one_process(self.args.should_save, lambda: kept.enter_context(claimed_run(output)))
+            return super().train(None if folder is None else str(folder), *others, **named)
 
     def _checkpoint_to_resume(self, asked: str | bool | None) -> Path | None:
         output = Path(self.args.output_dir)
@@ -126,29 +132,16 @@ class SafeTrainer(Trainer):
         Raises:
             ValueError: all are damaged.
         """
-        found = self._of_saving_process(lambda: last_whole_checkpoint(Path(self.args.output_dir)))
+        found = of_one_process(self.args.should_save, lambda: last_whole_checkpoint(Path(self.args.output_dir)))
         self._compared = found
         return found
 
     def _check_resumable(self, folder: Path) -> None:
         """One process compares every byte of a checkpoint, unless that was just done to find it."""
         compared, self._compared = self._compared == folder, None
-        self._of_saving_process(lambda: check_resumable(folder, compared))
-
-    def _of_saving_process(self, work: Callable[[], object]) -> object:
-        """What one process has found, or its error, on every process."""
-        result = [None, None]
-        if self.args.should_save:
-            try:
-                result[0] = work()
-            except (ValueError, OSError) as error:
-                result[1] = error
-        broadcast_object_list(result)
-        if result[1] is not None:
-            raise result[1]
-        return result[0]
+        of_one_process(self.args.should_save, lambda: check_resumable(folder, compared))
 
     def _check_disk_space(self, what: str) -> None:
         """Every process stops where the one that saves has no room."""
         folder, needed = Path(self.args.output_dir), checkpoint_bytes(self.model)
-        self._of_saving_process(lambda: check_disk_space(folder, needed, what))
+        of_one_process(self.args.should_save, lambda: check_disk_space(folder, needed, what))

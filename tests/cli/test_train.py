@@ -18,6 +18,9 @@ from typer.testing import CliRunner
 from ttt_e2e.cli.main import app
 from ttt_e2e.configuration import load_preset
 from ttt_e2e.training.checkpoints import MANIFEST
+from ttt_e2e.training.claims import claimed_run
+
+from ..training.holding import held_elsewhere
 
 SIZES = {
     "vocab_size": 300,
@@ -263,6 +266,26 @@ def test_unusable_data_is_refused(place, data, message):
         ({"data__sequence_length": 3}, "data.sequence_length=3 is shorter than a mini-batch (model.mini_batch_size=4)"),
         ({"training__max_stepps": 3}, "did you mean 'training.max_steps'"),
         ({"training__save_steps": 3, "training__logging_steps": 2}, "make save_steps=3 a multiple of logging_steps=2"),
+        ({"training__learning_rate": -1}, "learning_rate=-1: must be finite and not negative"),
+        ({"training__learning_rate": ".nan"}, "learning_rate=nan: must be finite and not negative"),
+        ({"training__weight_decay": -0.1}, "weight_decay=-0.1: must be finite and not negative"),
+        ({"training__adam_beta1": 1.0}, "adam_beta1=1.0: must be at least 0 and below 1"),
+        ({"training__adam_beta2": 1.5}, "adam_beta2=1.5: must be at least 0 and below 1"),
+        ({"training__adam_epsilon": -1}, "adam_epsilon=-1: must be finite and not negative"),
+        ({"training__max_grad_norm": -1}, "max_grad_norm=-1: must be finite and not negative"),
+        ({"training__warmup_steps": -2}, "warmup_steps=-2: must be finite and not negative"),
+        ({"training__inner_lr_init": -0.1}, "inner_lr_init=-0.1: must be finite and not negative"),
+        ({"training__label_smoothing_factor": 1.5}, "label_smoothing_factor=1.5: must be at least 0 and below 1"),
+        ({"training__num_train_epochs": 0}, "num_train_epochs=0: must be finite and above 0"),
+        ({"training__logging_steps": 0}, "logging_steps=0: must be finite and above 0"),
+        ({"training__save_steps": -2}, "save_steps=-2: must be finite and above 0"),
+        ({"training__save_total_limit": 0}, "save_total_limit=0: must be at least 1"),
+        ({"training__seed": -1}, "seed=-1: must be at least 0"),
+        ({"training__eval_steps": -3}, "eval_steps=-3: must be finite and above 0"),
+        ({"model__inner_learning_rate": -1}, "inner_learning_rate"),
+        ({"model__mini_batch_size": 0}, "mini_batch_size"),
+        ({"data__sequence_length": -1}, "data.sequence_length=-1"),
+        ({"data__validation_rows": 0}, "data.validation_rows=0"),
         ({"model__sliding_window": 2}, "`mini_batch_size` (4) is larger than `sliding_window` (2)"),
     ],
 )
@@ -279,6 +302,15 @@ def test_settings_that_do_not_fit_are_refused(place, changes, message):
         (("--recipe", "pretrain-9k"), "pretrain-8k"),
         (("--output", None), "--output is missing"),
         (("--data", None), "--data is missing"),
+        (
+            ("--data", "gs://bucket/texts"),
+            "source='gs://bucket/texts': addresses are not supported; download it",
+        ),
+        (
+            ("--data", "hf://datasets/owner/name"),
+            "addresses are not supported; give the data set's name alone",
+        ),
+        (("--validation-data", "https://host/a.txt"), "addresses are not supported; download it and give the path"),
         (("--lora", "prime"), "adapters are trained on a saved model"),
         (("--tokenizer", "./nowhere"), "there is no such folder"),
     ],
@@ -298,6 +330,14 @@ def test_folder_of_another_run_is_left_alone(place):
     (place / "texts" / "00.txt").write_text("other words")
     assert "='other texts', but now it is" in refusal(train(place, "--resume"))
     assert everything_below(place / "run") == before
+
+
+def test_folder_into_which_another_run_trains_is_left_alone(place):
+    with held_elsewhere(claimed_run, place / "run") as other:
+        assert f"process {other.pid} on " in refusal(train(place))
+        assert [path.name for path in (place / "run").iterdir()] == [".run.lock"]
+    assert train(place).exit_code == 0  # the claim has gone with its process
+    assert not (place / "run" / ".run.lock").exists()
 
 
 def test_folder_with_other_files_is_left_alone(place):
