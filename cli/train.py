@@ -130,6 +130,9 @@ def run(request: "TrainingRequest") -> None:
         except KeyboardInterrupt:
             typer.echo("Interrupted. The same command with --resume goes on from the last checkpoint.", err=True)
             raise typer.Exit(130) from None
+        except OSError as error:  # a full disk, or data that is gone
+            error.add_note("the same command with --resume goes on from the last checkpoint")
+            raise_on_main_process(error)
     if trainer.is_world_process_zero():
         for name, value in metrics.items():
             typer.echo(f"{name}: {value:.6g}")

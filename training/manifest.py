@@ -38,6 +38,8 @@ def damage(folder: Path, name: str) -> str | None:
     """What is wrong with a folder, in words; None where all is well. Reads every byte of it, in small pieces."""
     try:
         manifest = json.loads((folder / name).read_text(encoding="utf-8"))
+        if "checksum" not in manifest:
+            return f"{name} holds no checksum"
         if manifest["checksum"] != _checksum(manifest):
             return f"{name} does not match its checksum"
         if not manifest["files"]:

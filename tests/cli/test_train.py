@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from ttt_e2e.cli.main import app
 from ttt_e2e.configuration import load_preset
+from ttt_e2e.training import MetaTrainer
 from ttt_e2e.training.checkpoints import MANIFEST
 from ttt_e2e.training.claims import claimed_run
 
@@ -131,6 +132,26 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_is_used(place, caplog
     before = everything_below(place / "run")
     assert "checkpoint-6 is damaged (optimizer.pt does not match its digest)" in refusal(train(place, "--resume"))
     assert everything_below(place / "run") == before
+
+
+def test_run_goes_on_when_prepared_data_is_removed_and_names_what_is_missing(place, monkeypatch):
+    begin = MetaTrainer.train
+
+    def train_without_cache(trainer, *arguments, **named):
+        shutil.rmtree(place / "cache")
+        return begin(trainer, *arguments, **named)
+
+    monkeypatch.setattr(MetaTrainer, "train", train_without_cache)
+    result = train(place)
+    assert result.exit_code == 0, result.output
+    assert (place / "run" / "model" / "model.safetensors").is_file()
+
+    def fail(trainer, *arguments, **named):
+        raise FileNotFoundError("some folder: the prepared data has been removed")
+
+    monkeypatch.setattr(MetaTrainer, "train", fail)
+    message = refusal(train(place, output="other"))
+    assert "the prepared data has been removed (the same command with --resume goes on" in message
 
 
 def flip_a_bit(path):
