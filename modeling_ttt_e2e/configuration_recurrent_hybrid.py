@@ -9,10 +9,17 @@ from .transformers_version import OLDEST_TRANSFORMERS  # noqa: F401  (first: an 
 from huggingface_hub.dataclasses import strict
 from transformers import Mamba2Config, PreTrainedConfig
 
+from .config_checks import (
+    SIZES,
+    check_at_least_one,
+    check_attention_heads,
+    check_numbers,
+    check_rope,
+    check_special_tokens,
+)
+
 ATTENTION_MIXERS = ("sliding_attention", "full_attention")
 RECURRENT_MIXERS = ("mamba2", "gated_delta_net")
-# RoPE variants whose frequencies change with the length of the text would contradict the keys in the cache.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 @strict
@@ -102,6 +109,7 @@ class RecurrentHybridConfig(PreTrainedConfig):
     linear_allow_neg_eigval: bool = False
 
     def __post_init__(self, **kwargs):
+        check_at_least_one(self, SIZES)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -154,20 +162,18 @@ class RecurrentHybridConfig(PreTrainedConfig):
         self._check_heads()
 
     def _check_sizes(self):
-        positive = (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-            "head_dim mamba_expand mamba_head_dim mamba_state_size mamba_num_groups mamba_conv_kernel "
-            "mamba_chunk_size linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim "
-            "linear_conv_kernel_dim"
+        check_at_least_one(
+            self,
+            f"{SIZES} num_key_value_heads head_dim mamba_expand mamba_head_dim mamba_state_size mamba_num_groups "
+            "mamba_conv_kernel mamba_chunk_size linear_num_key_heads linear_num_value_heads linear_key_head_dim "
+            "linear_value_head_dim linear_conv_kernel_dim",
+            optional="sliding_window",
         )
-        for name in positive.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"`sliding_window` must be at least 1, or None, got {self.sliding_window}.")
-        rope_type = self.rope_parameters.get("rope_type", "default")
-        if rope_type not in ROPE_TYPES:
-            raise ValueError(f"`rope_parameters` has rope_type {rope_type!r}; supported are {list(ROPE_TYPES)}.")
+        check_rope(self.rope_parameters)
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"`attention_dropout` must be at least 0 and less than 1, got {self.attention_dropout}.")
+        check_numbers(self)
+        check_special_tokens(self)
 
     def _check_mixers(self):
         if len(self.mixer_types) != self.num_hidden_layers:
@@ -188,16 +194,12 @@ class RecurrentHybridConfig(PreTrainedConfig):
             raise ValueError("`sliding_window` is None but `mixer_types` has 'sliding_attention': set the window.")
 
     def _check_heads(self):
-        if self.head_dim % 2:
-            raise ValueError(f"`head_dim` must be even, because RoPE rotates pairs of channels, got {self.head_dim}.")
-        wholes = [("num_attention_heads", "num_key_value_heads")]
-        if "gated_delta_net" in self.mixer_types:
-            wholes.append(("linear_num_value_heads", "linear_num_key_heads"))
-        for whole, part in wholes:
-            if getattr(self, whole) % getattr(self, part):
-                raise ValueError(
-                    f"`{whole}` ({getattr(self, whole)}) must be a multiple of `{part}` ({getattr(self, part)})."
-                )
+        check_attention_heads(self)
+        values, keys = self.linear_num_value_heads, self.linear_num_key_heads
+        if "gated_delta_net" in self.mixer_types and values % keys:
+            raise ValueError(
+                f"`linear_num_value_heads` ({values}) must be a multiple of `linear_num_key_heads` ({keys})."
+            )
         if "mamba2" in self.mixer_types:
             self._check_mamba_heads()
 

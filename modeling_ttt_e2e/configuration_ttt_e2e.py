@@ -10,10 +10,17 @@ from .transformers_version import OLDEST_TRANSFORMERS  # noqa: F401  (first: an 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .config_checks import (
+    SIZES,
+    check_at_least_one,
+    check_attention_heads,
+    check_numbers,
+    check_rope,
+    check_special_tokens,
+)
+
 META_GRADIENTS = ("second_order", "first_order")
 LAYER_TYPES = ("sliding_attention", "full_attention")
-# RoPE variants whose frequencies change with the length of the text cannot serve an endless stream of tokens.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 CONTEXT_SETTINGS = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
@@ -108,6 +115,7 @@ class TTTE2EConfig(PreTrainedConfig):
     test_time_training: bool = True
 
     def __post_init__(self, **kwargs):
+        check_at_least_one(self, SIZES)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -143,24 +151,15 @@ class TTTE2EConfig(PreTrainedConfig):
         self._check_inner_loop()
 
     def _check_sizes(self):
-        positive = (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-            "head_dim mini_batch_size prime_intermediate_size"
+        check_at_least_one(
+            self,
+            f"{SIZES} num_key_value_heads head_dim mini_batch_size prime_intermediate_size",
+            optional="sliding_window meta_gradient_horizon inner_checkpoint_every",
         )
-        for name in positive.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for name in ("sliding_window", "meta_gradient_horizon", "inner_checkpoint_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, or None, got {value}.")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
-                f"({self.num_key_value_heads})."
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"`head_dim` must be even, because RoPE rotates pairs of channels, got {self.head_dim}.")
+        check_attention_heads(self)
+        check_rope(self.rope_parameters)
+        check_numbers(self)
+        check_special_tokens(self)
 
     def _check_layers(self):
         if len(self.layer_types) != self.num_hidden_layers:
@@ -178,9 +177,6 @@ class TTTE2EConfig(PreTrainedConfig):
                 f"`num_suffix_layers` must lie between 0 and `num_hidden_layers` ({self.num_hidden_layers}), "
                 f"got {self.num_suffix_layers}."
             )
-        rope_type = self.rope_parameters.get("rope_type", "default")
-        if rope_type not in ROPE_TYPES:
-            raise ValueError(f"`rope_parameters` has rope_type {rope_type!r}; supported are {list(ROPE_TYPES)}.")
 
     def _check_inner_loop(self):
         if self.meta_gradient not in META_GRADIENTS:

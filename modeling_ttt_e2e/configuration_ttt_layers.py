@@ -6,12 +6,19 @@ from .transformers_version import OLDEST_TRANSFORMERS  # noqa: F401  (first: an 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .config_checks import (
+    SIZES,
+    check_at_least_one,
+    check_attention_heads,
+    check_numbers,
+    check_rope,
+    check_special_tokens,
+)
+
 ATTENTION_MIXERS = ("sliding_attention", "full_attention")
 INNER_LEARNERS = ("ttt_linear", "ttt_mlp")
 KEY_VALUE_BINDING = "ttt_kvb"  # has sliding-window attention inside
 OUTPUT_RULES = ("query", "key")
-# RoPE variants whose frequencies change with the length of the text would contradict the keys in the cache.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 BASE_LEARNING_RATES = {"ttt_linear": 1.0, "ttt_mlp": 0.1}
 
 CONTEXT_SETTINGS = (
@@ -128,6 +135,7 @@ class TTTLayersConfig(PreTrainedConfig):
     inner_checkpoint_every: int | None = None
 
     def __post_init__(self, **kwargs):
+        check_at_least_one(self, SIZES)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -185,18 +193,15 @@ class TTTLayersConfig(PreTrainedConfig):
             self._check_key_value_binding()
 
     def _check_sizes(self):
-        positive = (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-            "head_dim mini_batch_size ttt_conv_kernel ttt_intermediate_ratio ttt_kvb_num_heads "
-            "ttt_kvb_intermediate_ratio"
+        check_at_least_one(
+            self,
+            f"{SIZES} num_key_value_heads head_dim mini_batch_size ttt_conv_kernel ttt_intermediate_ratio "
+            "ttt_kvb_num_heads ttt_kvb_intermediate_ratio",
+            optional="sliding_window inner_checkpoint_every",
         )
-        for name in positive.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for name in ("sliding_window", "inner_checkpoint_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, or None, got {value}.")
+        check_rope(self.rope_parameters)
+        check_numbers(self)
+        check_special_tokens(self)
 
     def _check_mixers(self):
         if len(self.mixer_types) != self.num_hidden_layers:
@@ -212,16 +217,7 @@ class TTTLayersConfig(PreTrainedConfig):
     def _check_attention(self):
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("`sliding_window` is None but `mixer_types` has blocks with a window: set it.")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
-                f"({self.num_key_value_heads})."
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"`head_dim` must be even, because RoPE rotates pairs of channels, got {self.head_dim}.")
-        rope_type = self.rope_parameters.get("rope_type", "default")
-        if rope_type not in ROPE_TYPES:
-            raise ValueError(f"`rope_parameters` has rope_type {rope_type!r}; supported are {list(ROPE_TYPES)}.")
+        check_attention_heads(self)
 
     def _check_key_value_binding(self):
         size = self.hidden_size

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .configuration_ttt_e2e import LAYER_TYPES, ROPE_TYPES, TTTE2EConfig
+from .config_checks import ROPE_KEYS
+from .configuration_ttt_e2e import LAYER_TYPES, TTTE2EConfig
 from .modeling_ttt_e2e import TTTE2EForCausalLM
 
 SUPPORTED_MODELS = ("llama", "mistral", "qwen2", "qwen3")
@@ -221,10 +222,10 @@ def _check_source(source: PreTrainedConfig) -> None:
     if unknown:
         raise ValueError(f"`layer_types` of the source has {sorted(unknown)}; supported are {list(LAYER_TYPES)}.")
     rope = source.rope_parameters
-    if rope.get("rope_type", "default") not in ROPE_TYPES:
+    if rope.get("rope_type", "default") not in ROPE_KEYS:
         raise ValueError(
             f"`rope_parameters` of the source has rope_type {rope['rope_type']!r}, whose frequencies change with the "
-            f"length of the text; supported are {list(ROPE_TYPES)}. Write one of them into the source's config.json "
+            f"length of the text; supported are {list(ROPE_KEYS)}. Write one of them into the source's config.json "
             "('default' is the same up to the length of pretraining)."
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
