@@ -11,6 +11,7 @@ import torch
 
 from .base_generation import BaseGenerationMixin, prompt_learning
 from .cache_ttt_e2e import TTTE2ECache
+from .checks import check_tensor
 from .renamed_arguments import accept_earlier_cache_names
 
 LEARN_FROM = ("context", "prompt", "none")
@@ -85,12 +86,18 @@ class TTTE2EGenerationMixin(BaseGenerationMixin):
         """
         if learn_from not in LEARN_FROM:
             raise ValueError(f"`learn_from` must be one of {list(LEARN_FROM)}, got {learn_from!r}.")
+        if learn_from != "context" and kwargs.get("learning_span") is not None:
+            raise ValueError(
+                f"`learning_span={kwargs['learning_span']}` and `learn_from={learn_from!r}` both say what is learned: "
+                "give one of them."
+            )
         check_prompt_learning(self, learn_from != "none", kwargs.get("test_time_training"))
         config, _ = self._prepare_generation_config(generation_config, **kwargs)
         cache = kwargs.get("cache")
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         embeddings = kwargs.get("inputs_embeds")
         mask = kwargs.get("attention_mask")
+        check_prompt(ids, embeddings, mask)
         check_supported(config, cache, kwargs.get("assistant_model"))
         check_embeddings(ids, embeddings, config.prefill_chunk_size)
         check_left_padding(ids, mask, config.pad_token_id, _end_ids(config))
@@ -159,6 +166,20 @@ def check_prompt_learning(model, learn_from_any: bool, test_time_training: bool 
             f"{method.capitalize()} of PEFT puts a prompt that is no tokens before the text, so that it cannot be "
             "learned from: generate with `test_time_training=False`, or adapt the model with LoRA instead."
         )
+
+
+def check_prompt(ids, embeddings, mask) -> None:
+    """Inputs are tensors with rows and columns; their values are looked at when they are read."""
+    for name, given in (("input_ids", ids), ("inputs_embeds", embeddings), ("attention_mask", mask)):
+        if given is None:
+            continue
+        check_tensor(name, given)
+        beside_embeddings = given is ids and embeddings is not None  # these may have no ids yet
+        if given.dim() < 2 or (0 in given.shape and not beside_embeddings):
+            raise ValueError(
+                f"`{name}` must be [batch, length, ...] with at least one column, got {tuple(given.shape)}: give every "
+                "row a token."
+            )
 
 
 def check_supported(config, cache, assistant_model) -> None:

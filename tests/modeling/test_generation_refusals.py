@@ -45,6 +45,28 @@ REFUSED = {
 }
 
 
+IDS = random_ids(1, 20)
+REFUSED |= {
+    "learn-from-a-list": (ValueError, r"`learn_from`.*\['prompt'\]", {"learn_from": ["prompt"]}),
+    "learn-from-nothing": (ValueError, r"`learn_from`.*None", {"learn_from": None}),
+    "two-ways-to-learn": (
+        ValueError,
+        r"`learning_span=\(0, 3\)` and `learn_from='prompt'`",
+        {"learning_span": (0, 3), "learn_from": "prompt"},
+    ),
+    "span-that-goes-back": (ValueError, r"`learning_span` is \(5, 2\)", {"learning_span": (5, 2)}),
+    "negative-span": (ValueError, r"`learning_span` is \(-1, 2\)", {"learning_span": (-1, 2)}),
+    "learning-as-text": (TypeError, "`test_time_training` must be .*'no'", {"test_time_training": "no"}),
+    "use-cache-as-text": (TypeError, "`use_cache` must be .*'no'", {"use_cache": "no"}),
+    "mask-as-list": (TypeError, "`attention_mask` must be a torch.Tensor", {"attention_mask": [[1] * 20]}),
+    "mask-of-twos": (ValueError, "`attention_mask` holds 2", {"attention_mask": 2 * torch.ones(1, 20)}),
+    "ids-as-list": (TypeError, "`input_ids` must be a torch.Tensor, got a list", {"ids": IDS.tolist()}),
+    "ids-without-rows": (ValueError, r"`input_ids` must be .*\(20,\)", {"ids": IDS[0]}),
+    "no-ids": (ValueError, r"`input_ids` must be .*\(1, 0\)", {"ids": IDS[:, :0]}),
+    "ids-as-floats": (ValueError, r"`input_ids` must be integers.*float32", {"ids": IDS.float()}),
+}
+
+
 REFUSED_WITH_CACHE = {
     "cache-and-no-cache": (ValueError, "`use_cache=False`", {"use_cache": False}),
     "plain-model": (ValueError, "`test_time_training=False`", {"test_time_training": False}),
