@@ -8,6 +8,7 @@ import math
 from transformers.activations import ACT2FN
 
 SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings"
+SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 # RoPE variants whose frequencies change with the length of the text cannot serve an endless stream of tokens, and would
 # contradict the keys in the cache. By the name of each what it needs, and what it may have besides.
 ROPE_KEYS = {
@@ -44,9 +45,17 @@ def check_numbers(config) -> None:
         raise ValueError(f"`initializer_range` must be finite and not negative, got {config.initializer_range}.")
 
 
+def leave_out_default_tokens(config) -> None:
+    """Special tokens that nobody chose, and that a smaller vocabulary does not hold, become None."""
+    for name in SPECIAL_TOKENS:
+        value, default = getattr(config, name), getattr(type(config), name)
+        if default is not None and value == default >= config.vocab_size:
+            setattr(config, name, None)
+
+
 def check_special_tokens(config) -> None:
     """Check that special tokens are ids of the vocabulary, or None."""
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+    for name in SPECIAL_TOKENS:
         value = getattr(config, name)
         for token in value if isinstance(value, list) else [value]:
             if token is not None and not 0 <= token < config.vocab_size:

@@ -17,6 +17,7 @@ from .config_checks import (
     check_numbers,
     check_rope,
     check_special_tokens,
+    leave_out_default_tokens,
 )
 
 META_GRADIENTS = ("second_order", "first_order")
@@ -116,6 +117,7 @@ class TTTE2EConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         check_at_least_one(self, SIZES)
+        leave_out_default_tokens(self)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:

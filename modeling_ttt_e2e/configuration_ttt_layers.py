@@ -13,6 +13,7 @@ from .config_checks import (
     check_numbers,
     check_rope,
     check_special_tokens,
+    leave_out_default_tokens,
 )
 
 ATTENTION_MIXERS = ("sliding_attention", "full_attention")
@@ -136,6 +137,7 @@ class TTTLayersConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         check_at_least_one(self, SIZES)
+        leave_out_default_tokens(self)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:

@@ -103,6 +103,16 @@ def test_a_value_of_another_type_is_named(config):
                 config(**CONFIGS[config] | {name: value})
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+def test_special_tokens_that_nobody_chose_are_left_out_of_a_smaller_vocabulary(config):
+    """The defaults are those of the tokenizers of the papers' models."""
+    sizes = {name: value for name, value in CONFIGS[config].items() if not name.endswith("token_id")}
+    assert (config().bos_token_id, config().eos_token_id) == (config.bos_token_id, config.eos_token_id)
+    smaller = config(**sizes | {"vocab_size": 1})
+    assert (smaller.bos_token_id, smaller.eos_token_id) == (None, None)
+    assert config.from_dict(smaller.to_diff_dict()).bos_token_id is None
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.0, NAN])
 def test_a_dropout_that_leaves_nothing_is_refused(value):
     with pytest.raises(ValueError, match=rf"`attention_dropout`.*got {value}"):
