@@ -185,6 +185,41 @@ def test_a_context_from_before_adapters_were_noted_is_named(model, honest, tmp_p
         TTTE2ECache.from_pretrained(forge(tmp_path / "c", description | {"format": 1}, tensors), model)
 
 
+SLIDING, FULL = "sliding_attention", "full_attention"
+MODES = [
+    {},
+    {"use_attention": False},
+    {"use_prime_mlp": False, "num_suffix_layers": 3},
+    {"layer_types": [SLIDING, FULL, SLIDING, SLIDING]},
+    {"test_time_training": False, "layer_types": [FULL] * 4},
+    {"inner_max_grad_norm": None, "inner_learning_rate": 0.01, "num_key_value_heads": 2},
+    {"inner_max_grad_norm": 0.1, "inner_learning_rate": 1e-4, "initializer_range": 1.0},
+    {"mini_batch_size": 1, "sliding_window": 1},
+]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_every_context_that_reading_leaves_is_accepted(mode, tmp_path):
+    """Ragged batches, read in pieces, with rows repeated and left out in between."""
+    generator, model = random.Random(0), small_model(**mode)
+    for _ in range(4):
+        rows, cache = generator.randint(1, 3), TTTE2ECache(model.config)
+        for _ in range(3):
+            length = generator.choice([1, 2, 5, BATCH + 1, 40])
+            mask = torch.ones(rows, length, dtype=torch.long)
+            for row in range(rows):
+                mask[row, generator.sample(range(length), generator.randint(0, length))] = 0
+            ids = random_ids(rows, length, seed=generator.randint(0, 99))
+            with torch.no_grad():
+                model(ids, cache=cache, attention_mask=mask)
+            kept = [generator.randrange(rows) for _ in range(generator.randint(1, 3))]
+            cache.batch_select_indices(torch.tensor(kept))
+            rows = len(kept)
+            cache.save_pretrained(tmp_path / "c")
+            loaded = TTTE2ECache.from_pretrained(tmp_path / "c", model)
+            assert (loaded.context.tokens, loaded.columns) == (cache.context.tokens, cache.columns)
+
+
 JUNK = [None, True, -1, 0, 3, 10**15, 2**63, 1.5, math.nan, "", "x", [], [[]], {}, [1], [None, None], {"a": 1}]
 
 
