@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse, StreamingResponse
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.utils import BaseHandler, GenerateManager, GenerationState, InferenceThread, Modality
@@ -21,7 +21,7 @@ from .contexts import StoredContext
 from .doors import GONE
 from .requests import ChatFields, CompletionFields, Fields, TemplateFields, check_request, generation_fields
 from .served_model import OneModel
-from .writing import ReadingStopped, StopWhen, stops_when
+from .writing import ReadingStopped, SomethingLeft, StopWhen, stops_when
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,7 @@ class RequestGeneration(GenerateManager):
             "input_ids": ids,
             "attention_mask": ids.new_ones(1, read + ids.shape[1]),
             "stopping_criteria": StoppingCriteriaList([StopWhen(self.gone.is_set)]),
+            "logits_processor": LogitsProcessorList([SomethingLeft()]),
         }
         if read:
             arguments["cache"] = start.cache

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
 from .. import TTTE2ECache, TTTE2EForCausalLM
 from ..generation_ttt_e2e import LEARN_FROM
@@ -79,6 +79,18 @@ class StopWhen(StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
         return torch.full((len(input_ids),), self.stop(), dtype=torch.bool, device=input_ids.device)
+
+
+class SomethingLeft(LogitsProcessor):
+    """Refuses to go on where every token is forbidden: drawing one would fail, on CUDA together with the process."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if not scores.isfinite().any(dim=-1).all():
+            raise ValueError(
+                "every token is forbidden (by suppress_tokens, begin_suppress_tokens, no_repeat_ngram_size or "
+                "min_new_tokens); allow some"
+            )
+        return scores
 
 
 class ReadingStopped(Exception):

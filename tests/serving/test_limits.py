@@ -132,6 +132,8 @@ NAMES += "tools chat_template_kwargs suffix stream max_tokens max_completion_tok
 
 def test_no_request_makes_the_server_fail(served):
     """Fields of every kind of value, in any combination: an answer, or words about what is wrong."""
+    from ttt_e2e.serving.requests import GenerationFields
+
     draw, names = random.Random(0), NAMES.split()
     for _ in range(300):
         path = draw.choice(["completions", "chat/completions"])
@@ -140,6 +142,11 @@ def test_no_request_makes_the_server_fail(served):
         answer = served.post(path, **body)
         assert answer.status_code in (200, 400, 404, 422), body
         assert '"error"' not in answer.text if answer.status_code == 200 else complaint(answer), body
+    ways = [*GenerationFields.model_fields, "output_logits", "prefill_chunk_size", "max_length", "guidance_scale"]
+    for _ in range(100):
+        fields = {name: draw.choice([*VALUES, 0.01, [5, 6], 299]) for name in draw.sample(ways, draw.randint(1, 2))}
+        answer = served.post(prompt="x", **config(**{"max_new_tokens": 1, "do_sample": True} | fields))
+        assert answer.status_code in (200, 400), fields
     for name in ("role", "content", "tool_calls", "tool_call_id", "name"):
         for value in VALUES:
             answer = served.post("chat/completions", messages=[MESSAGE | {name: value}], max_tokens=1)
@@ -147,6 +154,13 @@ def test_no_request_makes_the_server_fail(served):
     for value in VALUES:
         answer = requests.post(f"{served.url}/load_model", data=json.dumps({"model": value}), timeout=60)
         assert answer.status_code in (200, 400, 422)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fields", [{"suppress_tokens": [*range(300)]}, {"no_repeat_ngram_size": 1}], ids=str)
+def test_no_token_is_drawn_where_all_are_forbidden(served, fields, stream):
+    answer = served.post(prompt="x", **config(**fields, max_new_tokens=310, do_sample=True), stream=stream)
+    assert answer.status_code == (200 if stream else 400) and "every token is forbidden" in answer.text
 
 
 def test_fields_of_a_template_that_harm_nobody(served, monkeypatch):
