@@ -225,6 +225,14 @@ def test_reading_ends_where_the_client_goes_away(served, stream):
         hook.remove()
 
 
+@pytest.mark.parametrize(
+    "content", [DEEP, f'{{"prompt": "x", "metadata": {DEEP}}}', '{"seed": ' + "9" * 5000 + "}"], ids=len
+)
+def test_bodies_that_cannot_be_parsed(served, content):
+    answer = served.post(content=content)
+    assert answer.status_code in (400, 422) and len(complaint(answer)) < 3000
+
+
 def test_a_request_that_names_no_number_of_tokens(served):
     for path, body in {"completions": {"prompt": "x"}, "chat/completions": {"messages": [MESSAGE]}}.items():
         for more in ({}, config(do_sample=False)):
