@@ -1,5 +1,6 @@
 """Writing on from a learned context."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -101,12 +102,16 @@ class ReadingStopped(Exception):
 def stops_when(model: TTTE2EForCausalLM, stop: Callable[[], bool]) -> Iterator[None]:
     """Within it the model asks `stop()` at every layer it comes to, so also between the mini-batches of a long text.
 
+    What other threads do with the model goes on.
+
     Raises:
         ReadingStopped: from within the model, when `stop()` is true.
     """
 
+    thread = threading.get_ident()
+
     def ask(*arguments) -> None:
-        if stop():
+        if threading.get_ident() == thread and stop():
             raise ReadingStopped
 
     hooks = [layer.input_layernorm.register_forward_pre_hook(ask) for layer in model.model.layers]
