@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -106,6 +107,7 @@ class RequestGeneration(GenerateManager):
         try:
             return await super().generate_non_streaming(model, processor, inputs, gen_config, request_id)
         except ReadingStopped as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the learned context
             raise HTTPException(499, "the client has gone away") from error
 
     def submit(self, fn: Callable, *args, **kwargs):
