@@ -41,7 +41,7 @@ setup(
     packages=list(PACKAGE_FOLDERS),
     package_dir=PACKAGE_FOLDERS,
     package_data={
-        "ttt_e2e.configuration": ["*.yaml", "models/*.yaml", "recipes/*.yaml", "experiments/*.yaml"],
+        "ttt_e2e.configuration": ["*.yaml", "recipes/*.yaml", "experiments/*.yaml"],
         "ttt_e2e.evaluation": ["*.yaml", "metrics/*/*.py", "harness/*"],
         "ttt_e2e.model_cards": ["*.md"],
     },

@@ -1,9 +1,9 @@
-"""Presets as data: YAML files per model size (`models/`), recipe (`recipes/`) and compared system, with loaders."""
+"""Presets as data: tables of model sizes and of compared systems, a file per recipe and experiment, with loaders."""
 
 from .demo_recipe import DemoRecipe, load_demo_recipe
-from .presets import load_config, load_preset, preset_description, preset_names
+from .presets import load_config, load_preset, preset_description, preset_names, system_preset
 from .recipes import DataRecipe, Recipe, load_recipe, recipe_description, recipe_names
-from .systems import System, load_systems, system_preset
+from .systems import System, load_systems
 
 __all__ = [
     "DataRecipe",
