@@ -16,12 +16,25 @@ def fingerprint(model: torch.nn.Module) -> dict[str, str]:
         SHA-256 of which layer has which.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if tensor.is_meta:
-            raise ValueError(f"The weight `{name}` is offloaded and cannot be fingerprinted: load the model whole.")
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    for name, value in sorted(model.state_dict().items()):
+        _add_value(digest, name, value)
     return {"weights": digest.hexdigest(), **settings_fingerprint(model)}
+
+
+def _add_value(digest, name: str, value: object) -> None:
+    """Add a value of a state dict: a tensor, or what quantised layers hold instead, tuples of tensors and settings."""
+    if isinstance(value, tuple | list):
+        for index, part in enumerate(value):
+            _add_value(digest, f"{name}.{index}", part)
+        return
+    if not isinstance(value, torch.Tensor):
+        digest.update(f"{name} {value!r}".encode())
+        return
+    if value.is_meta:
+        raise ValueError(f"The weight `{name}` is offloaded and cannot be fingerprinted: load the model whole.")
+    digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+    whole = value.dequantize() if value.is_quantized else value
+    digest.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def settings_fingerprint(model: torch.nn.Module) -> dict[str, str]:

@@ -9,6 +9,8 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, TrainableTokensConfig, ge
 from torch import nn
 from transformers import set_seed
 
+from ttt_e2e import TTTE2ECache
+
 from .helpers import LENGTH, VOCAB, gradients, random_ids, small_model
 from .recurrent import hybrid
 from .ttt_layers import layers_model
@@ -203,3 +205,20 @@ def test_a_layer_that_passes_no_gradient_is_never_learned_through(place, learns,
     message = r"PassesNoGradient passes no gradient on.*lm_head.*test_time_training"
     with torch.no_grad(), pytest.raises(ValueError, match=message) if refused else nullcontext():
         model(random_ids(1, LENGTH), test_time_training=learns)
+
+
+def test_what_a_quantised_model_has_learned_is_kept(tmp_path):
+    """The fingerprint tells its weights from others."""
+    model = quantised(FAMILIES["ttt_e2e"](), lambda name: "layers.0" in name)
+    ids = random_ids(1, LENGTH)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).cache
+        cache.save_pretrained(tmp_path / "context")
+        loaded = TTTE2ECache.from_pretrained(tmp_path / "context", model)
+        more = random_ids(1, 5, seed=1)
+        assert torch.equal(model(more, cache=loaded).logits, model(more, cache=cache).logits)
+    other = FAMILIES["ttt_e2e"]()
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    with pytest.raises(ValueError, match="other weights"):
+        TTTE2ECache.from_pretrained(tmp_path / "context", quantised(other, lambda name: "layers.0" in name))
