@@ -101,8 +101,8 @@ class TTTLayersConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     hidden_act: str = "silu"
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
+    initializer_range: int | float = 0.02
+    rms_norm_eps: int | float = 1e-6
     rope_parameters: dict | None = None
     max_position_embeddings: int = 131072
     sliding_window: int | None = 8192

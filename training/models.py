@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import RopeParameters
 
@@ -120,7 +121,11 @@ def changed_config(source: ModelSource, changes: dict, sequence_length: int) -> 
                 f"change is {', '.join(CHANGEABLE)}"
             )
     longest = max(known.get("max_position_embeddings") or 0, sequence_length)
-    config = source.config_class.from_dict(merged(source.fields | {"max_position_embeddings": longest}, changes))
+    fields = merged(source.fields | {"max_position_embeddings": longest}, changes)
+    try:
+        config = source.config_class.from_dict(fields)
+    except StrictDataclassError as error:  # a value of another type
+        raise ValueError(f"model: {' '.join(str(error).split())}; change it in the recipe or with --set") from error
     if getattr(config, "test_time_training", False) and sequence_length < config.mini_batch_size:
         raise ValueError(
             f"data.sequence_length={sequence_length} is shorter than a mini-batch (model.mini_batch_size="

@@ -306,6 +306,7 @@ def test_unusable_data_is_refused(place, data, message):
         ({"model__inner_learning_rate": -1}, "inner_learning_rate"),
         ({"model__mini_batch_size": 0}, "mini_batch_size"),
         ({"model__rms_norm_eps": -1}, "rms_norm_eps"),
+        ({"model__hidden_act": 3}, "hidden_act"),
         ({"data__sequence_length": -1}, "data.sequence_length=-1"),
         ({"data__validation_rows": 0}, "data.validation_rows=0"),
         ({"model__sliding_window": 2}, "`mini_batch_size` (4) is larger than `sliding_window` (2)"),
