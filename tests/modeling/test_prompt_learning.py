@@ -13,6 +13,9 @@ from .helpers import BATCH, WINDOW, gradients, random_ids, small_model
 from .recurrent import hybrid
 from .ttt_layers import layers_model
 
+# PEFT hands its prefix over under the cache's earlier name.
+pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")
+
 VIRTUAL = 5
 METHODS = {
     "prompt tuning": PromptTuningConfig,
