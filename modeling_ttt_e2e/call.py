@@ -26,7 +26,7 @@ from .checks import (
 )
 from .context import LearnedContext
 from .inner_loop import NO_TARGET, UpdateRule
-from .layout import AttentionWriter, Columns, ColumnWriter, past_columns, segments, split_by_learning
+from .layout import Columns, ColumnWriter, attention_writers, segments, split_by_learning
 from .reader import Reader, Wanted
 from .reading import inner_table, read_segment
 from .sharding import check_quantisation, check_tensor_parallelism, check_units
@@ -195,7 +195,11 @@ def _read_call(model: torch.nn.Module, request: Request) -> Answer:
     hidden = ColumnWriter(rows, request.first_kept, length)
     nll = ColumnWriter(rows, 0, length)
     layers = [ColumnWriter(rows, 0, length) for _ in range(model.config.num_hidden_layers + 1)]
-    attentions = _attention_writers(model.config, request) if wanted.attentions else []
+    attentions = []
+    if wanted.attentions:
+        mask, before, seen = request.attention_mask, context.tokens, request.columns_read
+        writers = attention_writers(model.config, columns.real, mask, before, seen, length, columns.device)
+        attentions = list(writers.values())
     read, inner = [0] * rows, []
     size = None if torch.is_grad_enabled() else segment_size(model.config)
     pieces = split_by_learning(length, request.columns_read, request.learning, request.span)
@@ -367,16 +371,6 @@ def _last_labelled(labels: torch.Tensor) -> tuple[int, ...]:
     """One past each row's last labelled column, at least 1."""
     places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
     return tuple(((labels != NO_TARGET) * places).amax(dim=1).clamp_min(1).tolist())
-
-
-def _attention_writers(config, request: Request) -> list[AttentionWriter]:
-    rows, length = request.columns.shape
-    every = torch.arange(length, device=request.columns.device)
-    real, read = request.columns.real, request.columns_read
-    places = [every if real is None else every[real[row]] for row in range(rows)]
-    past = past_columns(request.attention_mask, read, request.context.tokens, every.device)
-    kept = {"full_attention": read, "sliding_attention": min(read, (config.sliding_window or 1) - 1)}
-    return [AttentionWriter(kept[kind], read, past, places, length) for kind in config.layer_types]
 
 
 def _warn_about_gradients(norms: torch.Tensor) -> None:

@@ -386,3 +386,30 @@ class AttentionWriter:
                 block = weights[row][:, good_queries][:, :, good_keys]
                 result[row][:, places[queries[good_queries]][:, None], key_columns[good_keys][None, :]] = block
         return result
+
+
+def attention_writers(
+    config,
+    real: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    tokens_before: Sequence[int],
+    columns_read: int,
+    columns: int,
+    device: torch.device,
+) -> dict[int, AttentionWriter]:
+    """Collectors of attention weights by the index of their block, for blocks with attention.
+
+    Args:
+        real: [B, columns] bool, False at padding; None when every column of the call holds a token.
+        attention_mask: as the call was given it.
+        tokens_before, columns_read: what earlier calls have read.
+    """
+    every = torch.arange(columns, device=device)
+    places = [every if real is None else every[real[row]] for row in range(len(tokens_before))]
+    past = past_columns(attention_mask, columns_read, tokens_before, device)
+    kept = {"full_attention": columns_read, "sliding_attention": min(columns_read, (config.sliding_window or 1) - 1)}
+    return {
+        index: AttentionWriter(kept[kind], columns_read, past, places, columns)
+        for index, kind in enumerate(config.layer_types)
+        if kind in kept
+    }

@@ -11,7 +11,7 @@ import torch
 from .cache_ttt_layers import TTTLayersCache
 from .checks import check_positions, real_columns
 from .context import gather_columns
-from .layout import AttentionWriter, follow_gradient, past_columns
+from .layout import AttentionWriter, attention_writers, follow_gradient
 
 
 @dataclass(frozen=True)
@@ -105,19 +105,8 @@ class TokenColumns:
         self, config, attention_mask: torch.Tensor | None, tokens_before: Sequence[int], columns_read: int
     ) -> dict[int, AttentionWriter]:
         """Collectors of attention weights by the index of their block."""
-        rows, columns = len(self.counts), self.tokens.shape[1] if self.real is None else self.real.shape[1]
-        every = torch.arange(columns, device=self.tokens.device)
-        places = [every if self.real is None else every[self.real[row]] for row in range(rows)]
-        past = past_columns(attention_mask, columns_read, tokens_before, every.device)
-        kept = {
-            "full_attention": columns_read,
-            "sliding_attention": min(columns_read, (config.sliding_window or 1) - 1),
-        }
-        return {
-            index: AttentionWriter(kept[kind], columns_read, past, places, columns)
-            for index, kind in enumerate(config.layer_types)
-            if kind in kept
-        }
+        columns, device = self.tokens.shape[1] if self.real is None else self.real.shape[1], self.tokens.device
+        return attention_writers(config, self.real, attention_mask, tokens_before, columns_read, columns, device)
 
 
 def check_cache(cache: TTTLayersCache | None, rows: int | None, config) -> None:
