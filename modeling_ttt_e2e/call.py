@@ -15,12 +15,11 @@ from .checks import (
     check_extra_arguments,
     check_flags,
     check_ids,
-    check_labels,
+    check_label_arguments,
     check_learning_span,
     check_logits_to_keep,
     check_not_reentrant,
     check_positions,
-    check_same_labels,
     check_something_to_read,
     real_columns,
 )
@@ -353,11 +352,7 @@ def _position_labels(
 ) -> torch.Tensor | None:
     """What each column's output is compared with, [batch, length], `NO_TARGET` at padding; None without labels."""
     labels, shift_labels = arguments.labels, arguments.shift_labels
-    for name, given in (("labels", labels), ("shift_labels", shift_labels)):
-        if given is not None:
-            check_labels(given, shape, vocab_size, name)
-    if labels is not None and shift_labels is not None:
-        check_same_labels(labels, shift_labels)
+    check_label_arguments(labels, shift_labels, shape, vocab_size)
     if shift_labels is not None:
         labels = shift_labels
     elif labels is not None:

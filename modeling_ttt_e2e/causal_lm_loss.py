@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .checks import check_labels, check_number_of_items, check_same_labels
+from .checks import check_label_arguments, check_number_of_items
 
 LOSS_SEGMENT = 1024  # positions whose logits are held at once
 IGNORED = -100  # transformers' label for "do not predict"
@@ -28,11 +28,7 @@ def check_loss_arguments(
         ValueError, TypeError: naming the argument, its value and the remedy.
     """
     check_number_of_items(num_items)
-    for name, given in (("labels", labels), ("shift_labels", shift_labels)):
-        if given is not None:
-            check_labels(given, shape, vocab_size, name)
-    if labels is not None and shift_labels is not None:
-        check_same_labels(labels, shift_labels)
+    check_label_arguments(labels, shift_labels, shape, vocab_size)
 
 
 def position_labels(

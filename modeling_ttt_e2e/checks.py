@@ -296,3 +296,14 @@ def check_not_reentrant(checkpoint: Callable | None) -> None:
             "`use_reentrant=True` cannot checkpoint this model while it learns: the inner gradient needs a graph that "
             "reentrant checkpointing hides. Use `use_reentrant=False`, or `test_time_training=False`."
         )
+
+
+def check_label_arguments(
+    labels: torch.Tensor | None, shift_labels: torch.Tensor | None, shape: tuple[int, int], vocab_size: int
+) -> None:
+    """Both kinds of labels of a language model, each of the inputs' shape, and in agreement where both are given."""
+    for name, given in (("labels", labels), ("shift_labels", shift_labels)):
+        if given is not None:
+            check_labels(given, shape, vocab_size, name)
+    if labels is not None and shift_labels is not None:
+        check_same_labels(labels, shift_labels)

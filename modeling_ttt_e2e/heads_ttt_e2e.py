@@ -347,4 +347,5 @@ def sequence_loss(
 
 
 def divisor(items: int | torch.Tensor, like: torch.Tensor) -> int | torch.Tensor:
+    """What a summed loss is divided by, on the loss's device."""
     return items.to(like.device) if torch.is_tensor(items) else items

@@ -18,7 +18,7 @@ from .call import CallArguments, answer_request, make_request
 from .checks import check_flags, check_not_reentrant, check_number_of_items
 from .configuration_ttt_e2e import TTTE2EConfig
 from .generation_ttt_e2e import TTTE2EGenerationMixin
-from .heads_ttt_e2e import QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead
+from .heads_ttt_e2e import QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead, divisor
 from .layers import TTTE2EDecoderLayer, TTTE2ERMSNorm, TTTE2ERotaryEmbedding, TTTE2ESuffixLayer
 from .renamed_arguments import accept_earlier_cache_names
 
@@ -265,8 +265,7 @@ class TTTE2EForCausalLM(TTTE2EPreTrainedModel, TTTE2EGenerationMixin):
         )
         loss = outputs.loss
         if num_items_in_batch is not None and loss is not None:
-            items = num_items_in_batch
-            loss = outputs.token_nll.sum() / (items.to(loss.device) if torch.is_tensor(items) else items)
+            loss = outputs.token_nll.sum() / divisor(num_items_in_batch, loss)
         return TTTE2ECausalLMOutputWithPast(
             loss=loss,
             logits=None if skip_logits else self.lm_head(outputs.last_hidden_state),
