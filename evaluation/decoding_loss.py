@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from ..training.tokenizer import encode_with_offsets
 from .subject import Subject, check_positions, first_tokens, token_losses
 
 # As in the paper; `top_k=0` because `generate` would otherwise keep the 50 likeliest tokens only.
@@ -94,10 +95,9 @@ def text_losses(subject: Subject, judge: Subject, ids: torch.Tensor, length: int
         Nats, float64 [tokens - length]: each loss stands where, in the written characters, the judge's token begins.
     """
     given, text = (subject.tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:length], ids))
-    how = {"split_special_tokens": judge.split_special_tokens, "verbose": False}
-    encoded = judge.tokenizer(text, return_offsets_mapping=True, **how)
-    losses = token_losses(judge, torch.tensor([encoded.input_ids]))[0].double()
-    starts = torch.tensor([start for start, _ in encoded.offset_mapping[1:]]) - len(given)
+    [encoded] = encode_with_offsets([text], judge.tokenizer, judge.split_special_tokens, add_special_tokens=True)
+    losses = token_losses(judge, torch.tensor([encoded.ids]))[0].double()
+    starts = torch.tensor([start for start, _ in encoded.offsets[1:]]) - len(given)
     new_tokens, characters = len(ids) - length, max(1, len(text) - len(given))
     written = starts >= 0
     places = (starts[written] * new_tokens // characters).clamp(max=new_tokens - 1)

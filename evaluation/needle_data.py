@@ -12,7 +12,9 @@ from functools import cache, partial
 from pathlib import Path
 
 import yaml
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+
+from ..training.tokenizer import encode_texts
 
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*$")
 
@@ -101,7 +103,11 @@ def needle_prompts(
     settings = needle_settings()
     _check(task, length, samples, haystack, depth, distractors, answer_tokens)
     kind, hay = settings["tasks"][task]["kind"], _task_haystack(task, haystack)
-    encode = partial(tokenizer, split_special_tokens=split_special_tokens, verbose=False)
+
+    def encode(text: str) -> list[int]:
+        [ids] = encode_texts([text], tokenizer, split_special_tokens, add_special_tokens=True)
+        return ids
+
     depths = [depth if depth is not None else (index + 0.5) / samples for index in range(samples)]
     prompts = []
     for index, place in enumerate(depths):
@@ -115,7 +121,7 @@ def needle_prompts(
         )
         text = partial(_text, hay, before, needle, after, generator.randrange(len(hay.units)), place)
         fitting = text(_largest_count(partial(_count_tokens, encode, text), length, answer_tokens))
-        prompts.append(NeedlePrompt(fitting, encode(fitting).input_ids, after, values, place))
+        prompts.append(NeedlePrompt(fitting, encode(fitting), after, values, place))
     return prompts
 
 
@@ -170,8 +176,8 @@ def _text(hay: Haystack, before: str, needle: str, after: str, first: int, depth
     return before + hay.with_needle(needle, first, count, depth) + after
 
 
-def _count_tokens(encode: Callable[[str], BatchEncoding], text: Callable[[int], str], count: int) -> int:
-    return len(encode(text(count)).input_ids)
+def _count_tokens(encode: Callable[[str], list[int]], text: Callable[[int], str], count: int) -> int:
+    return len(encode(text(count)))
 
 
 def _different_values(kind: str, count: int, generator: random.Random) -> list[str]:

@@ -104,18 +104,17 @@ def real_columns(attention_mask: torch.Tensor | None, shape: tuple[int, int], pa
             f"`attention_mask` has shape {tuple(attention_mask.shape)}; it must be [batch, length] = {shape}"
             + (f" or, with what was read before, {(rows, past_columns + columns)}." if past_columns else ".")
         )
-    given = attention_mask[:, -columns:]
-    real = given == 1
-    if bool(real.all()):  # while decoding the only look at the values
-        return None
-    wrong = ~real & (given != 0)
-    if bool(wrong.any()):
+    wrong = (attention_mask != 0) & (attention_mask != 1)
+    real = attention_mask[:, -columns:] == 1
+    # While decoding the only look at the values: each look waits for the device.
+    some_wrong, all_real = torch.stack([wrong.any(), real.all()]).tolist()
+    if some_wrong:
         row, column = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"`attention_mask` holds {given[row, column].item()} (row {row}, column {column}): it must be 1 for tokens "
-            "and 0 for padding."
+            f"`attention_mask` holds {attention_mask[row, column].item()} (row {row}, column {column}): it must be 1 "
+            "for tokens and 0 for padding."
         )
-    return real
+    return None if all_real else real
 
 
 def check_something_to_read(real: torch.Tensor | None, goes_on: bool) -> None:

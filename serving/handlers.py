@@ -17,7 +17,7 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.utils import BaseHandler, GenerateManager, GenerationState, InferenceThread, Modality
 
 from .. import TTTE2EForCausalLM
-from ..training.tokenizer import PLAIN_END, PLAIN_TEMPLATE, speaks_plainly
+from ..training.tokenizer import PLAIN_END, PLAIN_TEMPLATE, encode_texts, speaks_plainly
 from .contexts import StoredContext
 from .doors import GONE
 from .requests import ChatFields, CompletionFields, Fields, TemplateFields, check_request, generation_fields
@@ -296,7 +296,9 @@ class Completion(CheckedHandler, CompletionHandler):
         text_model = self.model_manager.text_model
         texts_or_ids = request.prompts
         if isinstance(texts_or_ids[0], str):
-            texts_or_ids = [text_model.tokenizer(text)["input_ids"] for text in texts_or_ids]
+            # A client that wants a special token gives ids.
+            split = text_model.split_special_tokens
+            texts_or_ids = encode_texts(texts_or_ids, text_model.tokenizer, split, add_special_tokens=True)
         ids = [torch.tensor([one], dtype=torch.long, device=text_model.model.device) for one in texts_or_ids]
         return [{"input_ids": one} for one in ids]
 

@@ -1,10 +1,8 @@
 """The one model that the server has, and the contexts that its clients may name."""
 
 import json
-from dataclasses import replace
 
 from fastapi import HTTPException
-from transformers import PreTrainedTokenizerBase
 from transformers.cli.serving.model_manager import ModelManager
 
 from .contexts import ContextFolder, StoredContext
@@ -26,10 +24,6 @@ class OneModel(ModelManager):
         super().__init__(model_timeout=-1)
         self.name, self.text_model, self.contexts = name, text_model, contexts
         self.force_model = name
-
-    def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> "OneModel":
-        """The same model with another tokenizer."""
-        return OneModel(self.name, replace(self.text_model, tokenizer=tokenizer), self.contexts)
 
     def process_model_name(self, model_id: str) -> str:
         return model_id

@@ -6,7 +6,6 @@ reached from outside. Requests are worked on one after the other, each with fast
 changes what another one gets.
 """
 
-import copy
 from collections.abc import Collection
 
 from fastapi import FastAPI, HTTPException
@@ -51,13 +50,10 @@ def build_app(
     if not text_model.tokenizer.is_fast:
         raise ValueError("The tokenizer has no tokenizer.json, which streaming needs; save a fast one with the model")
     manager, workers, limits = OneModel(name, text_model, contexts), Workers.start(), limits or TokenLimits()
-    # A tokenizer of its own: set on that of chats, it would split the special tokens of their template as well.
-    text_tokenizer = copy.deepcopy(text_model.tokenizer)
-    text_tokenizer.split_special_tokens = text_model.split_special_tokens
     app = build_server(
         model_manager=manager,
         chat_handler=Chat(manager, workers, limits),
-        completion_handler=Completion(manager.with_tokenizer(text_tokenizer), workers, limits),
+        completion_handler=Completion(manager, workers, limits),
         response_handler=None,
         transcription_handler=None,
         systemone_handler=None,

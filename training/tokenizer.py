@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .cached_folder import cached_folder
@@ -138,29 +138,50 @@ def encode_documents(
 
 
 def encode_texts(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool = True
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    split_special_tokens: bool = True,
+    add_special_tokens: bool = False,
 ) -> list[list[int]]:
-    """The token ids of texts, without what the tokenizer puts around a text.
+    """The token ids of texts.
 
     Args:
         split_special_tokens: a text that spells out a special token, such as `<|end|>`, means these letters; False
             encodes them as that token.
+        add_special_tokens: with what the tokenizer puts around a text.
 
     Raises:
         ValueError: they are to be split, and the tokenizer, which is not a fast one, cannot do that.
     """
-    arguments = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    encoded = tokenizer(texts, split_special_tokens=split_special_tokens, **arguments)["input_ids"]
-    special = special_ids(tokenizer) if split_special_tokens else set()
-    if special.isdisjoint(chain.from_iterable(encoded)):
-        return encoded
-    # A tokenizer whose vocabulary of words or pieces has the special tokens among the others finds them there as well.
-    if not tokenizer.is_fast:
+    if tokenizer.is_fast:
+        return [found.ids for found in encode_with_offsets(texts, tokenizer, split_special_tokens, add_special_tokens)]
+    how = {"split_special_tokens": split_special_tokens, "return_attention_mask": False, "verbose": False}
+    encoded = tokenizer(texts, add_special_tokens=False, **how)["input_ids"]
+    if split_special_tokens and not special_ids(tokenizer).isdisjoint(chain.from_iterable(encoded)):
         raise ValueError(
             "split_special_tokens=True: this tokenizer finds special tokens in plain text, and only of a fast one "
             "(with a tokenizer.json) can they be taken away; set it to False, or use a fast tokenizer"
         )
-    return [found.ids for found in _without_special_tokens(tokenizer).encode_batch(texts, add_special_tokens=False)]
+    return tokenizer(texts, **how)["input_ids"] if add_special_tokens else encoded
+
+
+def encode_with_offsets(
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerFast,
+    split_special_tokens: bool = True,
+    add_special_tokens: bool = False,
+) -> list[Encoding]:
+    """As `encode_texts`, of a fast tokenizer: ids, and the characters that each stands for."""
+    arguments = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    encoded = tokenizer(texts, split_special_tokens=split_special_tokens, **arguments).encodings
+    special = special_ids(tokenizer) if split_special_tokens else set()
+    # A tokenizer whose vocabulary of words or pieces has the special tokens among the others finds them there as well.
+    if not special.isdisjoint(chain.from_iterable(found.ids for found in encoded)):
+        return _without_special_tokens(tokenizer).encode_batch(texts, add_special_tokens=add_special_tokens)
+    if add_special_tokens:
+        arguments["add_special_tokens"] = True
+        return tokenizer(texts, split_special_tokens=split_special_tokens, **arguments).encodings
+    return encoded
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -184,7 +205,7 @@ def _without_special_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     else:
         state["model"]["vocab"] = [[hidden(piece), score] for piece, score in words]
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in special]
-    state |= {"post_processor": None, "truncation": None, "padding": None}
+    state |= {"truncation": None, "padding": None}
     return Tokenizer.from_str(json.dumps(state))
 
 

@@ -209,8 +209,12 @@ def learned_cache(model) -> TTTE2ECache:
             {"input_ids": IDS, "attention_mask": torch.ones(2, LENGTH + 1)},
             rf"`attention_mask`.*\(2, {LENGTH + 1}\).*\(2, {2 * LENGTH}\)",
         ),
+        (
+            {"input_ids": IDS, "attention_mask": (torch.arange(2 * LENGTH) == 3).long().expand(2, -1) * -2 + 1},
+            r"`attention_mask` holds -1 \(row 0, column 3\)",
+        ),
     ],
-    ids=["rows", "plain", "positions", "mask"],
+    ids=["rows", "plain", "positions", "mask", "values of the mask over earlier columns"],
 )
 def test_what_does_not_go_with_a_learned_context_is_named(arguments, message):
     model = small_model()

@@ -114,6 +114,17 @@ def test_reading_on_from_a_cache_is_reading_at_once(kind):
     torch.testing.assert_close(found[real], whole[real], rtol=1e-9, atol=1e-9)
 
 
+@every_head
+@pytest.mark.parametrize("name", ["past_key_values", "cache_params"])
+def test_earlier_names_of_the_cache(kind, name):
+    model, ids = head(kind), random_ids(1, LENGTH)
+    caches = [TTTE2ECache(model.config) for _ in range(2)]
+    expected = scores(model(ids, cache=caches[0]))
+    with pytest.warns(FutureWarning, match=f"`{name}` is deprecated"):
+        found = scores(model(ids, **{name: caches[1]}))
+    assert torch.equal(found, expected) and caches[1].columns == LENGTH
+
+
 def test_the_learned_context_is_returned_as_by_the_base_model():
     model, ids = head("sequence"), random_ids(1, LENGTH)
     assert model(ids).cache.columns == LENGTH and model(ids, use_cache=False).cache is None

@@ -13,6 +13,9 @@ from ttt_e2e.serving import ContextFolder, StoredContext, read_documents, text_t
 from .small import BOOK, GREEDY, small_text_model
 
 TOKENS, MOST, LIMIT = 12, 100_000, 2**20
+PROMPTS = [
+    f"{word} river ran by the {word} mill, and" for word in "the old end water house evening goes nobody".split()
+]
 
 
 class Served:
@@ -75,3 +78,10 @@ class Served:
 def complaint(answer: requests.Response) -> str:
     """The message of an error."""
     return answer.json()["error"]["message"]
+
+
+def wait_until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.2)
+    return condition()

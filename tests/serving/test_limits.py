@@ -11,9 +11,8 @@ import requests
 
 from ttt_e2e.serving import ContextFolder, text_tokens
 
-from .running import MOST, TOKENS, Served, complaint
+from .running import MOST, PROMPTS, TOKENS, Served, complaint, wait_until
 from .small import BOOK
-from .test_server import PROMPTS, wait_until
 
 MESSAGE = {"role": "user", "content": "x"}
 DEEP = "[" * 100_000 + "]" * 100_000

@@ -1,9 +1,9 @@
 """The server, asked by OpenAI's client: what it answers is what `generate` writes, whoever else is asking."""
 
-import gc
 import json
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,12 +13,8 @@ from transformers import GenerationConfig
 from ttt_e2e import TTTE2ECache
 from ttt_e2e.serving import Turns, text_tokens
 
-from .running import LIMIT, TOKENS, Served, complaint
+from .running import LIMIT, PROMPTS, TOKENS, Served, complaint, wait_until
 from .small import BOOK, files
-
-PROMPTS = [
-    f"{word} river ran by the {word} mill, and" for word in "the old end water house evening goes nobody".split()
-]
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +25,19 @@ def served(tmp_path_factory):
         yield served
 
 
-def alive(served):
-    """Learned contexts of the served model that are in memory."""
-    config = served.text_model.model.config
-    return sum(type(one) is TTTE2ECache and one.config is config for one in gc.get_objects())
+@pytest.fixture
+def alive(monkeypatch):
+    """The learned contexts in memory that a request of this test has read into."""
+    known, store = weakref.WeakSet(), TTTE2ECache.store
+    known.read_into = 0
 
+    def watched(cache, *arguments):
+        known.add(cache)
+        known.read_into += 1
+        return store(cache, *arguments)
 
-def wait_until(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.2)
-    return condition()
+    monkeypatch.setattr(TTTE2ECache, "store", watched)
+    return known
 
 
 def test_a_completion_is_what_generate_writes(served):
@@ -154,26 +152,21 @@ def test_a_temperature_is_not_ignored(served):
 
 
 @pytest.mark.parametrize("context", [None, "book"])
-def test_a_client_that_goes_away_frees_its_memory(served, context):
-    served.complete("x", extra_body={"context": "book"})
-    assert wait_until(lambda: alive(served) <= 2)  # those that stay loaded
-    before = alive(served)
+def test_a_client_that_goes_away_frees_its_memory(served, alive, context):
     body = {"model": "small", "prompt": PROMPTS[0], "max_tokens": 100_000, "stream": True, "temperature": 0}
     body |= {} if context is None else {"context": context}
     with requests.post(f"{served.url}/v1/completions", json=body, stream=True, timeout=60) as response:
         next(response.iter_lines())
-        assert alive(served) > before
-    assert wait_until(lambda: alive(served) <= before)
+        assert alive
+    assert wait_until(lambda: not alive)
     assert served.complete(PROMPTS[1]) == served.expected(PROMPTS[1])
 
 
-def test_a_client_that_does_not_wait_frees_its_memory(served):
-    assert wait_until(lambda: alive(served) <= 2)
-    before = alive(served)
+def test_a_client_that_does_not_wait_frees_its_memory(served, alive):
     body = {"model": "small", "prompt": PROMPTS[0], "max_tokens": 100_000, "temperature": 0}
     with pytest.raises(requests.Timeout):
         requests.post(f"{served.url}/v1/completions", json=body, timeout=0.5)
-    assert wait_until(lambda: alive(served) <= before)
+    assert wait_until(lambda: not alive) and alive.read_into
     assert served.complete(PROMPTS[1]) == served.expected(PROMPTS[1])
 
 

@@ -140,6 +140,8 @@ def test_special_tokens_that_a_text_spells_out_are_letters(fast):
     text, begin, end = "the cat </s> sat <s>", fast.bos_token_id, fast.eos_token_id
     [split] = tokenizer.encode_texts([text], fast)
     assert split and not {begin, end} & set(split)
+    [encoded] = tokenizer.encode_with_offsets([text], fast, add_special_tokens=True)
+    assert encoded.ids == [begin, *split, end] and encoded.offsets[-2][1] == len(text)
     [whole] = tokenizer.encode_texts([text], fast, split_special_tokens=False)
     assert whole == fast(text, add_special_tokens=False).input_ids and {begin, end} <= set(whole)
 
@@ -148,8 +150,8 @@ def test_a_text_without_special_tokens_is_encoded_as_ever(fast):
     text = "the cat sat"
     expected = fast(text, add_special_tokens=False).input_ids
     assert tokenizer.encode_texts([text, "", text], fast) == [expected, [], expected]
-    around = fast(text, split_special_tokens=True).input_ids
-    assert around == [fast.bos_token_id, *expected, fast.eos_token_id]
+    around = [[fast.bos_token_id, *expected, fast.eos_token_id]]
+    assert [fast(text).input_ids] == tokenizer.encode_texts([text], fast, add_special_tokens=True) == around
 
 
 def test_the_tokenizer_itself_stays_as_it_is(fast):
@@ -174,3 +176,4 @@ def test_a_slow_tokenizer_that_cannot_split_is_refused(fast):
 
     with pytest.raises(ValueError, match=r"split_special_tokens=True.*set it to False"):
         tokenizer.encode_texts(["</s>"], Slow())
+    assert tokenizer.encode_texts(["</s>"], Slow(), False, add_special_tokens=True) == [[fast.eos_token_id]]
