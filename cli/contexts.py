@@ -74,8 +74,8 @@ def read(
         text_tokens,
         write_context,
     )
-    from ttt_e2e.training.claims import claimed
-    from ttt_e2e.training.record import check_output
+    from ttt_e2e.storage.claims import claimed
+    from ttt_e2e.storage.record import check_output
 
     try:
         check_output(output, resume=False)
@@ -149,8 +149,8 @@ def generate(
         write_context,
         writing_arguments,
     )
-    from ttt_e2e.training.claims import claimed
-    from ttt_e2e.training.record import check_output
+    from ttt_e2e.storage.claims import claimed
+    from ttt_e2e.storage.record import check_output
 
     try:
         arguments = writing_arguments(temperature, top_p, learn_from)

@@ -66,7 +66,7 @@ def official(
 
     In Python: `ttt_e2e.training.official_checkpoint.convert_official(checkpoint, size, output)`.
     """
-    from ttt_e2e.training.claims import claimed
+    from ttt_e2e.storage.claims import claimed
     from ttt_e2e.training.official_checkpoint import convert_official, official_config
     from ttt_e2e.training.verification import largest_difference, load_reference
 
@@ -109,7 +109,7 @@ def to_official(
 
     In Python: `ttt_e2e.training.official_checkpoint.export_official(model, output)`.
     """
-    from ttt_e2e.training.claims import claimed
+    from ttt_e2e.storage.claims import claimed
     from ttt_e2e.training.official_checkpoint import export_official
 
     try:
@@ -135,7 +135,7 @@ def ttt_layers(
 
     In Python: `ttt_e2e.training.ttt_layers_checkpoint.convert_ttt_layers(checkpoint, output)`.
     """
-    from ttt_e2e.training.claims import claimed
+    from ttt_e2e.storage.claims import claimed
     from ttt_e2e.training.ttt_layers_checkpoint import convert_ttt_layers
 
     try:

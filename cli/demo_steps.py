@@ -25,6 +25,7 @@ from ttt_e2e.evaluation import (
 )
 from ttt_e2e.evaluation.results import environment
 from ttt_e2e.model_cards import ModelCardContents, ResultsSection, TrainingHistory, write_model_card
+from ttt_e2e.storage.disk import follow_umask, write_text
 from ttt_e2e.training import (
     PackedRows,
     TokenStore,
@@ -37,7 +38,6 @@ from ttt_e2e.training import (
     train_model,
     trained_tokenizer,
 )
-from ttt_e2e.training.disk import follow_umask, write_text
 
 LEARNING_ON, LEARNING_OFF = "TTT-E2E, learning on", "TTT-E2E, learning off"
 # Cool enough for a model of this size to stay near what it has learned.

@@ -44,7 +44,7 @@ def export(
     """
     from ttt_e2e.model_cards.export import ExportRequest, prepare_export, write_export
     from ttt_e2e.model_cards.push import check_push, push_folder
-    from ttt_e2e.training.claims import claimed
+    from ttt_e2e.storage.claims import claimed
 
     request = ExportRequest(model, output, dtype, tuple(results or ()), name, license)
     try:

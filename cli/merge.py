@@ -16,7 +16,7 @@ def merge(
 
     In Python: `ttt_e2e.training.lora.merge_lora(adapter, output)`.
     """
-    from ttt_e2e.training.claims import claimed
+    from ttt_e2e.storage.claims import claimed
     from ttt_e2e.training.lora import merge_lora
 
     try:

@@ -48,7 +48,7 @@ def transformer(
     In Python, for a model in memory: `ttt_e2e.convert_transformer.warm_started_model(source, settings)`.
     """
     from ttt_e2e.convert_transformer import WarmStartSettings
-    from ttt_e2e.training.claims import claimed
+    from ttt_e2e.storage.claims import claimed
     from ttt_e2e.training.warm_start import WarmStartRequest, prepare_warm_start, write_warm_start
 
     settings = WarmStartSettings(

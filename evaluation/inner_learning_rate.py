@@ -6,8 +6,6 @@ measured again), `results.md`, `results.png`, `results.svg` and `best.json`.
 """
 
 import dataclasses
-import hashlib
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -17,15 +15,16 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
+from ..storage.claims import claimed
+from ..storage.digests import digest, file_digest
+from ..storage.disk import read_json, write_json, write_text
 from ..training.checkpoints import MANIFEST
-from ..training.claims import claimed
-from ..training.disk import write_text
 from ..training.models import ModelSource, find_model
 from ..training.tokenizer import tokenizer_digest
 from .candidates import Candidate, find_candidate, load_candidate
 from .comparison import difference_to, measured, standard_errors
 from .plots import Panel, plot_panels
-from .results import Point, ResultsFile, digest, environment
+from .results import Point, ResultsFile, environment
 from .runs import RESULTS, EvaluationRequest, check_numbers, open_results, read_data
 from .subject import Subject, split_spec
 from .tables import Table
@@ -217,7 +216,7 @@ def write_sweep(sweep: Sweep) -> tuple[Verdict, Table, list[Path]]:
     write_text(request.output / f"{RESULTS}.md", f"{table.title}\n\n{table.markdown()}")
     files = [request.output / f"{RESULTS}.md", *plot_panels([sweep_panels(points)], request.output / RESULTS)]
     report = dataclasses.asdict(verdict) | {"helps": verdict.helps, "written": request.write and verdict.helps}
-    write_text(request.output / BEST, json.dumps(report, indent=1) + "\n")
+    write_json(request.output / BEST, report)
     files.append(request.output / BEST)
     if report["written"]:
         files.append(write_settings(Path(sweep.candidate.source.folder), verdict.best))
@@ -275,10 +274,7 @@ def model_digest(candidate: Candidate) -> str:
     source = candidate.source
     folder = Path(source.folder)
     if folder.is_dir():
-        weights = []
-        for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-            with path.open("rb") as file:
-                weights.append(hashlib.file_digest(file, "sha256").hexdigest())
+        weights = [file_digest(path) for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])]
     else:  # on the Hub, where a commit names the contents
         weights = [source.folder, AutoConfig.from_pretrained(source.folder)._commit_hash]
     swept = ("inner_learning_rate", "mini_batch_size", "_name_or_path")
@@ -362,9 +358,9 @@ def write_settings(folder: Path, setting: Setting) -> Path:
     """Write a learning rate and its mini-batch size into a model's config.json, which is replaced whole."""
     path = folder / "config.json"
     with claimed(folder):  # nobody changes the file between reading and writing
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path, "save the model again")
         fields |= {"inner_learning_rate": setting.learning_rate, "mini_batch_size": setting.mini_batch_size}
-        write_text(path, json.dumps(fields, indent=2) + "\n")
+        write_json(path, fields, indent=2)
     return path
 
 

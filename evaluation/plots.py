@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.ticker import MaxNLocator
 
-from ..training.disk import written_whole
+from ..storage.disk import written_whole
 
 # Colour-blind safe (Okabe and Ito), the system under study first.
 COLOURS = ["#0072B2", "#56B4E9", "#E69F00", "#555555", "#CC79A7", "#009E73", "#D55E00"]

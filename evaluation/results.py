@@ -20,8 +20,9 @@ import transformers
 from filelock import FileLock, Timeout
 from transformers.utils import logging
 
-from ..training.disk import flush_to_disk
-from ..training.record import first_difference
+from ..storage.digests import digest, file_digest
+from ..storage.disk import flush_to_disk
+from ..storage.record import first_difference
 
 logger = logging.get_logger(__name__)
 
@@ -163,11 +164,6 @@ class ResultsFile:
         return data[:end], data[end:]
 
 
-def digest(value: object) -> str:
-    """SHA-256 of a plain JSON value; the order of the keys of mappings does not matter."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def tokens_digest(ids: torch.Tensor) -> str:
     """SHA-256 of token ids (int64, any shape) and their shape."""
     return hashlib.sha256(f"{list(ids.shape)} ".encode() + ids.contiguous().numpy().tobytes()).hexdigest()
@@ -182,11 +178,7 @@ def folder_digest(folder: Path) -> str:
     files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
     if not any(path.suffix in (".safetensors", ".bin") for path in files):
         raise ValueError(f"model={str(folder)!r}: there are no weights in it (*.safetensors); save the model again")
-    digests = {}
-    for path in files:
-        with path.open("rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digest(digests)
+    return digest({path.name: file_digest(path) for path in files})
 
 
 def environment() -> dict[str, str | int]:

@@ -16,9 +16,10 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..storage.digests import digest
+from ..storage.disk import write_text
+from ..storage.record import check_output
 from ..training.data import document_prefixes
-from ..training.disk import write_text
-from ..training.record import check_output
 from ..training.sources import load_documents
 from ..training.texts import text_batches
 from ..training.token_store import tokenize_documents
@@ -27,7 +28,7 @@ from .candidates import DTYPES, Candidate, find_candidates, find_judge, load_can
 from .comparison import comparison_panels, comparison_tables
 from .needle_data import documentation_texts, ruler_essays
 from .plots import plot_panels
-from .results import Point, ResultsFile, digest, environment, lock_path, tokens_digest
+from .results import Point, ResultsFile, environment, lock_path, tokens_digest
 from .subject import Subject
 from .tables import Table
 from .tasks import Task, TaskData, find_task, task_settings

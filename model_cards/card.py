@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
 from ..evaluation import Table
-from ..training.disk import write_text
+from ..storage.disk import write_text
 from ..transformers_version import OLDEST_TRANSFORMERS
 
 TEMPLATE = Path(__file__).with_name("template.md")

@@ -25,9 +25,9 @@ from transformers import (
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import CHAT_TEMPLATE_FILE
 
-from ..training.disk import check_disk_space, folder_written_whole
+from ..storage.disk import check_disk_space, folder_written_whole, read_json, write_text
+from ..storage.record import check_output
 from ..training.models import ModelSource, find_model
-from ..training.record import check_output
 from ..training.tokenizer import PLAIN_TEMPLATE, load_tokenizer
 from .card import ModelCardContents, TrainingHistory, refresh_model_card, write_model_card
 from .history import training_history
@@ -241,8 +241,8 @@ def refresh_export(folder: str | Path) -> None:
     classes, settings = auto_classes(source), folder / "config.json"
     write_code(folder, classes)
     write_chat_template(folder, load_tokenizer(folder))
-    config = json.loads(settings.read_text(encoding="utf-8")) | {"auto_map": auto_map(classes)}
-    settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    config = read_json(settings, "save the model again") | {"auto_map": auto_map(classes)}
+    write_text(settings, json.dumps(config, indent=2, sort_keys=True) + "\n")
     model_config = classes["AutoConfig"].from_pretrained(folder)
     contents = ModelCardContents(folder.name, model_config, parameters=0, dtype=model_config.dtype, has_code=True)
     refresh_model_card(folder / "README.md", contents)

@@ -6,14 +6,16 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from ..storage.disk import read_json
+from ..storage.record import RECORD, first_difference
 from ..training.checkpoints import NOT_COMPARED
-from ..training.record import RECORD, first_difference
 from ..training.run import LOG, MODEL
 from .card import TrainingHistory
 
 logger = logging.get_logger(__name__)
 
 STATE = "trainer_state.json"
+REMEDY = "repair it, or take it away: the card then says nothing about training"
 # What an optimizer does by default is no choice of the run.
 CHOICES = {
     "learning_rate": "learning rate",
@@ -42,7 +44,7 @@ def training_history(folder: Path, config: PreTrainedConfig) -> TrainingHistory 
     path = folder.parent / RECORD
     if not path.is_file() or not (folder.name == MODEL or folder.name.startswith("checkpoint-")):
         return None
-    record = _read(path)
+    record = read_json(path, REMEDY)
     settings = json.loads(config.to_json_string(use_diff=False))
     compared = (record["model"].keys() & settings.keys()) - NOT_COMPARED
     difference = first_difference({n: record["model"][n] for n in compared}, {n: settings[n] for n in compared})
@@ -53,23 +55,13 @@ def training_history(folder: Path, config: PreTrainedConfig) -> TrainingHistory 
             "about training."
         )
         return None
-    log = _read(folder / STATE)["log_history"] if (folder / STATE).is_file() else _log_of(folder)
+    log = read_json(folder / STATE, REMEDY)["log_history"] if (folder / STATE).is_file() else _log_of(folder)
     return TrainingHistory(_sentence(record), _facts(record, log), record["recipe"]["data"]["sequence_length"])
 
 
 def _log_of(folder: Path) -> list[dict]:
     path = folder.parent / LOG
-    return _read(path) if path.is_file() else []
-
-
-def _read(path: Path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged ({error}), so that the card cannot say how the model was trained; repair it, or take "
-            "it away"
-        ) from error
+    return read_json(path, REMEDY) if path.is_file() else []
 
 
 def _sentence(record: dict) -> str:

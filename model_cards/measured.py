@@ -15,9 +15,10 @@ from huggingface_hub import EvalResult
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.comparison import comparison_tables
-from ..evaluation.results import Point, ResultsFile, digest, folder_digest
+from ..evaluation.results import Point, ResultsFile, folder_digest
 from ..evaluation.runs import RESULTS
 from ..evaluation.tasks import TASKS
+from ..storage.digests import digest
 from ..training.tokenizer import tokenizer_digest
 from .card import ResultsSection
 

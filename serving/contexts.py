@@ -13,8 +13,8 @@ from pathlib import Path
 
 from .. import TTTE2ECache, TTTE2EForCausalLM
 from ..model_cards.card import sequence_memory
-from ..training.disk import check_disk_space, check_replaceable, folder_written_whole
-from ..training.record import check_output
+from ..storage.disk import check_disk_space, check_replaceable, folder_written_whole
+from ..storage.record import check_output
 
 DOCUMENTS, COUNTERS = "documents.json", "context.json"
 

@@ -27,6 +27,7 @@ AREAS = {
     "tests/modeling/test_*cache*": "cache",
     "tests/modeling/test_pipeline*": "pipeline",
     "tests/modeling/*": "models",
+    "tests/storage/*": "storage",
     "tests/training/*": "Trainer",
     "tests/serving/*": "serving",
     "tests/model_cards/*": "remote code",

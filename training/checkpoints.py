@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from transformers.utils import logging
 
-from .disk import follow_umask
-from .manifest import damage, has_sizes, write_manifest
+from ..storage.disk import follow_umask
+from ..storage.manifest import damage, has_sizes, write_manifest
 
 logger = logging.get_logger(__name__)
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..storage.disk import check_disk_space, folder_written_whole
 from .checkpoints import ADAPTER_CONFIG, BASE_CONFIG
-from .disk import check_disk_space, folder_written_whole
 from .tokenizer import load_tokenizer
 
 if TYPE_CHECKING:

@@ -41,8 +41,8 @@ from ..orbax_checkpoint import (
     write_array,
     write_metadata,
 )
-from .disk import check_disk_space, folder_written_whole
-from .record import check_output
+from ..storage.disk import check_disk_space, folder_written_whole
+from ..storage.record import check_output
 from .remote_folder import download, open_folder
 from .tokenizer import fitting_tokenizer
 from .weight_files import StoredWeights, stored_weights, write_shards

@@ -17,17 +17,17 @@ from accelerate import PartialState
 from transformers import PreTrainedConfig, set_seed
 
 from ..configuration import Recipe
+from ..storage.claims import RUN_LOCK, claimed_run
+from ..storage.disk import check_disk_space, follow_umask, write_json, written_whole
+from ..storage.record import check_output, check_record, write_record
 from .agreement import of_one_process
 from .arguments import MetaTrainingArguments
 from .checkpoints import NOT_COMPARED, checkpoint_bytes
-from .claims import RUN_LOCK, claimed_run
 from .data import collate_rows
-from .disk import check_disk_space, follow_umask, write_text, written_whole
 from .lora import add_lora, check_lora
 from .meta_trainer import MetaTrainer
 from .models import ModelSource, build_model, changed_config, find_model, fit_to_tokenizer
 from .pictures import plot_training
-from .record import check_output, check_record, write_record
 from .run_data import DataRequest, TrainingData, prepare_data
 
 LOG, PICTURE, MODEL = "training_log.json", "training.png", "model"
@@ -240,6 +240,6 @@ def save_run(trainer: MetaTrainer, folder: Path) -> None:
     (part / "training_args.bin").unlink(missing_ok=True)  # a pickle, of use to nobody who loads the model
     shutil.rmtree(folder / MODEL, ignore_errors=True)
     os.replace(part, folder / MODEL)
-    write_text(folder / LOG, json.dumps(trainer.state.log_history, indent=1) + "\n")
+    write_json(folder / LOG, trainer.state.log_history)
     with written_whole(folder / PICTURE) as temporary:
         plot_training(trainer.state.log_history, temporary)

@@ -12,6 +12,8 @@ from torch import nn
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
+from ..storage.claims import claimed_run
+from ..storage.disk import check_disk_space
 from .agreement import of_one_process
 from .checkpoints import (
     BASE_CONFIG,
@@ -22,8 +24,6 @@ from .checkpoints import (
     last_complete_checkpoint,
     last_whole_checkpoint,
 )
-from .claims import claimed_run
-from .disk import check_disk_space
 
 STATE = "trainer_state.json"
 

@@ -10,9 +10,10 @@ from datasets import Dataset, Features, IterableDataset, Value
 from datasets.arrow_writer import ArrowWriter
 from tqdm.auto import tqdm
 
-from .cached_folder import cached_folder
+from ..storage.cached_folder import cached_folder
+from ..storage.digests import file_digest
+from ..storage.disk import check_disk_space
 from .corpus import standard_library_documents
-from .disk import check_disk_space
 from .files import COMPRESSED, KINDS, TEXT, documents_of_files, file_kind, file_texts, missing_column
 
 FORMAT, MANIFEST, DOCUMENTS = 1, "manifest.json", "documents.arrow"
@@ -153,9 +154,7 @@ def _digest(files: list[Path], root: Path, text_column: str) -> str:
     """SHA-256 of the contents: a file that was changed in place must not be taken from the cache."""
     digest = hashlib.sha256(f"{FORMAT} {text_column}".encode())
     for file in files:
-        with file.open("rb") as opened:
-            contents = hashlib.file_digest(opened, "sha256").digest()
-        digest.update(os.fsencode(file.relative_to(root).as_posix()) + b"\0" + contents)
+        digest.update(os.fsencode(file.relative_to(root).as_posix()) + b"\0" + bytes.fromhex(file_digest(file)))
     return digest.hexdigest()
 
 

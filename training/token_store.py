@@ -1,6 +1,5 @@
 """The tokens of all documents as one flat array on the disk, cached by content."""
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
@@ -12,8 +11,9 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .cached_folder import cached_folder
-from .disk import check_disk_space
+from ..storage.cached_folder import cached_folder
+from ..storage.digests import digest
+from ..storage.disk import check_disk_space
 from .texts import TextTotals, text_batches, text_totals
 from .tokenizer import encode_documents, separator_id, tokenizer_digest
 
@@ -128,12 +128,12 @@ def tokenize_documents(
     settings = {
         "format": FORMAT,
         "texts": totals.digest,
-        "names": hashlib.sha256(json.dumps(names).encode()).hexdigest(),
+        "names": digest(names),
         "tokenizer": tokenizer_digest(tokenizer),
         "separator_id": separator,
         "split_special_tokens": split_special_tokens,
     }
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    key = digest(settings)
     folder = Path(cache_folder) / "tokens" / key
 
     def build(part: Path) -> dict:

@@ -11,7 +11,8 @@ from datasets import Dataset
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .cached_folder import cached_folder
+from ..storage.cached_folder import cached_folder
+from ..storage.digests import digest
 from .sources import looks_like_path
 from .texts import text_batches, text_totals
 
@@ -59,8 +60,7 @@ def trained_tokenizer(documents: Dataset, vocabulary_size: int, cache_folder: Pa
         cache_folder: where the tokenizer is kept.
     """
     settings = {"format": FORMAT, "vocabulary_size": vocabulary_size, "texts": text_totals(documents).digest}
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    folder = Path(cache_folder) / "tokenizers" / key
+    folder = Path(cache_folder) / "tokenizers" / digest(settings)
 
     def build(part: Path) -> dict:
         train_tokenizer(chain.from_iterable(text_batches(documents)), vocabulary_size).save_pretrained(part)

@@ -1,6 +1,5 @@
 """Checkpoints of the official PyTorch code of TTT-Linear and TTT-MLP into folders of transformers."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -8,8 +7,8 @@ from safetensors.torch import load_file
 
 from .. import TTTLayersForCausalLM
 from ..convert_ttt_layers_checkpoint import config_from_official, convert_parameters
-from .disk import check_disk_space, folder_written_whole
-from .record import check_output
+from ..storage.disk import check_disk_space, folder_written_whole, read_json
+from ..storage.record import check_output
 from .tokenizer import fitting_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -73,10 +72,7 @@ def official_settings(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint={str(folder)!r}: holds no config.json; name the folder of a checkpoint")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: is no JSON ({error}); fetch it again") from error
+    settings = read_json(path, "fetch it again")
     if settings.get("model_type", "ttt") != "ttt":
         raise ValueError(
             f"{path}: model_type={settings['model_type']!r}; only 'ttt', the models of the official TTT-Linear and "

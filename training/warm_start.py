@@ -26,8 +26,8 @@ from ..convert_transformer import (
     new_tensor,
     plan_tensors,
 )
-from .disk import check_disk_space, folder_written_whole
-from .record import check_output
+from ..storage.disk import check_disk_space, folder_written_whole
+from ..storage.record import check_output
 from .sources import looks_like_path
 from .tokenizer import load_tokenizer
 from .weight_files import StoredWeights, stored_weights, write_shards

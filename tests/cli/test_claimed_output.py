@@ -3,9 +3,9 @@
 from typer.testing import CliRunner
 
 from ttt_e2e.cli.main import app
-from ttt_e2e.training.claims import claimed
+from ttt_e2e.storage.claims import claimed
 
-from ..training.holding import held_elsewhere
+from ..storage.holding import held_elsewhere
 
 # Neither models nor checkpoints are there: that is found later.
 COMMANDS = {

@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 
 from ttt_e2e.cli.main import app
 from ttt_e2e.configuration import load_preset
+from ttt_e2e.storage.claims import claimed_run
 from ttt_e2e.training import MetaTrainer
 from ttt_e2e.training.checkpoints import MANIFEST
-from ttt_e2e.training.claims import claimed_run
 
-from ..training.holding import held_elsewhere
+from ..storage.holding import held_elsewhere
 
 SIZES = {
     "vocab_size": 300,

@@ -115,7 +115,7 @@ def test_nothing_half_written_is_left(book, tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError("no more room")
 
-    monkeypatch.setattr("ttt_e2e.training.disk.os.replace", fail)
+    monkeypatch.setattr("ttt_e2e.storage.disk.os.replace", fail)
     with pytest.raises(OSError, match="no more room"):
         write_context(tmp_path / "book", book)
     assert list(tmp_path.iterdir()) == []

@@ -321,7 +321,7 @@ def test_an_output_that_holds_something_is_left_alone(tmp_path):
 
 def test_a_full_disk_is_noticed_before_any_work(tiny, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")(0, 0, 1000)
-    monkeypatch.setattr("ttt_e2e.training.disk.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("ttt_e2e.storage.disk.shutil.disk_usage", lambda path: usage)
     refused(tmp_path, OSError, "converted model needs .* only 1000 left")
     with pytest.raises(OSError, match="official checkpoint needs"):
         export_official(tiny, tmp_path / "official")

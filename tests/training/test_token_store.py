@@ -156,7 +156,7 @@ DAMAGE = {
 def test_damaged_store_is_written_anew(tmp_path, calls, monkeypatch, kind):
     warnings = []
     logger = SimpleNamespace(warning=warnings.append)
-    monkeypatch.setattr("ttt_e2e.training.cached_folder.logger", logger)
+    monkeypatch.setattr("ttt_e2e.storage.cached_folder.logger", logger)
     folder = store_of(tmp_path, "ab", "c").folder
     name, damage = DAMAGE[kind]
     damage(folder / name)

@@ -76,7 +76,7 @@ def test_tokenizer_is_trained_once_for_the_same_texts(trained, tmp_path, trainin
 @pytest.mark.parametrize("damage", ["missing", "cut off", "changed"])
 def test_damaged_tokenizer_is_trained_anew(trained, tmp_path, trainings, monkeypatch, name, damage):
     warnings = []
-    monkeypatch.setattr("ttt_e2e.training.cached_folder.logger", SimpleNamespace(warning=warnings.append))
+    monkeypatch.setattr("ttt_e2e.storage.cached_folder.logger", SimpleNamespace(warning=warnings.append))
     trained_tokenizer(DOCUMENTS, 280, tmp_path)
     [path] = (tmp_path / "tokenizers").rglob(name)
     data = path.read_bytes()

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from ttt_e2e.training.claims import RUN_LOCK, claimed, claimed_run
-from ttt_e2e.training.disk import folder_written_whole, written_whole
-from ttt_e2e.training.record import check_output
+from ttt_e2e.storage.claims import RUN_LOCK, claimed, claimed_run
+from ttt_e2e.storage.disk import folder_written_whole, written_whole
+from ttt_e2e.storage.record import check_output
 
 from .holding import held_elsewhere
 
@@ -50,7 +50,7 @@ def test_a_file_that_two_processes_write_is_whole(tmp_path):
     other = f"""
 import sys
 from pathlib import Path
-from ttt_e2e.training.disk import written_whole
+from ttt_e2e.storage.disk import written_whole
 with written_whole(Path({str(tmp_path / "file")!r})) as temporary:
     temporary.write_text("the other's")
 """

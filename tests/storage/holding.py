@@ -9,7 +9,7 @@ from pathlib import Path
 HOLDER = """
 import sys
 from pathlib import Path
-from ttt_e2e.training import claims
+from ttt_e2e.storage import claims
 with getattr(claims, sys.argv[1])(Path(sys.argv[2])):
     print("held", flush=True)
     sys.stdin.read()

@@ -1,5 +1,6 @@
 """The disk: its room, and files that are there whole or not at all."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -33,6 +34,27 @@ def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all; it is on the disk when this returns. Its folder is made where it is missing."""
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object, indent: int = 1) -> None:
+    """Write a plain value as JSON, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def read_json(path: Path, remedy: str) -> object:
+    """The value in a JSON file.
+
+    Args:
+        remedy: what to do where it is damaged, for the message.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no JSON in UTF-8.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: it is no JSON ({error}); {remedy}") from error
 
 
 @contextmanager
@@ -75,11 +97,13 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
         ValueError: another process is writing it.
     """
     check_replaceable(path)
-    with claimed(path):
-        yield from _written_whole(path.resolve())
+    with claimed(path), part_of_folder(path.resolve()) as part:
+        yield part
 
 
-def _written_whole(path: Path) -> Iterator[Path]:
+@contextmanager
+def part_of_folder(path: Path) -> Iterator[Path]:
+    """As `folder_written_whole`, for a folder that only the caller writes, empty or gone at the end of the block."""
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
     part.mkdir(parents=True)

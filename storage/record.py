@@ -5,7 +5,7 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from .disk import write_text
+from .disk import write_json
 
 RECORD = "run.json"
 
@@ -44,7 +44,7 @@ def write_record(folder: Path, record: dict, asked: dict) -> None:
         record: all that decides what the run computes, as plain values.
         asked: how it was called; for the reader, never compared.
     """
-    write_text(folder / RECORD, json.dumps({"asked": asked, **record}, indent=1) + "\n")
+    write_json(folder / RECORD, {"asked": asked, **record})
 
 
 def check_record(folder: Path, record: dict) -> None:

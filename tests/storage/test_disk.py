@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ttt_e2e.training.disk import folder_written_whole, write_text, written_whole
+from ttt_e2e.storage.disk import folder_written_whole, write_text, written_whole
 
 
 def test_a_file_that_was_not_finished_leaves_nothing(tmp_path):

@@ -1,6 +1,5 @@
 """Folders that are written once, under the hash of all that they come from, and checked before each use."""
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from filelock import FileLock
 from transformers.utils import logging
 
-from .disk import flush_to_disk
+from .disk import part_of_folder
 from .manifest import damage, write_manifest
 
 logger = logging.get_logger(__name__)
@@ -35,21 +34,7 @@ def cached_folder(folder: Path, manifest_name: str, build: Callable[[Path], dict
             return
         if folder.exists():
             logger.warning(f"{folder} is damaged ({found}); it is built again.")
-        _build(folder, manifest_name, build)
-
-
-def _build(folder: Path, manifest_name: str, build: Callable[[Path], dict]) -> None:
-    part = folder.with_name(f"{folder.name}.part")
-    if part.exists():
-        shutil.rmtree(part)  # of a process that was killed: whoever holds the lock is the only one who builds
-    part.mkdir()
-    try:
-        facts = build(part)
-        write_manifest(part, manifest_name, facts)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(part, folder)
-        flush_to_disk(folder.parent)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+        with part_of_folder(folder) as part:  # whoever holds the lock is the only one who builds
+            write_manifest(part, manifest_name, build(part))
+            if folder.exists():
+                shutil.rmtree(folder)

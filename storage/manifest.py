@@ -1,11 +1,11 @@
 """A manifest in a folder: size and SHA-256 of every file of it, written last and checked before use."""
 
-import hashlib
 import json
 import os
 from pathlib import Path
 
-from .disk import flush_to_disk, write_text
+from .digests import digest, file_digest
+from .disk import flush_to_disk, write_json
 
 
 def write_manifest(folder: Path, name: str, facts: dict | None = None) -> None:
@@ -19,10 +19,11 @@ def write_manifest(folder: Path, name: str, facts: dict | None = None) -> None:
     for path in paths:
         flush_to_disk(path)
     files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in paths
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+        for path in paths
     }
     manifest = {**(facts or {}), "files": files}
-    write_text(folder / name, json.dumps({**manifest, "checksum": _checksum(manifest)}, indent=1) + "\n")
+    write_json(folder / name, {**manifest, "checksum": digest(manifest)})
 
 
 def has_sizes(folder: Path, name: str) -> bool:
@@ -40,7 +41,7 @@ def damage(folder: Path, name: str) -> str | None:
         manifest = json.loads((folder / name).read_text(encoding="utf-8"))
         if "checksum" not in manifest:
             return f"{name} holds no checksum"
-        if manifest["checksum"] != _checksum(manifest):
+        if manifest.pop("checksum") != digest(manifest):
             return f"{name} does not match its checksum"
         if not manifest["files"]:
             return f"{name} names no files"
@@ -48,20 +49,10 @@ def damage(folder: Path, name: str) -> str | None:
             size = (folder / file).stat().st_size
             if size != expected["bytes"]:
                 return f"{file} has {size} bytes instead of {expected['bytes']}"
-            if _digest(folder / file) != expected["sha256"]:
+            if file_digest(folder / file) != expected["sha256"]:
                 return f"{file} does not match its digest"
     except FileNotFoundError as error:
         return f"{os.path.relpath(error.filename, folder)} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{name}, or a file that it names, cannot be read: {error!r}"
     return None
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _checksum(manifest: dict) -> str:
-    facts = {name: value for name, value in manifest.items() if name != "checksum"}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
