@@ -19,8 +19,8 @@ INSTALLED := $(VENV)/.ttt-e2e-installed$(subst /,-,$(CURDIR))
 INSTALLED_DEV := $(INSTALLED)-dev
 # Our own environment follows the lock; one that was named here is its owner's.
 INSTALL = $(BIN)/python tools/install.py --torch "$(TORCH)" $(if $(filter file,$(origin VENV)),,--leave)
-# Models, generation, cache, pipeline, storage, Trainer, serving, remote code.
-NEWEST_TESTS ?= tests/modeling tests/storage tests/training tests/serving tests/model_cards
+# Models, generation, cache, pipeline, storage, data, Trainer, serving, remote code.
+NEWEST_TESTS ?= tests/modeling tests/storage tests/data tests/training tests/serving tests/model_cards
 
 # The small trained model of the repository: its name, where it is trained, and for how many steps.
 CHECKPOINT ?= tiny-standard-library
@@ -58,7 +58,7 @@ bench: $(INSTALLED) ## time and memory of training, reading and decoding against
 	$(BIN)/ttt-e2e bench $(ARGS)
 
 # The same files are kept from training as are measured. encodings holds near-copies of one another.
-HELD_OUT = from ttt_e2e.training import split_documents, standard_library_documents as documents; \
+HELD_OUT = from ttt_e2e.data import split_documents, standard_library_documents as documents; \
 	split_documents(documents(), 8, ["encodings"])[1].select_columns(["text"]).to_json("$(RESULTS)/held-out.jsonl")
 RUN = $(CHECKPOINT_RUNS)/$(CHECKPOINT)
 RESULTS = $(CHECKPOINT_RUNS)/results

@@ -9,15 +9,15 @@ from rich.console import Console
 from ttt_e2e.configuration import Recipe, load_recipe, load_systems, system_preset
 from ttt_e2e.configuration.experiments import Experiment, Measured, Number, Trained
 from ttt_e2e.configuration.reading import merged
+from ttt_e2e.data.corpus import split_documents
+from ttt_e2e.data.sources import load_documents, source_state
 from ttt_e2e.evaluation.results import Point
 from ttt_e2e.evaluation.runs import EvaluationRequest, measure_missing, prepare_evaluation, write_comparison
 from ttt_e2e.evaluation.tasks import TASKS
 from ttt_e2e.storage.digests import digest
 from ttt_e2e.storage.disk import write_text, written_whole
 from ttt_e2e.storage.record import RECORD
-from ttt_e2e.training.corpus import split_documents
 from ttt_e2e.training.run import MODEL, TrainingRequest, finish_run, prepare_run
-from ttt_e2e.training.sources import load_documents, source_state
 
 VALIDATION = "validation.jsonl"
 

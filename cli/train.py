@@ -66,11 +66,11 @@ def train(
     `training.png`, `training_log.json`, `run.json`.
     """
     from ttt_e2e.configuration import load_recipe
+    from ttt_e2e.data.tokenizer import load_tokenizer
     from ttt_e2e.training.estimates import estimate_run
     from ttt_e2e.training.lora import check_lora
     from ttt_e2e.training.models import changed_config, find_model, fit_to_tokenizer
     from ttt_e2e.training.run import Adapter, TrainingRequest
-    from ttt_e2e.training.tokenizer import load_tokenizer
 
     try:
         source = find_model(model)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from tqdm.auto import tqdm
 
-from ..training.tokenizer import encode_texts
+from ..data.tokenizer import encode_texts
 from .subject import Subject, token_losses
 
 

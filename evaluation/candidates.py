@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase, set_seed
 
+from ..data.tokenizer import load_tokenizer, tokenizer_digest
 from ..storage.digests import digest
 from ..training.models import ModelSource, find_model
-from ..training.tokenizer import load_tokenizer, tokenizer_digest
 from .results import folder_digest
 from .subject import Subject, check_can_learn, default_label, load_subject, split_spec
 from .tasks import Task

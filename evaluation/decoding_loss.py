@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from ..training.tokenizer import encode_with_offsets
+from ..data.tokenizer import encode_with_offsets
 from .subject import Subject, check_positions, first_tokens, token_losses
 
 # As in the paper; `top_k=0` because `generate` would otherwise keep the 50 likeliest tokens only.

@@ -15,12 +15,12 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
+from ..data.tokenizer import tokenizer_digest
 from ..storage.claims import claimed
 from ..storage.digests import digest, file_digest
 from ..storage.disk import read_json, write_json, write_text
 from ..training.checkpoints import MANIFEST
 from ..training.models import ModelSource, find_model
-from ..training.tokenizer import tokenizer_digest
 from .candidates import Candidate, find_candidate, load_candidate
 from .comparison import difference_to, measured, standard_errors
 from .plots import Panel, plot_panels

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from ..training.tokenizer import encode_texts
+from ..data.tokenizer import encode_texts
 
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*$")
 

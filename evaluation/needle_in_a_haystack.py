@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from ..training.tokenizer import encode_texts
+from ..data.tokenizer import encode_texts
 from .needle_data import NeedlePrompt, needle_prompts
 from .subject import Subject, check_positions, token_losses
 

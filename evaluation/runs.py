@@ -16,13 +16,13 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..data.rows import document_prefixes
+from ..data.sources import load_documents
+from ..data.texts import text_batches
+from ..data.token_store import tokenize_documents
 from ..storage.digests import digest
 from ..storage.disk import write_text
 from ..storage.record import check_output
-from ..training.data import document_prefixes
-from ..training.sources import load_documents
-from ..training.texts import text_batches
-from ..training.token_store import tokenize_documents
 from .bits_per_byte import first_bytes
 from .candidates import DTYPES, Candidate, find_candidates, find_judge, load_candidate
 from .comparison import comparison_panels, comparison_tables

@@ -219,7 +219,7 @@ def default_label(name: str, learning: bool | None) -> str:
 
 def _tokenizer_of(folder: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer that was saved beside a model; None where there is none."""
-    from ..training.tokenizer import load_tokenizer
+    from ..data.tokenizer import load_tokenizer
 
     try:
         return load_tokenizer(folder)

@@ -20,7 +20,7 @@ from transformers import get_scheduler
 
 from ttt_e2e import TTTE2EConfig, TTTE2EForCausalLM
 from ttt_e2e.configuration import load_preset
-from ttt_e2e.training import PackedRows, collate_rows, load_documents, tokenize_documents, trained_tokenizer
+from ttt_e2e.data import PackedRows, collate_rows, load_documents, tokenize_documents, trained_tokenizer
 from ttt_e2e.training.meta_trainer import inner_warmup_multiplier
 
 CACHE = Path("runs/cache")

@@ -17,14 +17,14 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
-from ttt_e2e.evaluation import Table, bucket_bounds, bucket_means, loss_by_position, plot_loss_by_position
-from ttt_e2e.training import (
+from ttt_e2e.data import (
     document_prefixes,
     load_documents,
     load_tokenizer,
     split_documents,
     tokenize_documents,
 )
+from ttt_e2e.evaluation import Table, bucket_bounds, bucket_means, loss_by_position, plot_loss_by_position
 from ttt_e2e.training.checkpoints import last_complete_checkpoint
 
 RUNS = {

@@ -25,10 +25,10 @@ from transformers import (
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import CHAT_TEMPLATE_FILE
 
+from ..data.tokenizer import PLAIN_TEMPLATE, load_tokenizer
 from ..storage.disk import check_disk_space, folder_written_whole, read_json, write_text
 from ..storage.record import check_output
 from ..training.models import ModelSource, find_model
-from ..training.tokenizer import PLAIN_TEMPLATE, load_tokenizer
 from .card import ModelCardContents, TrainingHistory, refresh_model_card, write_model_card
 from .history import training_history
 from .measured import MeasuredResults, model_identities, read_results

@@ -14,12 +14,12 @@ import torch
 from huggingface_hub import EvalResult
 from transformers import PreTrainedTokenizerBase
 
+from ..data.tokenizer import tokenizer_digest
 from ..evaluation.comparison import comparison_tables
 from ..evaluation.results import Point, ResultsFile, folder_digest
 from ..evaluation.runs import RESULTS
 from ..evaluation.tasks import TASKS
 from ..storage.digests import digest
-from ..training.tokenizer import tokenizer_digest
 from .card import ResultsSection
 
 # Numbers of a point that go into the metadata, with what they are.

@@ -15,7 +15,7 @@ from transformers.utils.chat_template_utils import (
     mark_control_tokens,
 )
 
-from ..training.tokenizer import PLAIN_END, PLAIN_TEMPLATE, speaks_plainly
+from ..data.tokenizer import PLAIN_END, PLAIN_TEMPLATE, speaks_plainly
 from .contexts import ReadDocument, StoredContext, write_context
 from .models import TextModel
 from .writing import write

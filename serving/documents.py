@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..data.tokenizer import encode_texts, separator_id
 from ..evaluation.reading import read_tokens
-from ..training.tokenizer import encode_texts, separator_id
 from .contexts import ReadDocument, StoredContext
 from .models import TextModel
 

@@ -17,7 +17,7 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.utils import BaseHandler, GenerateManager, GenerationState, InferenceThread, Modality
 
 from .. import TTTE2EForCausalLM
-from ..training.tokenizer import PLAIN_END, PLAIN_TEMPLATE, encode_texts, speaks_plainly
+from ..data.tokenizer import PLAIN_END, PLAIN_TEMPLATE, encode_texts, speaks_plainly
 from .contexts import StoredContext
 from .doors import GONE
 from .requests import ChatFields, CompletionFields, Fields, TemplateFields, check_request, generation_fields

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from .. import TTTE2EConfig, TTTE2EForCausalLM
+from ..data.tokenizer import load_tokenizer
 from ..training.models import find_model
-from ..training.tokenizer import load_tokenizer
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

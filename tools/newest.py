@@ -28,6 +28,7 @@ AREAS = {
     "tests/modeling/test_pipeline*": "pipeline",
     "tests/modeling/*": "models",
     "tests/storage/*": "storage",
+    "tests/data/*": "data",
     "tests/training/*": "Trainer",
     "tests/serving/*": "serving",
     "tests/model_cards/*": "remote code",

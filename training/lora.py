@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.tokenizer import load_tokenizer
 from ..storage.disk import check_disk_space, folder_written_whole
 from .checkpoints import ADAPTER_CONFIG, BASE_CONFIG
-from .tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel

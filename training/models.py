@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import RopeParameters
 
 from ..configuration import load_config, load_preset, preset_names
 from ..configuration.reading import check_field_names, merged
-from .tokenizer import separator_id
+from ..data.tokenizer import separator_id
 
 CHANGEABLE = (
     "rope_parameters max_position_embeddings sliding_window layer_types mini_batch_size inner_learning_rate "

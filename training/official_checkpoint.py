@@ -30,6 +30,7 @@ from ..convert_jax_checkpoint import (
     sizes_of_shapes,
     to_official,
 )
+from ..data.tokenizer import fitting_tokenizer
 from ..orbax_checkpoint import (
     DTYPES,
     METADATA,
@@ -44,7 +45,6 @@ from ..orbax_checkpoint import (
 from ..storage.disk import check_disk_space, folder_written_whole
 from ..storage.record import check_output
 from .remote_folder import download, open_folder
-from .tokenizer import fitting_tokenizer
 from .weight_files import StoredWeights, stored_weights, write_shards
 
 logger = logging.get_logger(__name__)

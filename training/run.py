@@ -17,18 +17,18 @@ from accelerate import PartialState
 from transformers import PreTrainedConfig, set_seed
 
 from ..configuration import Recipe
+from ..data.rows import collate_rows
+from ..data.run_data import DataRequest, TrainingData, prepare_data
 from ..storage.claims import RUN_LOCK, claimed_run
 from ..storage.disk import check_disk_space, follow_umask, write_json, written_whole
 from ..storage.record import check_output, check_record, write_record
 from .agreement import of_one_process
 from .arguments import MetaTrainingArguments
 from .checkpoints import NOT_COMPARED, checkpoint_bytes
-from .data import collate_rows
 from .lora import add_lora, check_lora
 from .meta_trainer import MetaTrainer
 from .models import ModelSource, build_model, changed_config, find_model, fit_to_tokenizer
 from .pictures import plot_training
-from .run_data import DataRequest, TrainingData, prepare_data
 
 LOG, PICTURE, MODEL = "training_log.json", "training.png", "model"
 

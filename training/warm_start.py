@@ -26,10 +26,10 @@ from ..convert_transformer import (
     new_tensor,
     plan_tensors,
 )
+from ..data.sources import looks_like_path
+from ..data.tokenizer import load_tokenizer
 from ..storage.disk import check_disk_space, folder_written_whole
 from ..storage.record import check_output
-from .sources import looks_like_path
-from .tokenizer import load_tokenizer
 from .weight_files import StoredWeights, stored_weights, write_shards
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

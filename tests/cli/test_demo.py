@@ -14,7 +14,7 @@ from ttt_e2e import TTTE2ECache
 from ttt_e2e.cli import demo_steps
 from ttt_e2e.configuration import load_demo_recipe
 from ttt_e2e.configuration.demo_recipe import DEMO_RECIPE
-from ttt_e2e.training import standard_library_documents
+from ttt_e2e.data import standard_library_documents
 
 SMALL = {
     "data": {"training_length": 128, "validation_every": 3},

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from ttt_e2e import TTTE2EConfig, TTTE2EForCausalLM
 from ttt_e2e.cli.main import app
+from ttt_e2e.data import load_documents, tokenize_documents, train_tokenizer
 from ttt_e2e.evaluation import runs, tasks
-from ttt_e2e.training import load_documents, tokenize_documents, train_tokenizer
 
 WORDS = "the a little old machine reads writes learns forgets quickly slowly and then again".split()
 SIZES = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}

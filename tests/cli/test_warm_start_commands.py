@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from ttt_e2e.cli.main import app as main_app
 from ttt_e2e.cli.warm_start import transformer, tune_inner_lr
+from ttt_e2e.data import train_tokenizer
 from ttt_e2e.evaluation.inner_learning_rate import DEFAULT_GRID
-from ttt_e2e.training import train_tokenizer
 
 SENTENCES = ("the old machine reads on and on. ", "a letter is written slowly. ", "then it forgets again. ")
 # Room for a token that transformers adds to every tokenizer of a Qwen2.

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
+from ttt_e2e.data.tokenizer import train_tokenizer
 from ttt_e2e.evaluation import Subject
 from ttt_e2e.evaluation.bits_per_byte import bits_per_byte, first_bytes
-from ttt_e2e.training.tokenizer import train_tokenizer
 
 from .subjects import learner, losses_by_hand
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from ttt_e2e.data.tokenizer import train_tokenizer
 from ttt_e2e.evaluation import Subject, decoding_loss
-from ttt_e2e.training.tokenizer import train_tokenizer
 
 from .subjects import learner, losses_by_hand, mistral, random_documents, subject
 

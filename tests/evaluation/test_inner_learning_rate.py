@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from ttt_e2e.data import train_tokenizer
 from ttt_e2e.evaluation import inner_learning_rate, load_subject, loss_by_position
 from ttt_e2e.evaluation.inner_learning_rate import (
     LEARNING_OFF,
@@ -21,7 +22,6 @@ from ttt_e2e.evaluation.inner_learning_rate import (
     write_sweep,
 )
 from ttt_e2e.evaluation.results import Point
-from ttt_e2e.training import train_tokenizer
 from ttt_e2e.training.checkpoints import complete_checkpoint
 
 from .subjects import learner, mistral

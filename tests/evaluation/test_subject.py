@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from ttt_e2e.data.tokenizer import train_tokenizer
 from ttt_e2e.evaluation import Subject, load_subject, token_losses
 from ttt_e2e.evaluation import subject as module
-from ttt_e2e.training.tokenizer import train_tokenizer
 
 from .subjects import MODELS, VOCAB, learner, losses_by_hand, mistral, random_documents, subject
 

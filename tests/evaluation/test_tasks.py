@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from ttt_e2e.cli.measure import TASK_LINES
+from ttt_e2e.data.tokenizer import train_tokenizer
 from ttt_e2e.evaluation.results import finite
 from ttt_e2e.evaluation.subject import Subject, token_losses
 from ttt_e2e.evaluation.tasks import TASKS, TaskData, find_task, task_settings
-from ttt_e2e.training.tokenizer import train_tokenizer
 
 from .subjects import mistral, random_documents, subject
 

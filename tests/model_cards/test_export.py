@@ -28,10 +28,10 @@ from typer.testing import CliRunner
 import ttt_e2e
 from ttt_e2e import TTTE2EConfig
 from ttt_e2e.cli.export import export
+from ttt_e2e.data.tokenizer import PLAIN_END
 from ttt_e2e.model_cards import ExportRequest, TrainingHistory, prepare_export, write_export
 from ttt_e2e.model_cards.export import code_files, length_for_tools
 from ttt_e2e.serving import Conversation, load_text_model
-from ttt_e2e.training.tokenizer import PLAIN_END
 
 from .saved import KINDS, model_of, saved_model
 

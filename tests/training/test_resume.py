@@ -12,19 +12,18 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
+from ttt_e2e.data import PackedStream, collate_rows
 from ttt_e2e.training import (
     MetaTrainer,
     MetaTrainingArguments,
-    PackedStream,
     checkpoints,
-    collate_rows,
     safe_trainer,
 )
 from ttt_e2e.training.checkpoints import checkpoint_bytes, checkpoint_folders, is_complete, last_complete_checkpoint
 
+from ..data.letters import letters_tokenizer
 from . import helpers
 from .helpers import random_rows, repeatable, tiny_model
-from .letters import letters_tokenizer
 from .processes import KILLED, kill_self, run_alone
 
 STEPS, EVERY = 12, 3  # a checkpoint and a log every three steps

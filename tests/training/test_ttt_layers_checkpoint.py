@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from ttt_e2e.cli.main import app
-from ttt_e2e.training.tokenizer import train_tokenizer
+from ttt_e2e.data.tokenizer import train_tokenizer
 
 from ..modeling.ttt_layers_golden import FOLDER, VARIANTS, OfficialRun
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from ttt_e2e.training import token_store, tokenize_documents, tokenizer, train_tokenizer
+from ttt_e2e.data import token_store, tokenize_documents, tokenizer, train_tokenizer
 
 from .letters import documents_of, letters_tokenizer, store_of
 
@@ -186,7 +186,7 @@ def test_too_little_space_on_the_disk_is_an_error(tmp_path, monkeypatch, calls):
 
 
 def test_failure_half_way_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("ttt_e2e.training.texts.DOCUMENTS_PER_BATCH", 1)
+    monkeypatch.setattr("ttt_e2e.data.texts.DOCUMENTS_PER_BATCH", 1)
     answers = iter([[[0, 1, 2]]])
     monkeypatch.setattr(token_store, "encode_documents", lambda texts, **named: next(answers))
     with pytest.raises(StopIteration):
@@ -205,7 +205,7 @@ PROCESSES = """
 import json, multiprocessing, os, signal, sys
 from pathlib import Path
 from datasets import Dataset
-from ttt_e2e.training import load_tokenizer, texts, token_store, tokenize_documents, tokenizer
+from ttt_e2e.data import load_tokenizer, texts, token_store, tokenize_documents, tokenizer
 
 folder = Path(sys.argv[1])
 texts.DOCUMENTS_PER_BATCH = 1

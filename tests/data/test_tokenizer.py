@@ -7,7 +7,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ttt_e2e.training import load_tokenizer, tokenizer, train_tokenizer, trained_tokenizer
+from ttt_e2e.data import load_tokenizer, tokenizer, train_tokenizer, trained_tokenizer
 
 TEXTS = ["def f(x):\n    return x + 1\n", "import os\nimport sys\n"] * 10
 DOCUMENTS = Dataset.from_dict({"text": TEXTS})

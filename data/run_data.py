@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..configuration import DataRecipe
 from .corpus import split_documents
-from .data import DocumentRows, PackedRows, PackedStream
+from .rows import DocumentRows, PackedRows, PackedStream
 from .sources import check_no_address, load_documents, source_state
 from .token_store import TokenStore, tokenize_documents
 from .tokenizer import load_tokenizer, tokenizer_digest, trained_tokenizer

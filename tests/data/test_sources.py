@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset, IterableDataset
 
-from ttt_e2e.training import load_documents
+from ttt_e2e.data import load_documents
 
 
 def load(source, tmp_path, **options):
@@ -141,7 +141,7 @@ def test_too_little_space_on_the_disk_is_an_error(tmp_path, monkeypatch):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_standard_library_is_a_source(tmp_path, monkeypatch, streaming):
     documents = Dataset.from_dict({"path": ["a.py"], "text": ["import os"]})
-    monkeypatch.setattr("ttt_e2e.training.sources.standard_library_documents", lambda: documents)
+    monkeypatch.setattr("ttt_e2e.data.sources.standard_library_documents", lambda: documents)
     assert load("standard-library", tmp_path, streaming=streaming) == [{"path": "a.py", "text": "import os"}]
 
 

@@ -3,7 +3,7 @@
 import pytest
 from datasets import Dataset
 
-from ttt_e2e.training import split_documents, standard_library_documents
+from ttt_e2e.data import split_documents, standard_library_documents
 
 
 def test_tests_and_installed_packages_are_left_out(tmp_path):

@@ -4,7 +4,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ttt_e2e.training import tokenize_documents
+from ttt_e2e.data import tokenize_documents
 
 SEPARATOR = 0
 

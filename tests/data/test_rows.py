@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from ttt_e2e.training import (
+from ttt_e2e.data import (
     DocumentRows,
     PackedRows,
     PackedStream,
