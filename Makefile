@@ -19,8 +19,8 @@ INSTALLED := $(VENV)/.ttt-e2e-installed$(subst /,-,$(CURDIR))
 INSTALLED_DEV := $(INSTALLED)-dev
 # Our own environment follows the lock; one that was named here is its owner's.
 INSTALL = $(BIN)/python tools/install.py --torch "$(TORCH)" $(if $(filter file,$(origin VENV)),,--leave)
-# Models, generation, cache, pipeline, storage, data, Trainer, serving, remote code.
-NEWEST_TESTS ?= tests/modeling tests/storage tests/data tests/training tests/serving tests/model_cards
+# Models, generation, cache, pipeline, storage, data, converters, Trainer, serving, remote code.
+NEWEST_TESTS ?= tests/modeling tests/storage tests/data tests/conversion tests/training tests/serving tests/model_cards
 
 # The small trained model of the repository: its name, where it is trained, and for how many steps.
 CHECKPOINT ?= tiny-standard-library

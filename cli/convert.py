@@ -64,11 +64,12 @@ def official(
 
     With `--verify` the exit code is 1 if a loss is further from its reference than `--tolerance`; the folder stays.
 
-    In Python: `ttt_e2e.training.official_checkpoint.convert_official(checkpoint, size, output)`.
+    In Python: `ttt_e2e.conversion.convert_official(checkpoint, size, output)`.
     """
+    from ttt_e2e.conversion import convert_official
+    from ttt_e2e.conversion.official_checkpoint import official_config
+    from ttt_e2e.conversion.verification import largest_difference, load_reference
     from ttt_e2e.storage.claims import claimed
-    from ttt_e2e.training.official_checkpoint import convert_official, official_config
-    from ttt_e2e.training.verification import largest_difference, load_reference
 
     try:
         if tolerance is not None and verify is None:
@@ -107,10 +108,10 @@ def to_official(
 
     Beside the step lies `config.json`, the official configuration, which `ttt-e2e convert official --size` reads.
 
-    In Python: `ttt_e2e.training.official_checkpoint.export_official(model, output)`.
+    In Python: `ttt_e2e.conversion.export_official(model, output)`.
     """
+    from ttt_e2e.conversion import export_official
     from ttt_e2e.storage.claims import claimed
-    from ttt_e2e.training.official_checkpoint import export_official
 
     try:
         with claimed(output):
@@ -133,10 +134,10 @@ def ttt_layers(
 ) -> None:
     """A checkpoint of the official PyTorch code of TTT-Linear and TTT-MLP into a folder of transformers.
 
-    In Python: `ttt_e2e.training.ttt_layers_checkpoint.convert_ttt_layers(checkpoint, output)`.
+    In Python: `ttt_e2e.conversion.convert_ttt_layers(checkpoint, output)`.
     """
+    from ttt_e2e.conversion import convert_ttt_layers
     from ttt_e2e.storage.claims import claimed
-    from ttt_e2e.training.ttt_layers_checkpoint import convert_ttt_layers
 
     try:
         with claimed(output):

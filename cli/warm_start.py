@@ -45,11 +45,10 @@ def transformer(
     off. Its prime MLPs add nothing yet, but can learn. Go on with `ttt-e2e tune-inner-lr`, then `ttt-e2e train --recipe
     warm-start`.
 
-    In Python, for a model in memory: `ttt_e2e.convert_transformer.warm_started_model(source, settings)`.
+    In Python, for a model in memory: `ttt_e2e.conversion.warm_started_model(source, settings)`.
     """
-    from ttt_e2e.convert_transformer import WarmStartSettings
+    from ttt_e2e.conversion import WarmStartRequest, WarmStartSettings, prepare_warm_start, write_warm_start
     from ttt_e2e.storage.claims import claimed
-    from ttt_e2e.training.warm_start import WarmStartRequest, prepare_warm_start, write_warm_start
 
     settings = WarmStartSettings(
         sliding_window=window,

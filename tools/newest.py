@@ -29,6 +29,7 @@ AREAS = {
     "tests/modeling/*": "models",
     "tests/storage/*": "storage",
     "tests/data/*": "data",
+    "tests/conversion/*": "converters",
     "tests/training/*": "Trainer",
     "tests/serving/*": "serving",
     "tests/model_cards/*": "remote code",

@@ -6,9 +6,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from ttt_e2e.cli.convert import convert
-from ttt_e2e.orbax_checkpoint import OrbaxReader
+from ttt_e2e.conversion.orbax import OrbaxReader
 
-from ..training.official import CHECKPOINT, REFERENCE, official_file
+from ..conversion.official import CHECKPOINT, REFERENCE, official_file
 
 pytest.importorskip("tensorstore")
 

@@ -59,7 +59,7 @@ def test_the_folder_holds_what_is_needed_and_nothing_else(tmp_path, kind):
         "tokenizer_config.json", "chat_template.jinja",
     }  # fmt: skip
     assert {f"modeling_{kind}.py", f"configuration_{kind}.py"} <= code
-    assert not code & {"registration.py", "__init__.py", "convert_jax_checkpoint.py"}
+    assert not code & {"registration.py", "__init__.py", "official_layout.py"}
     settings = json.loads((hub / "config.json").read_text())
     heads = {"QuestionAnswering", "SequenceClassification", "TokenClassification"} if kind == "ttt_e2e" else set()
     tasks = {f"AutoModelFor{task}" for task in heads | {"CausalLM"}}

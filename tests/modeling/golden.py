@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from ttt_e2e import TTTE2ECache, TTTE2EForCausalLM
-from ttt_e2e.convert_jax_checkpoint import config_from_official, convert_parameters
+from ttt_e2e.conversion.official_layout import config_from_official, convert_parameters
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

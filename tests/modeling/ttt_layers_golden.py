@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from ttt_e2e import TTTLayersCache, TTTLayersForCausalLM
-from ttt_e2e.convert_ttt_layers_checkpoint import config_from_official, convert_parameters
+from ttt_e2e.conversion.ttt_layers_layout import config_from_official, convert_parameters
 
 FOLDER = Path(__file__).parents[1] / "golden" / "ttt_layers"
 VARIANTS = sorted(path.stem for path in FOLDER.glob("*.safetensors"))

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, Qwen2Config
 
 from ttt_e2e import TTTE2EForCausalLM
-from ttt_e2e.convert_transformer import WarmStartSettings, warm_started_model
-from ttt_e2e.training import warm_start, weight_files
-from ttt_e2e.training.warm_start import WarmStartRequest, prepare_warm_start, write_warm_start
+from ttt_e2e.conversion import warm_start, weight_files
+from ttt_e2e.conversion.transformer_layout import WarmStartSettings, warm_started_model
+from ttt_e2e.conversion.warm_start import WarmStartRequest, prepare_warm_start, write_warm_start
 
 from ..modeling.helpers import random_ids
-from ..modeling.pretrained import SETTINGS, SOURCES, assert_same, random_source
 from ..modeling.tiny_tokenizer import byte_level_tokenizer
+from .pretrained import SETTINGS, SOURCES, assert_same, random_source
 
 IDS = random_ids(2, 30)
 

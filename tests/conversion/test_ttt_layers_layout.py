@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from ttt_e2e import TTTLayersConfig, TTTLayersForCausalLM
-from ttt_e2e.convert_ttt_layers_checkpoint import (
+from ttt_e2e.conversion.ttt_layers_layout import (
     config_from_official,
     config_to_official,
     convert_parameters,
     parameters_to_official,
 )
 
-from .ttt_layers_golden import VARIANTS, OfficialRun
+from ..modeling.ttt_layers_golden import VARIANTS, OfficialRun
 
 # All sizes differ, so that no axis can stand for another one.
 OFFICIAL = {

@@ -11,9 +11,9 @@ from transformers import (
     set_seed,
 )
 
-from ttt_e2e.convert_transformer import WarmStartSettings
+from ttt_e2e.conversion.transformer_layout import WarmStartSettings
 
-from .helpers import BATCH, VOCAB
+from ..modeling.helpers import BATCH, VOCAB
 
 SIZES = {
     "vocab_size": VOCAB,

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .config_checks import ROPE_KEYS
-from .configuration_ttt_e2e import LAYER_TYPES, TTTE2EConfig
-from .modeling_ttt_e2e import TTTE2EForCausalLM
+from .. import TTTE2EConfig, TTTE2EForCausalLM
+from ..config_checks import ROPE_KEYS
+from ..configuration_ttt_e2e import LAYER_TYPES
 
 SUPPORTED_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"

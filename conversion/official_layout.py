@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .configuration_ttt_e2e import TTTE2EConfig
+from .. import TTTE2EConfig
+from .checks import check_settings, check_tensors
 
 ROOT = "language_model."
 BLOCKS = ROOT + "model.h.blocks."
@@ -170,7 +171,7 @@ def config_to_official(config: TTTE2EConfig) -> dict[str, dict]:
 def _check_is_official(config: TTTE2EConfig) -> None:
     heads, tokens = config.num_attention_heads, (config.bos_token_id, config.eos_token_id)
     rope = config.rope_parameters.get("rope_type", "default")
-    needed = [
+    check_settings(
         ("hidden_act", config.hidden_act, "'silu'", config.hidden_act == "silu"),
         ("use_attention", config.use_attention, "True", config.use_attention),
         ("attention_bias", config.attention_bias, "False", not config.attention_bias),
@@ -183,10 +184,7 @@ def _check_is_official(config: TTTE2EConfig) -> None:
         ("layer_types", sorted(set(config.layer_types)), "one type for all blocks", len(set(config.layer_types)) == 1),
         ("rope_parameters", config.rope_parameters, "of rope_type 'default'", rope == "default"),
         ("bos_token_id, eos_token_id", tokens, "one id each", all(isinstance(token, int) for token in tokens)),
-    ]  # fmt: skip
-    for name, value, need, holds in needed:
-        if not holds:
-            raise ValueError(f"`{name}` is {value}, but the official model needs {need}: it cannot hold this one.")
+    )  # fmt: skip
 
 
 def convert_parameters(parameters: Mapping[str, np.ndarray], config: TTTE2EConfig) -> dict[str, torch.Tensor]:
@@ -222,15 +220,7 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: TTTE2EConfig) ->
     Raises:
         ValueError: naming the tensor that is missing, superfluous or of another shape than `config` says.
     """
-    expected = {official.name: official.shape for official in expected_tensors(config)}
-    missing, superfluous = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
-    if missing:
-        raise ValueError(f"The parameters lack {missing}.")
-    if superfluous:
-        raise ValueError(f"The parameters hold {superfluous}, which this configuration has no place for.")
-    for name, shape in expected.items():
-        if tuple(shapes[name]) != shape:
-            raise ValueError(f"`{name}` has shape {tuple(shapes[name])}, but the configuration needs {shape}.")
+    check_tensors(shapes, {official.name: official.shape for official in expected_tensors(config)})
 
 
 def sizes_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

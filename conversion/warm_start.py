@@ -16,7 +16,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .. import TTTE2EConfig
-from ..convert_transformer import (
+from ..data.sources import looks_like_path
+from ..data.tokenizer import load_tokenizer
+from ..storage.disk import check_disk_space, folder_written_whole
+from ..storage.record import check_output
+from .transformer_layout import (
     EMBEDDINGS,
     HEAD,
     TensorPlan,
@@ -26,10 +30,6 @@ from ..convert_transformer import (
     new_tensor,
     plan_tensors,
 )
-from ..data.sources import looks_like_path
-from ..data.tokenizer import load_tokenizer
-from ..storage.disk import check_disk_space, folder_written_whole
-from ..storage.record import check_output
 from .weight_files import StoredWeights, stored_weights, write_shards
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

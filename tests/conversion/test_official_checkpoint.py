@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ttt_e2e import TTTE2EForCausalLM
-from ttt_e2e.orbax_checkpoint import OrbaxReader, find_weights
-from ttt_e2e.training import official_checkpoint, weight_files
-from ttt_e2e.training.official_checkpoint import convert_official, export_official, official_config
-from ttt_e2e.training.remote_folder import open_folder
+from ttt_e2e.conversion import official_checkpoint, weight_files
+from ttt_e2e.conversion.official_checkpoint import convert_official, export_official, official_config
+from ttt_e2e.conversion.orbax import OrbaxReader, find_weights
+from ttt_e2e.conversion.remote_folder import open_folder
 
 from ..modeling.golden import Golden
 from ..modeling.helpers import small_model
@@ -364,7 +364,7 @@ def test_google_storage_names_what_it_needs(tmp_path, monkeypatch):
             self.ls(path)
 
     monkeypatch.setattr(
-        "ttt_e2e.training.remote_folder.url_to_fs", lambda address, **options: (Closed(), "bucket/125m")
+        "ttt_e2e.conversion.remote_folder.url_to_fs", lambda address, **options: (Closed(), "bucket/125m")
     )
     refused(tmp_path, OSError, "requester-pays.*--project", checkpoint="gs://bucket/125m")
 
@@ -372,7 +372,7 @@ def test_google_storage_names_what_it_needs(tmp_path, monkeypatch):
 def test_the_project_that_pays_reaches_the_file_system(monkeypatch):
     seen = {}
     monkeypatch.setattr(
-        "ttt_e2e.training.remote_folder.url_to_fs",
+        "ttt_e2e.conversion.remote_folder.url_to_fs",
         lambda address, **options: seen.update(options) or (fsspec.filesystem("file"), str(CHECKPOINT)),
     )
     open_folder("gs://bucket/125m", "mine")

@@ -4,9 +4,14 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
 
-from ttt_e2e.convert_transformer import WarmStartSettings, config_from_transformer, plan_tensors, warm_started_model
+from ttt_e2e.conversion.transformer_layout import (
+    WarmStartSettings,
+    config_from_transformer,
+    plan_tensors,
+    warm_started_model,
+)
 
-from .helpers import BATCH, VOCAB, random_ids
+from ..modeling.helpers import BATCH, VOCAB, random_ids
 from .pretrained import LINEAR, LLAMA3, SETTINGS, SIZES, SOURCES, THETA, assert_same, random_source
 
 LENGTH = 5 * BATCH + 3

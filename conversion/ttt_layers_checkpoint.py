@@ -6,10 +6,10 @@ import torch
 from safetensors.torch import load_file
 
 from .. import TTTLayersForCausalLM
-from ..convert_ttt_layers_checkpoint import config_from_official, convert_parameters
 from ..data.tokenizer import fitting_tokenizer
 from ..storage.disk import check_disk_space, folder_written_whole, read_json
 from ..storage.record import check_output
+from .ttt_layers_layout import config_from_official, convert_parameters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROOM_FOR_SMALL_FILES = 2**24  # bytes for configuration and tokenizer

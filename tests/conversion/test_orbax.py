@@ -10,7 +10,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load_file
 
-from ttt_e2e.orbax_checkpoint import OrbaxReader, find_weights, write_array, write_metadata
+from ttt_e2e.conversion.orbax import OrbaxReader, find_weights, write_array, write_metadata
 
 pytest.importorskip("tensorstore")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ttt_e2e.training.verification import largest_difference, load_reference
+from ttt_e2e.conversion.verification import largest_difference, load_reference
 
 from ..modeling.helpers import random_ids, small_model
 from .official import REFERENCE, VOCABULARY

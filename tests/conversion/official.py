@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ttt_e2e.training.official_checkpoint import convert_official
+from ttt_e2e.conversion.official_checkpoint import convert_official
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHECKPOINT = GOLDEN / "official_orbax_tiny"

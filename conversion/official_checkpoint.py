@@ -20,7 +20,10 @@ from transformers.utils import logging
 
 from .. import TTTE2EConfig
 from ..configuration import load_config, preset_names
-from ..convert_jax_checkpoint import (
+from ..data.tokenizer import fitting_tokenizer
+from ..storage.disk import check_disk_space, folder_written_whole
+from ..storage.record import check_output
+from .official_layout import (
     check_shapes,
     config_from_official,
     config_to_official,
@@ -30,8 +33,7 @@ from ..convert_jax_checkpoint import (
     sizes_of_shapes,
     to_official,
 )
-from ..data.tokenizer import fitting_tokenizer
-from ..orbax_checkpoint import (
+from .orbax import (
     DTYPES,
     METADATA,
     WEIGHTS,
@@ -42,8 +44,6 @@ from ..orbax_checkpoint import (
     write_array,
     write_metadata,
 )
-from ..storage.disk import check_disk_space, folder_written_whole
-from ..storage.record import check_output
 from .remote_folder import download, open_folder
 from .weight_files import StoredWeights, stored_weights, write_shards
 

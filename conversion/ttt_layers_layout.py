@@ -14,7 +14,9 @@ from itertools import pairwise
 
 import torch
 
-from .configuration_ttt_layers import INNER_LEARNERS, TTTLayersConfig
+from .. import TTTLayersConfig
+from ..configuration_ttt_layers import INNER_LEARNERS
+from .checks import check_settings, check_tensors
 
 LAYERS = "model.layers."
 MIXERS = {"linear": "ttt_linear", "mlp": "ttt_mlp"}
@@ -82,7 +84,10 @@ def convert_parameters(parameters: Mapping[str, torch.Tensor], config: TTTLayers
         ValueError: naming the tensor that is missing, superfluous or of another shape than `config` says.
     """
     names = official_names(config)
-    _check_tensors(parameters, {name: official for name, (_, official, _) in names.items()})
+    check_tensors(
+        {name: tensor.shape for name, tensor in parameters.items()},
+        {name: official for name, (_, official, _) in names.items()},
+    )
     return {here: parameters[name].reshape(shape).clone() for name, (here, _, shape) in names.items()}
 
 
@@ -95,7 +100,9 @@ def parameters_to_official(parameters: Mapping[str, torch.Tensor], config: TTTLa
     names = official_names(config)
     if config.tie_word_embeddings:
         parameters = {name: tensor for name, tensor in parameters.items() if name != "lm_head.weight"}
-    _check_tensors(parameters, {here: shape for here, _, shape in names.values()})
+    check_tensors(
+        {name: tensor.shape for name, tensor in parameters.items()}, {here: shape for here, _, shape in names.values()}
+    )
     return {name: parameters[here].reshape(official).clone() for name, (here, official, _) in names.items()}
 
 
@@ -160,28 +167,14 @@ def _block_names(config: TTTLayersConfig) -> dict[str, tuple[str, tuple[int, ...
     return found
 
 
-def _check_tensors(given: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    missing, superfluous = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
-    if missing:
-        raise ValueError(f"The parameters lack {missing}.")
-    if superfluous:
-        raise ValueError(f"The parameters hold {superfluous}, which this configuration has no place for.")
-    for name, shape in expected.items():
-        if tuple(given[name].shape) != shape:
-            raise ValueError(f"`{name}` has shape {tuple(given[name].shape)}, but the configuration needs {shape}.")
-
-
 def _check_is_official(config: TTTLayersConfig) -> None:
     kinds = set(config.mixer_types)
-    needed = [
+    always = "ttt_use_bias ttt_learn_initial_weights ttt_layer_norm_residual ttt_learn_learning_rate ttt_token_scale"
+    check_settings(
         ("mixer_types", sorted(kinds), "'ttt_linear' or 'ttt_mlp' for all blocks",
          len(kinds) == 1 and kinds <= set(INNER_LEARNERS)),
         ("post_norm", config.post_norm, "False", not config.post_norm),
         ("ttt_intermediate_ratio", config.ttt_intermediate_ratio, "4", config.ttt_intermediate_ratio == 4),
         ("ttt_rope_theta", config.ttt_rope_theta, "a number", config.ttt_rope_theta is not None),
-    ]  # fmt: skip
-    always = "ttt_use_bias ttt_learn_initial_weights ttt_layer_norm_residual ttt_learn_learning_rate ttt_token_scale"
-    needed += [(name, getattr(config, name), "True", getattr(config, name)) for name in always.split()]
-    for name, value, need, holds in needed:
-        if not holds:
-            raise ValueError(f"`{name}` is {value}, but the official model needs {need}: it cannot hold this one.")
+        *((name, getattr(config, name), "True", getattr(config, name)) for name in always.split()),
+    )  # fmt: skip

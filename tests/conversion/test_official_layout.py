@@ -9,7 +9,7 @@ import torch
 from safetensors.numpy import load_file
 
 from ttt_e2e import TTTE2EForCausalLM
-from ttt_e2e.convert_jax_checkpoint import (
+from ttt_e2e.conversion.official_layout import (
     config_from_official,
     config_to_official,
     convert_parameters,
@@ -19,7 +19,7 @@ from ttt_e2e.convert_jax_checkpoint import (
     to_official,
 )
 
-from .helpers import small_config, small_model
+from ..modeling.helpers import small_config, small_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VARIANTS = sorted(path.stem for path in GOLDEN.glob("*.json"))
