@@ -1,10 +1,6 @@
-"""Attention over a history of keys and values: masks, the eager reference, and a twice differentiable form.
+"""Attention over a history of keys and values: masks, long texts block by block, and transformers' interface.
 
     out = softmax(scale * Q K^T + mask) V
-
-The inner loop differentiates through the attention of suffix blocks, and meta-learning differentiates that gradient
-once more. Fused kernels have no second derivative. `twice_differentiable_attention` keeps only q, k, v (and, for the
-gradient, the incoming gradient) and recomputes the scores in each pass; `eager_attention_forward` is its readable twin.
 
 Axis letters: B batch rows, H heads, Q queries, K keys, C channels of a head.
 """
@@ -14,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
@@ -24,12 +19,9 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .twice_differentiable import plain_attention, twice_differentiable_attention
+
 TWICE_DIFFERENTIABLE = "twice_differentiable"
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """float32 for bfloat16 and float16; float32 and float64 stay as they are."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def float64_device(device: torch.device) -> torch.device:
@@ -179,12 +171,6 @@ def attention_function(implementation: str) -> Callable:
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
 
 
-def _probabilities(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    # [B, H, Q, K], in at least float32
-    scores = (query @ key.mT).to(at_least_float32(query.dtype)) * scale
-    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1)
-
-
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -203,8 +189,8 @@ def eager_attention_forward(
         The output [B, Q, H, C] and the attention weights [B, H, Q, K].
     """
     key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
-    weights = _probabilities(query, key, attention_mask, scaling).to(query.dtype)
-    return (weights @ value).transpose(1, 2), weights
+    output, weights = plain_attention(query, key, value, attention_mask, scaling)
+    return output.transpose(1, 2), weights
 
 
 def twice_differentiable_attention_forward(
@@ -221,86 +207,3 @@ def twice_differentiable_attention_forward(
     dtype = value.dtype  # under autocast the rotated queries and keys are float32, the values bfloat16
     output = twice_differentiable_attention(query.to(dtype), key.to(dtype), value, attention_mask, scaling)
     return output.transpose(1, 2), None
-
-
-def twice_differentiable_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """softmax(scale * query key^T, masked) value, differentiable twice without ever storing scores.
-
-    Args:
-        query: [B, H, Q, C]; key, value: [B, H, K, C], all of one dtype; mask: bool, broadcast to [B, H, Q, K].
-
-    Returns:
-        [B, H, Q, C].
-    """
-    with torch.autocast(query.device.type, enabled=False):
-        return _Attention.apply(query, key, value, mask, scale)
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, key, value, mask, scale):
-        ctx.save_for_backward(query, key, value, mask)
-        ctx.scale = scale
-        return _probabilities(query, key, mask, scale).to(value.dtype) @ value
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        query, key, value, mask = ctx.saved_tensors
-        with torch.autocast(query.device.type, enabled=False):
-            return *_AttentionGradient.apply(query, key, value, grad_output, mask, ctx.scale), None, None
-
-
-class _AttentionGradient(torch.autograd.Function):
-    """First derivative of attention, and its own derivative.
-
-    With P the probabilities, dP = dO V^T and D = rowsum(P dP):
-        dS = P (dP - D),  dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO.
-    """
-
-    @staticmethod
-    def forward(ctx, query, key, value, grad_output, mask, scale):
-        ctx.save_for_backward(query, key, value, grad_output, mask)
-        ctx.scale = scale
-        probabilities, grad_scores, _ = _AttentionGradient.scores(query, key, value, grad_output, mask, scale)
-        grad_scores = (grad_scores * scale).to(query.dtype)
-        return grad_scores @ key, grad_scores.mT @ query, probabilities.to(query.dtype).mT @ grad_output
-
-    @staticmethod
-    def scores(query, key, value, grad_output, mask, scale):
-        probabilities = _probabilities(query, key, mask, scale)
-        grad_probabilities = (grad_output @ value.mT).to(probabilities.dtype)
-        centred = grad_probabilities - (probabilities * grad_probabilities).sum(-1, keepdim=True)
-        return probabilities, probabilities * centred, centred
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, query_bar, key_bar, value_bar):
-        """Given the gradients of dQ, dK and dV, those of Q, K, V and dO.
-
-        With G = scale (dQ_bar K^T + Q dK_bar^T) the gradient of dS, and g = rowsum(P G):
-            of dP: P (G - g);   of P: dO dV_bar^T + G (dP - D) - g dP;   of S: P (of P - rowsum(P of P)).
-        """
-        query, key, value, grad_output, mask = ctx.saved_tensors
-        scale, dtype = ctx.scale, query.dtype
-        with torch.autocast(query.device.type, enabled=False):
-            probabilities, grad_scores, centred = _AttentionGradient.scores(query, key, value, grad_output, mask, scale)
-            grad_scores_bar = ((query_bar @ key.mT + query @ key_bar.mT) * scale).to(probabilities.dtype)
-            row = (probabilities * grad_scores_bar).sum(-1, keepdim=True)
-            grad_probabilities_bar = (probabilities * (grad_scores_bar - row)).to(dtype)
-            # Terms that are constant along a row vanish in the softmax's own derivative below, so that
-            # `centred` may stand for dP in the last product.
-            probabilities_bar = (grad_output @ value_bar.mT).to(row.dtype) + (grad_scores_bar - row) * centred
-            inner = (probabilities * probabilities_bar).sum(-1, keepdim=True)
-            scores_bar = (probabilities * (probabilities_bar - inner) * scale).to(dtype)
-            grad_scores = (grad_scores * scale).to(dtype)
-            probabilities = probabilities.to(dtype)
-            return (
-                scores_bar @ key + grad_scores @ key_bar,
-                scores_bar.mT @ query + grad_scores.mT @ query_bar,
-                grad_probabilities_bar.mT @ grad_output,
-                probabilities @ value_bar + grad_probabilities_bar @ value,
-                None,
-                None,
-            )

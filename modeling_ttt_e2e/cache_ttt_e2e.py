@@ -156,6 +156,20 @@ class TTTE2ECache(Cache):
         self.context = _compact(context.detach())
         self.columns += columns
 
+    def mask_after_end(self, ids: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor | None:
+        """Hide the padding that generate() wrote behind the end of a finished row, when reading goes on from there.
+
+        Args:
+            ids: [batch, length] new ids; real: [batch, length] bool, which of them are tokens; None when all are.
+        """
+        if self.finished is None or self.padding_id is None:
+            return real
+        finished = torch.tensor(self.finished, device=ids.device)[:, None]
+        hidden = finished & (ids == self.padding_id).long().cumprod(dim=1).bool()
+        if not bool(hidden.any()):
+            return real
+        return ~hidden if real is None else real & ~hidden
+
     def reset(self) -> None:
         """Forget everything."""
         self.context, self.columns, self.finished, self.padding_id = None, 0, None, None

@@ -1,15 +1,17 @@
-"""One call of the model: check its arguments, read its columns piece by piece, and put the outputs back in place."""
+"""One call of the model: check its arguments, read its tokens segment by segment, and put the outputs back in place."""
 
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.utils import logging
 
 from .attention import TWICE_DIFFERENTIABLE
 from .cache_ttt_e2e import TTTE2ECache
+from .causal_lm_loss import position_labels
 from .checks import (
     check_embeddings,
     check_extra_arguments,
@@ -24,11 +26,12 @@ from .checks import (
     real_columns,
 )
 from .context import LearnedContext
-from .inner_loop import NO_TARGET, UpdateRule
-from .layout import Columns, ColumnWriter, attention_writers, segments, split_by_learning
-from .reader import Reader, Wanted
-from .reading import inner_table, read_segment
+from .inner_loop import NO_TARGET, UpdateRule, inner_table
+from .learner import learn
+from .outputs import ColumnWriter, attention_writers
+from .reader import Reader, SegmentOutput
 from .sharding import check_quantisation, check_tensor_parallelism, check_units
+from .tokens import Segment, Tokens, added
 
 logger = logging.get_logger(__name__)
 
@@ -37,40 +40,22 @@ SEGMENT_TOKENS = 1024
 
 
 @dataclass(frozen=True)
-class CallArguments:
-    """The arguments of [`TTTE2EModel.forward`], as given."""
-
-    input_ids: torch.Tensor | None
-    attention_mask: torch.Tensor | None
-    position_ids: torch.Tensor | None
-    cache: TTTE2ECache | None
-    inputs_embeds: torch.Tensor | None
-    labels: torch.Tensor | None
-    shift_labels: torch.Tensor | None
-    use_cache: bool | None
-    logits_to_keep: int | torch.Tensor | None
-    output_hidden_states: bool | None
-    output_attentions: bool | None
-    test_time_training: bool | None
-    learning_span: tuple[int, int] | None
-
-
-@dataclass(frozen=True)
 class Request:
     """A call whose arguments are checked and filled in.
 
     Attributes:
-        columns: the input.
+        tokens: the input.
         attention_mask: as given.
         cache: the one to go on from, and to update; None for a new one.
         context: what was read before; columns_read: how many columns that were.
         learning: take inner steps; span: only within these columns, None for all.
         use_cache: the learned context is returned.
-        wanted: optional outputs; first_kept: the first column whose hidden state is returned.
+        want_hidden, want_layers, want_attentions: optional outputs.
+        first_kept: the first column whose hidden state is returned.
         label_columns: how many columns of `token_nll` are returned; labelled_tokens: [], how many tokens have a label.
     """
 
-    columns: Columns
+    tokens: Tokens
     attention_mask: torch.Tensor | None
     cache: TTTE2ECache | None
     context: LearnedContext
@@ -78,7 +63,9 @@ class Request:
     learning: bool
     span: tuple[int, int] | None
     use_cache: bool
-    wanted: Wanted
+    want_hidden: bool
+    want_layers: bool
+    want_attentions: bool
     first_kept: int
     label_columns: int
     labelled_tokens: torch.Tensor | None
@@ -97,8 +84,25 @@ class Answer:
     context: LearnedContext
 
 
-def make_request(model: torch.nn.Module, arguments: CallArguments, unknown: dict) -> Request:
-    """Check a call's arguments and fill in the defaults.
+def make_request(
+    model: torch.nn.Module,
+    *,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: TTTE2ECache | None,
+    inputs_embeds: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    shift_labels: torch.Tensor | None,
+    use_cache: bool | None,
+    logits_to_keep: int | torch.Tensor | None,
+    output_hidden_states: bool | None,
+    output_attentions: bool | None,
+    test_time_training: bool | None,
+    learning_span: tuple[int, int] | None,
+    **unknown,
+) -> Request:
+    """Check the arguments of [`TTTE2EModel.forward`] and fill in the defaults.
 
     Raises:
         ValueError, TypeError: naming the argument, its value and the remedy.
@@ -106,135 +110,153 @@ def make_request(model: torch.nn.Module, arguments: CallArguments, unknown: dict
     config = model.config
     check_extra_arguments(unknown)
     check_flags(
-        use_cache=arguments.use_cache,
-        output_hidden_states=arguments.output_hidden_states,
-        output_attentions=arguments.output_attentions,
-        test_time_training=arguments.test_time_training,
+        use_cache=use_cache,
+        output_hidden_states=output_hidden_states,
+        output_attentions=output_attentions,
+        test_time_training=test_time_training,
     )
-    check_learning_span(arguments.learning_span)
-    shape = check_inputs(arguments.input_ids, arguments.inputs_embeds, config)
-    ids, embeddings = _out_of_inference_mode(arguments.input_ids), _out_of_inference_mode(arguments.inputs_embeds)
-    cache = arguments.cache
+    check_learning_span(learning_span)
+    shape = check_inputs(input_ids, inputs_embeds, config)
+    ids, embeddings = _out_of_inference_mode(input_ids), _out_of_inference_mode(inputs_embeds)
     has_prefix = isinstance(cache, DynamicCache) and cache.get_seq_length() > 0
     if has_prefix:
         cache = TTTE2ECache.of_prefix(cache, config)
     _check_cache(cache, shape[0], config)
     context = cache.context if cache is not None and cache.context is not None else None
     context = context or LearnedContext.start(shape[0], config.num_hidden_layers)
-    span = arguments.learning_span
-    never = span is not None and span[1] <= span[0]
-    learning = not never and _check_learning(model, arguments.test_time_training, context, ids)
+    never = learning_span is not None and learning_span[1] <= learning_span[0]
+    learning = not never and _check_learning(model, test_time_training, context, ids)
     if learning and has_prefix:
         raise ValueError(
             f"`cache` is a DynamicCache of {cache.columns} columns, as prefix tuning of PEFT makes it, and what is no "
             "tokens cannot be learned from: read with `test_time_training=False`, or adapt the model with LoRA instead."
         )
     columns_read = 0 if cache is None else cache.columns
-    real = real_columns(arguments.attention_mask, shape, columns_read)
-    real = _mask_after_end(cache, ids, real, shape)
-    position_ids = arguments.position_ids
+    real = real_columns(attention_mask, shape, columns_read)
+    if cache is not None and ids is not None:
+        real = cache.mask_after_end(ids, real)
     if position_ids is not None:
         position_ids = check_positions(position_ids, real, shape, context.next_positions)
-    labels = _position_labels(arguments, real, shape, config.vocab_size)
-    has_labels = labels is not None
-    use_cache = arguments.use_cache
+    check_label_arguments(labels, shift_labels, shape, config.vocab_size)
+    targets = position_labels(labels, shift_labels, real)
+    label_columns = 0 if targets is None else targets.shape[1]
+    if targets is not None:
+        targets = F.pad(targets, [0, shape[1] - label_columns], value=NO_TARGET)
     if use_cache is None:
-        use_cache = cache is not None or (config.use_cache and not model.training and not has_labels)
+        use_cache = cache is not None or (config.use_cache and not model.training and targets is None)
     check_something_to_read(real, goes_on=use_cache or columns_read > 0)
-    keep = arguments.logits_to_keep
-    check_logits_to_keep(keep, shape[1])
-    if not config.use_attention and _default(arguments.output_attentions, config.output_attentions):
+    check_logits_to_keep(logits_to_keep, shape[1])
+    want_layers = _default(output_hidden_states, config.output_hidden_states)
+    want_attentions = _default(output_attentions, config.output_attentions)
+    if not config.use_attention and want_attentions:
         raise ValueError(
             "`output_attentions=True`, but this model has no attention (`use_attention=False` in its "
             "configuration): leave the argument out."
         )
-    wanted = Wanted(
-        hidden=keep is not None,
-        layers=_default(arguments.output_hidden_states, config.output_hidden_states),
-        attentions=_default(arguments.output_attentions, config.output_attentions),
-    )
-    all_needed = use_cache or wanted.hidden or wanted.layers or wanted.attentions
+    all_needed = use_cache or logits_to_keep is not None or want_layers or want_attentions or targets is None
+    last_needed = None if all_needed else _last_labelled(targets)
+    first_kept = 0
+    if isinstance(logits_to_keep, int) and logits_to_keep > 0:
+        first_kept = max(shape[1] - logits_to_keep, 0)
     return Request(
-        columns=Columns(
-            ids=ids,
-            embeddings=embeddings,
-            position_ids=position_ids,
-            real=real,
-            labels=labels,
-            last_needed=(shape[1],) * shape[0] if all_needed or not has_labels else _last_labelled(labels),
-        ),
-        attention_mask=arguments.attention_mask,
+        tokens=Tokens.of(ids, embeddings, targets, position_ids, real, context.next_positions, last_needed),
+        attention_mask=attention_mask,
         cache=cache,
         context=context,
         columns_read=columns_read,
         learning=learning,
-        span=span,
+        span=learning_span,
         use_cache=use_cache,
-        wanted=wanted,
-        first_kept=max(shape[1] - keep, 0) if isinstance(keep, int) and keep > 0 else 0,
-        label_columns=shape[1] - (arguments.shift_labels is None),
-        labelled_tokens=(labels != NO_TARGET).sum() if has_labels else None,
+        want_hidden=logits_to_keep is not None,
+        want_layers=want_layers,
+        want_attentions=want_attentions,
+        first_kept=first_kept,
+        label_columns=label_columns,
+        labelled_tokens=None if targets is None else (targets != NO_TARGET).sum(),
     )
 
 
 def answer_request(model: torch.nn.Module, request: Request) -> Answer:
-    """Read the call's columns and return its outputs."""
+    """Read the call's tokens and return its outputs."""
     if torch.is_inference_mode_enabled():
         # Tensors made in inference mode could not be saved for the inner gradient.
         with torch.inference_mode(False), torch.no_grad():
             return answer_request(model, request)
-    with _without_cast_cache(request.columns):
+    with _without_cast_cache(request.tokens.device):
         return _read_call(model, request)
 
 
 def _read_call(model: torch.nn.Module, request: Request) -> Answer:
-    columns, context, wanted = request.columns, request.context, request.wanted
-    rows, length = columns.shape
-    reader = make_reader(model, request)
-    hidden = ColumnWriter(rows, request.first_kept, length)
-    nll = ColumnWriter(rows, 0, length)
-    layers = [ColumnWriter(rows, 0, length) for _ in range(model.config.num_hidden_layers + 1)]
-    attentions = []
-    if wanted.attentions:
-        mask, before, seen = request.attention_mask, context.tokens, request.columns_read
-        writers = attention_writers(model.config, columns.real, mask, before, seen, length, columns.device)
-        attentions = list(writers.values())
-    read, inner = [0] * rows, []
-    size = None if torch.is_grad_enabled() else segment_size(model.config)
-    pieces = split_by_learning(length, request.columns_read, request.learning, request.span)
-    for piece in pieces:
-        if request.span is not None and request.columns_read + piece.start == request.span[0]:
+    tokens, context, config = request.tokens, request.context, model.config
+    reader, outputs = make_reader(model, request), _Outputs(config, request)
+    size = None if torch.is_grad_enabled() else segment_size(config)
+    stretches = tokens.stretches(request.learning, request.span, request.columns_read)
+    for stretch in stretches:
+        if request.span is not None and request.columns_read + stretch.first == request.span[0]:
             # Mini-batches never reach across the beginning of what may be learned.
             context = reader.drop_pending(context)
-        more = request.use_cache or piece is not pieces[-1]
-        for segment, placement in segments(columns, piece, context, size, model.config.mini_batch_size, more):
+        more = request.use_cache or stretch is not stretches[-1]
+        for segment in tokens.segments(stretch, context.pending_counts, config.mini_batch_size, size, more):
             context, output = read_segment(reader, context, segment)
-            if wanted.hidden:
-                hidden.add(output.hidden, placement)
-            if columns.labels is not None:
-                nll.add(output.label_nll, placement)
-            for writer, chunks in zip(layers, output.layers, strict=False):
-                writer.add_chunks(chunks, placement)
-            ends = [n + count for n, count in zip(read, segment.counts, strict=True)]
-            for writer, parts in zip(attentions, output.attentions, strict=False):
-                for weights, first in parts:
-                    writer.add(weights, [n + f for n, f in zip(read, first, strict=True)], read, ends)
-            inner += output.inner
-            read = ends
-    inner_loss = inner_grad_norm = None
-    if request.learning:
-        inner_loss, inner_grad_norm = inner_table(inner, rows, columns.device)
-        _warn_about_gradients(inner_grad_norm)
-    states = tuple(writer.followed() for writer in layers) if wanted.layers else None
-    return Answer(
-        hidden=hidden.result() if wanted.hidden else None,
-        token_nll=nll.result()[:, : request.label_columns] if columns.labels is not None else None,
-        layers=states,
-        attentions=tuple(writer.result() for writer in attentions) if wanted.attentions else None,
-        inner_loss=inner_loss,
-        inner_grad_norm=inner_grad_norm,
-        context=context,
-    )
+            outputs.add(segment, output)
+    if request.use_cache:
+        context = replace(context, next_positions=tokens.next_positions)
+    return outputs.answer(context)
+
+
+class _Outputs:
+    """Collects what segments give and puts it back in place."""
+
+    def __init__(self, config, request: Request):
+        tokens, layers = request.tokens, config.num_hidden_layers + 1
+        self.request = request
+        self.hidden, self.nll = ColumnWriter(tokens, request.first_kept), ColumnWriter(tokens)
+        self.layers = [ColumnWriter(tokens) for _ in range(layers if request.want_layers else 0)]
+        self.attentions, self.inner = {}, []
+        if request.want_attentions:
+            before = (request.attention_mask, request.context.tokens, request.columns_read)
+            self.attentions = attention_writers(config, tokens, *before)
+
+    def add(self, segment: Segment, output: SegmentOutput) -> None:
+        if output.hidden is not None:
+            self.hidden.add(output.hidden, segment)
+        if output.label_nll is not None:
+            self.nll.add(output.label_nll, segment)
+        for writer, chunks in zip(self.layers, output.layers, strict=True):
+            writer.add_chunks(chunks, segment)
+        for index, weights, start in output.attentions:
+            self.attentions[index].add(weights, segment, start)
+        self.inner += output.inner
+
+    def answer(self, context: LearnedContext) -> Answer:
+        """All of it; `context` is what was learned."""
+        request, tokens = self.request, self.request.tokens
+        inner_loss = inner_grad_norm = None
+        if request.learning:
+            inner_loss, inner_grad_norm = inner_table(self.inner, tokens.rows, tokens.device)
+            _warn_about_gradients(inner_grad_norm)
+        return Answer(
+            hidden=self.hidden.result() if request.want_hidden else None,
+            token_nll=self.nll.result()[:, : request.label_columns] if tokens.labels is not None else None,
+            layers=tuple(writer.followed() for writer in self.layers) if request.want_layers else None,
+            attentions=tuple(own.result() for own in self.attentions.values()) if request.want_attentions else None,
+            inner_loss=inner_loss,
+            inner_grad_norm=inner_grad_norm,
+            context=context,
+        )
+
+
+def read_segment(reader: Reader, context: LearnedContext, segment: Segment) -> tuple[LearnedContext, SegmentOutput]:
+    """The learned context after one segment (meaningless when `segment.needs_context` is False) and the outputs."""
+    output = SegmentOutput()
+    if not segment.learning:
+        context = reader.drop_pending(context)
+    context, x = reader.read_prefix(context, segment, output)
+    if segment.learning:
+        context = learn(reader, context, segment, x, output)
+    else:
+        reader.finish(output, x, segment.labels)
+    return replace(context, tokens=added(context.tokens, segment.counts)), output
 
 
 def make_reader(model: torch.nn.Module, request: Request) -> Reader:
@@ -246,7 +268,7 @@ def make_reader(model: torch.nn.Module, request: Request) -> Reader:
         second_order=config.meta_gradient == "second_order",
         horizon=config.meta_gradient_horizon,
     )
-    implementation = "eager" if request.wanted.attentions else config._attn_implementation
+    implementation = "eager" if request.want_attentions else config._attn_implementation
     inner_implementation = implementation
     differentiated = torch.is_grad_enabled() and rule.second_order and request.learning
     if request.learning:
@@ -258,7 +280,16 @@ def make_reader(model: torch.nn.Module, request: Request) -> Reader:
     checkpointing = model.gradient_checkpointing and model.training
     if checkpointing and request.learning and torch.is_grad_enabled():
         check_not_reentrant(model._gradient_checkpointing_func)
-    return Reader(model, rule, implementation, inner_implementation, checkpointing, request.wanted)
+    return Reader(
+        model=model,
+        rule=rule,
+        implementation=implementation,
+        inner_implementation=inner_implementation,
+        checkpointing=checkpointing,
+        want_hidden=request.want_hidden,
+        want_layers=request.want_layers,
+        want_attentions=request.want_attentions,
+    )
 
 
 def segment_size(config) -> int:
@@ -333,35 +364,6 @@ def _check_multiplier(multiplier: float) -> None:
         )
 
 
-def _mask_after_end(
-    cache: TTTE2ECache | None, ids: torch.Tensor | None, real: torch.Tensor | None, shape: tuple[int, int]
-) -> torch.Tensor | None:
-    """Hide the padding that generate() wrote behind the end of a finished row, when reading goes on from there."""
-    if cache is None or cache.finished is None or ids is None or cache.padding_id is None:
-        return real
-    finished = torch.tensor(cache.finished, device=ids.device)[:, None]
-    leading = (ids == cache.padding_id).long().cumprod(dim=1).bool()
-    hidden = finished & leading
-    if not bool(hidden.any()):
-        return real
-    return ~hidden if real is None else real & ~hidden
-
-
-def _position_labels(
-    arguments: CallArguments, real: torch.Tensor | None, shape: tuple[int, int], vocab_size: int
-) -> torch.Tensor | None:
-    """What each column's output is compared with, [batch, length], `NO_TARGET` at padding; None without labels."""
-    labels, shift_labels = arguments.labels, arguments.shift_labels
-    check_label_arguments(labels, shift_labels, shape, vocab_size)
-    if shift_labels is not None:
-        labels = shift_labels
-    elif labels is not None:
-        labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], NO_TARGET)], dim=1)
-    if labels is None or real is None:
-        return labels
-    return labels.masked_fill(~real, NO_TARGET)
-
-
 def _last_labelled(labels: torch.Tensor) -> tuple[int, ...]:
     """One past each row's last labelled column, at least 1."""
     places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
@@ -377,13 +379,12 @@ def _warn_about_gradients(norms: torch.Tensor) -> None:
 
 
 @contextmanager
-def _without_cast_cache(columns: Columns):
+def _without_cast_cache(device: torch.device):
     """Under autocast without gradients: do not keep a cast copy of the fast weights of every inner step."""
-    device = columns.device.type
-    if torch.is_grad_enabled() or not torch.is_autocast_enabled(device):
+    if torch.is_grad_enabled() or not torch.is_autocast_enabled(device.type):
         yield
         return
-    with torch.autocast(device, dtype=torch.get_autocast_dtype(device), cache_enabled=False):
+    with torch.autocast(device.type, dtype=torch.get_autocast_dtype(device.type), cache_enabled=False):
         yield
 
 

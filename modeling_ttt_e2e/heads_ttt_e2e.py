@@ -15,13 +15,13 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from .attention import at_least_float32
 from .cache_ttt_e2e import TTTE2ECache
 from .call import check_inputs
 from .checks import check_extra_arguments, check_number_of_items, real_columns
 from .context import gather_columns
 from .inner_loop import NO_TARGET, log_likelihood_loss, widened
 from .renamed_arguments import accept_earlier_cache_names
+from .twice_differentiable import at_least_float32
 
 # Arguments of the base model that mean nothing to a head.
 LANGUAGE_MODELLING = ("labels", "shift_labels", "logits_to_keep")

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .attention import at_least_float32
-from .descent import ClippedDescent
+from .context import gather_columns
 from .fast_weights import FastWeights
+from .twice_differentiable import ClippedDescent, at_least_float32
 
 NO_TARGET = -100  # transformers' label for "do not predict"
 
@@ -264,3 +264,30 @@ def run_inner_loop(
             state = state.cut(batch.cut)
         outputs.append(output)
     return state, outputs
+
+
+def inner_table(
+    records: Sequence[tuple[tuple[int, ...], torch.Tensor, torch.Tensor]], rows: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inner losses and gradient norms of a call, each [rows, mini-batches], NaN where a row has fewer.
+
+    Args:
+        records: in order of time (rows, losses, norms).
+    """
+    if not records:
+        return torch.empty(rows, 0, device=device), torch.empty(rows, 0, device=device)
+    everyone = tuple(range(rows))
+    columns = []
+    for members, losses, norms in records:
+        both = torch.stack([losses, norms], dim=-1)  # [members, 2]
+        if members != everyone:
+            full = both.new_full((rows, 2), float("nan"))
+            both = full.index_copy(0, torch.tensor(members, device=both.device), both)
+        columns.append(both)
+    table = torch.stack(columns, dim=1)  # [rows, records, 2]
+    # Rows that learned at different times stand in different columns: move every row's own entries to the left.
+    missing = table[..., 0].isnan()
+    if bool(missing.any()):
+        order = missing.long().argsort(dim=1, stable=True)
+        table = gather_columns(table, order)[:, : int((~missing).sum(dim=1).max())]
+    return table[..., 0], table[..., 1]

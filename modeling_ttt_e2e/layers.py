@@ -20,13 +20,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from .attention import (
     AttentionInputs,
     BlockMasks,
-    at_least_float32,
     attend_in_blocks,
     attention_function,
     float64_device,
 )
 from .fast_weights import Delta, FastWeights, linear
-from .rms_norm import rms_normalize
+from .twice_differentiable import at_least_float32, rms_normalize
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 
@@ -219,11 +218,26 @@ class Block(nn.Module):
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), deltas))
 
     def forward(
-        self, x: torch.Tensor, attention: AttentionInputs, history: KeysValues | None
-    ) -> tuple[torch.Tensor, KeysValues, torch.Tensor | None]:
-        """x [B, T, D] -> the block's output [B, T, D], the new keys and values, the attention weights or None."""
-        x, new, weights = self.attend(x, attention, history)
-        return self.feed_forward(x), new, weights
+        self,
+        x: torch.Tensor,
+        attention: AttentionInputs | None,
+        history: KeysValues | None,
+        deltas: tuple[Delta, Delta, Delta] | None = None,
+        part: Literal["whole", "attention", "feed_forward"] = "whole",
+    ) -> tuple[torch.Tensor, KeysValues | None, torch.Tensor | None]:
+        """x [B, T, D] -> the block's output [B, T, D], the new keys and values, the attention weights or None.
+
+        Args:
+            deltas: the fast weights of the block's inner MLP, in a suffix block.
+            part: the half to compute. The attention of the first suffix block does not depend on any fast weight, so
+                it runs once over a long text while the rest runs mini-batch by mini-batch.
+        """
+        new = weights = None
+        if part != "feed_forward":
+            x, new, weights = self.attend(x, attention, history)
+        if part != "attention":
+            x = self.feed_forward(x, deltas)
+        return x, new, weights
 
 
 class TTTE2EDecoderLayer(Block, GradientCheckpointingLayer):
@@ -231,11 +245,7 @@ class TTTE2EDecoderLayer(Block, GradientCheckpointingLayer):
 
 
 class TTTE2ESuffixLayer(Block):
-    """A suffix block: the inner loop updates its prime MLP (or its MLP, when `use_prime_mlp` is False).
-
-    The attention half of the first suffix block does not depend on any fast weight, so it can run once over a long
-    text while the rest runs mini-batch by mini-batch: `part` names which half a call computes.
-    """
+    """A suffix block: the inner loop updates its prime MLP (or its MLP, when `use_prime_mlp` is False)."""
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -257,22 +267,6 @@ class TTTE2ESuffixLayer(Block):
             return super().feed_forward(x, deltas)
         x = x + self.post_prime_layernorm(self.prime_mlp(self.pre_prime_layernorm(x), deltas))
         return super().feed_forward(x)
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        attention: AttentionInputs | None,
-        history: KeysValues | None,
-        deltas: tuple[Delta, Delta, Delta] | None = None,
-        part: Literal["whole", "attention", "feed_forward"] = "whole",
-    ) -> tuple[torch.Tensor, KeysValues | None, torch.Tensor | None]:
-        """As in a prefix block; `deltas` are the fast weights of the block's inner MLP."""
-        new = weights = None
-        if part != "feed_forward":
-            x, new, weights = self.attend(x, attention, history)
-        if part != "attention":
-            x = self.feed_forward(x, deltas)
-        return x, new, weights
 
 
 def zero_fast_weights(layers: list[TTTE2ESuffixLayer], inputs: torch.Tensor) -> FastWeights:

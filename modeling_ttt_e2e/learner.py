@@ -1,24 +1,30 @@
 """Learning while reading: cut each row's tokens into its own mini-batches and run the inner loop over them.
 
-A row has p pending tokens, whose mini-batch began earlier, and n new ones. Side by side they fill slots 0 .. p+n-1, so
-that slot m * mini_batch_size starts mini-batch m in every row, however the rows were padded or split into calls
-(`slots`).
-A mini-batch is complete once its tokens and the token after them are known; until then its tokens stay pending.
+The inner loop begins after the attention of the first suffix block, the last place that no fast weight reaches:
+
+    for block k of the suffix:   x += attention_k(x) (k > 0);   x += prime_mlp_k(x; W + dW_k);   x += mlp_k(x)
+    logits = head(norm(x))
+
+A mini-batch is complete once its tokens and the token after them are known; until then its tokens stay pending. A
+segment either fills up begun mini-batches or begins new ones (`tokens.Tokens.segments`), so that mini-batches of all
+rows begin at equal places of it.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from .attention import AttentionInputs, attention_mask, valid_columns
 from .checkpointing import run_checkpointed
-from .context import LearnedContext, take_last
-from .fast_weights import FastWeights, is_plain
-from .inner_loop import InnerState, MiniBatch, StepOutput, cut_gradient, run_inner_loop
-from .layers import TTTE2ESuffixLayer, zero_fast_weights
-from .reader import Reader, Segment, SegmentOutput
-from .slots import Slots
-from .suffix import Histories, Suffix, join
+from .context import LearnedContext, Pending, gather_columns, take_last
+from .fast_weights import FastWeights, is_plain, linear
+from .inner_loop import NO_TARGET, InnerState, MiniBatch, StepOutput, cut_gradient, run_inner_loop
+from .layers import KeysValues, zero_fast_weights
+from .reader import Reader, SegmentMemory, SegmentOutput, run_blocks
+from .tokens import Segment, added
+
+Histories = tuple[tuple[KeysValues, ...], ...]
 
 
 @torch.compiler.disable
@@ -35,11 +41,8 @@ def learn(
         The context with new fast weights, pending tokens, and keys and values of the inner layers.
     """
     size = reader.config.mini_batch_size
-    rows = [
-        row
-        for row, (pending, new) in enumerate(zip(context.pending_counts, segment.counts, strict=True))
-        if pending == size and new > 0
-    ]
+    counts = zip(context.pending_counts, segment.counts, strict=True)
+    rows = [row for row, (pending, new) in enumerate(counts) if pending == size and new > 0]
     if rows:
         context = learn_pending(reader, context, segment, output, rows)
     counts = zip(context.pending_counts, segment.counts, segment.next_ids, strict=True)
@@ -57,32 +60,31 @@ def learn_pending(
     Keys and values stay those that were read, constants where an earlier call has read them; the step alone is a
     function of the slow weights, which compute the mini-batch again from its inputs.
     """
-    ids = segment.ids[rows, 0].tolist()
-    nothing = Segment(
-        ids=segment.ids[rows, :0],
+    before, pending = _without_pending(reader, context.select(rows)), context.pending
+    mini_batch = Segment(
+        ids=pending.ids[rows],
         embeddings=None,
-        counts=(0,) * len(rows),
-        position_ids=segment.position_ids.expand(context.rows, -1)[rows, :0],
-        next_ids=tuple(ids),
+        positions=pending.positions[rows],
         labels=None,
+        begin=(0,) * len(rows),
+        counts=tuple(pending.counts[row] for row in rows),
+        next_ids=tuple(segment.ids[rows, 0].tolist()),
         learning=True,
         needs_context=True,
     )
-    own = SegmentOutput(attentions=[[] for _ in output.attentions])
-    empty = context.pending.inputs[rows, :0]
-    silent = replace(reader, wanted=replace(reader.wanted, hidden=False, layers=False, attentions=False))
-    part = run_mini_batches(silent, context.select(rows), nothing, empty, own, (0,) * len(rows))
-    output.inner += [(tuple(rows[row] for row in members), *values) for members, *values in own.inner]
+    silent, own = replace(reader, want_hidden=False, want_layers=False, want_attentions=False), SegmentOutput()
+    part = run_mini_batches(silent, before, mini_batch, pending.inputs[rows], own, (0,) * len(rows))
+    output.inner += [(tuple(rows), *values) for _, *values in own.inner]
     fast = part.fast
     if len(rows) < context.rows:
-        whole = context.fast or zero_fast_weights(_suffix_layers(reader), context.pending.inputs)
+        whole = context.fast or zero_fast_weights(reader.suffix_layers, pending.inputs)
         fast = whole.replace(rows, part.fast.tensors)
-    left = tuple(0 if row in rows else count for row, count in enumerate(context.pending_counts))
-    pending = replace(context.pending, counts=left) if any(left) else None
+    left = tuple(0 if row in rows else count for row, count in enumerate(pending.counts))
     histories = context.histories
     if reader.rule.horizon == 1:
         cut = tuple(row in rows for row in range(context.rows))
         histories = tuple(kv and tuple(cut_gradient(states, cut) for states in kv) for kv in histories)
+    pending = replace(pending, counts=left) if any(left) else None
     return replace(context, fast=fast, pending=pending, histories=histories)
 
 
@@ -90,32 +92,13 @@ def read_on(
     reader: Reader, context: LearnedContext, segment: Segment, inputs: torch.Tensor, output: SegmentOutput
 ) -> LearnedContext:
     """New tokens that complete no mini-batch: the suffix runs over them alone, and they join the pending ones."""
-    first = reader.config.num_prefix_layers
-    histories = list(context.histories)
-    attention = None
-    x = inputs
-    for offset, layer in enumerate(_suffix_layers(reader)):
-        index = first + offset
-        deltas = None if context.fast is None else context.fast.of_layer(offset)
-        if offset == 0:
-            x, _, _ = reader.run_suffix_layer(layer, x, None, None, deltas, part="feed_forward")
-        else:
-            attention = attention or reader.attention_inputs(context, segment.position_ids, segment.length, index)
-            x, new, weights = reader.run_suffix_layer(layer, x, attention, histories[index], deltas)
-            if reader.wanted.attentions:
-                output.attentions[index].append((weights, (0,) * context.rows))
-            if segment.needs_context:
-                keep = reader.window_before(index)
-                totals = map(sum, zip(context.pending_counts, segment.counts, strict=True))
-                keep = None if keep is None else keep + max(totals)
-                histories[index] = reader.extend(histories[index], new, segment.counts, keep)
-        if reader.wanted.layers:
-            output.layers.append([x])
+    memory = SegmentMemory(reader, context, segment, pending=max(added(context.pending_counts, segment.counts)))
+    x, states = reader.run(reader.inner_parts, inputs, context.fast, memory, output)
+    reader.note_layers(output, states)
     reader.finish(output, x, segment.labels)
     if not segment.needs_context:
         return context
-    pending = Slots(context, segment, inputs).left_after((0,) * context.rows)
-    return replace(context, histories=tuple(histories), pending=pending)
+    return replace(memory.context, pending=_pending_after(context, segment, inputs, (0,) * context.rows))
 
 
 def run_mini_batches(
@@ -126,100 +109,205 @@ def run_mini_batches(
     output: SegmentOutput,
     steps: tuple[int, ...],
 ) -> LearnedContext:
-    """The inner loop over all mini-batches that the pending and the new tokens fill or begin.
+    """The inner loop over all mini-batches that the segment fills or begins. Rows with pending tokens only wait.
 
     Args:
         steps: inner steps that each row has taken before in this call.
     """
-    slots = Slots(context, segment, inputs)
-    batches = mini_batches(reader, slots, steps)
-    layers = _suffix_layers(reader)
+    batches = mini_batches(reader, segment, inputs, steps)
+    layers = reader.suffix_layers
     fast = context.fast
     if fast is None and any(any(batch.update) for batch in batches):
         fast = zero_fast_weights(layers, inputs)
-    suffix = Suffix(
-        layers=layers,
-        norm=reader.model.norm,
-        head=reader.model.lm_head,
-        implementation=reader.inner_implementation,
-        mini_batch_size=reader.config.mini_batch_size,
-        tokens_before=tuple(n - p for n, p in zip(context.tokens, context.pending_counts, strict=True)),
-        forget=not segment.needs_context,
-        want_hidden=reader.wanted.hidden,
-        want_layers=reader.wanted.layers,
-        want_attentions=reader.wanted.attentions,
-    )
     if fast is not None:
         fast = _own_fast_weights(fast, layers, differences=reader.rule.horizon is not None)
-    state = InnerState(fast, _keys_before(reader, context))
+    waiting = max(context.pending_counts)
+    suffix = Suffix(reader, context.tokens, forget=not segment.needs_context)
+    state = InnerState(fast, _first_chunks(reader, context, waiting))
     if reader.checkpointing and torch.is_grad_enabled():
         every, offload = reader.config.inner_checkpoint_every, reader.config.inner_checkpoint_offload
         state, outputs = run_checkpointed(suffix, state, batches, reader.rule, suffix.parameters(), every, offload)
     else:
         state, outputs = run_inner_loop(suffix, state, batches, reader.rule)
-    _collect(reader, slots, batches, outputs, output)
+    _collect(reader, batches, outputs, output)
     if not segment.needs_context:
         return context
     done = tuple(sum(complete) for complete in zip(*(batch.complete for batch in batches), strict=True))
-    pending = slots.left_after(tuple(count * reader.config.mini_batch_size for count in done))
+    pending = _pending_after(context, segment, inputs, tuple(count * reader.config.mini_batch_size for count in done))
     histories = list(context.histories)
-    # A row that only waits has computed the keys of its pending tokens again; they stay as constant as they were.
-    waiting = tuple(count > 0 for count in context.pending_counts)
-    for index, chunks in enumerate(state.histories, start=reader.config.num_prefix_layers + 1):
-        keep = reader.window_before(index)
+    for part, chunks in zip(reader.inner_parts[1:], state.histories, strict=True):
+        keep = reader.window_before(part.index)
         joined = join(chunks, None)
-        ends = [joined[0].shape[2] - slots.length + total for total in slots.totals]
+        ends = [joined[0].shape[2] - segment.length + count for count in segment.counts]
         keep = max(ends) if keep is None else keep + (max(pending.counts) if pending is not None else 0)
-        histories[index] = tuple(cut_gradient(take_last(states, ends, keep), waiting) for states in joined)
+        histories[part.index] = tuple(take_last(states, ends, keep) for states in joined)
     fast = state.fast
     if fast is not None and fast.whole:
         fast = fast.less(_projections(layers))
     return replace(context, fast=fast, pending=pending, histories=tuple(histories))
 
 
-def mini_batches(reader: Reader, slots: Slots, steps: tuple[int, ...]) -> list[MiniBatch]:
-    """Cut the slots into mini-batches; the last one may be shorter.
+def mini_batches(reader: Reader, segment: Segment, inputs: torch.Tensor, steps: tuple[int, ...]) -> list[MiniBatch]:
+    """Cut a segment into mini-batches; the last one may be shorter.
 
     Args:
+        inputs: [B, T, D], the hidden states that enter the inner loop.
         steps: inner steps that each row has taken before in this call.
     """
-    size, segment, horizon = reader.config.mini_batch_size, slots.segment, reader.rule.horizon
-    targets = slots.targets(reader.config.bos_token_id)
-    cosines, sines = reader.model.rotary_emb(slots.position_ids, reader.model.dtype)
-    # One split instead of many slices: its backward pass is one concatenation.
-    inputs = slots.inputs.split(size, dim=1)
+    size, horizon = reader.config.mini_batch_size, reader.rule.horizon
+    targets = inner_targets(segment, reader.config.bos_token_id)
+    cosines, sines = reader.model.rotary_emb(segment.positions, reader.model.dtype)
     batches = []
-    for index, start in enumerate(range(0, slots.length, size)):
-        end = start + size
-        part = slice(start, end)
-        known = zip(slots.totals, segment.next_ids, strict=True)
-        complete = tuple(total + (following >= 0) > end and total >= end for total, following in known)
-        follows = zip(complete, slots.totals, strict=True)
+    # One split instead of many slices: its backward pass is one concatenation.
+    for index, own_inputs in enumerate(inputs.split(size, dim=1)):
+        part, end = slice(index * size, (index + 1) * size), (index + 1) * size
+        known = zip(segment.counts, segment.next_ids, strict=True)
+        complete = tuple(count >= end and count + (following >= 0) > end for count, following in known)
+        follows = zip(complete, segment.counts, strict=True)
         batches.append(
             MiniBatch(
                 index=index,
-                inputs=inputs[index],
+                inputs=own_inputs,
                 targets=targets[:, part],
-                labels=None if slots.labels is None else slots.labels[:, part],
+                labels=None if segment.labels is None else segment.labels[:, part],
                 position_embeddings=(cosines[:, part], sines[:, part]),
                 complete=complete,
                 # A step is taken only where something will be read with its result.
-                update=tuple(full and (segment.needs_context or total > end) for full, total in follows),
+                update=tuple(full and (segment.needs_context or count > end) for full, count in follows),
                 cut=tuple(horizon is not None and (before + index + 1) % horizon == 0 for before in steps),
             )
         )
     return batches
 
 
-def _suffix_layers(reader: Reader) -> list[TTTE2ESuffixLayer]:
-    return list(reader.model.layers[reader.config.num_prefix_layers :])
+def inner_targets(segment: Segment, bos_token_id: int | None) -> torch.Tensor:
+    """[B, T]: the id after each token; `NO_TARGET` where it is unknown or BOS."""
+    device = segment.ids.device
+    last = torch.tensor(segment.counts, device=device)[:, None] - 1
+    following = torch.tensor(segment.next_ids, device=device)[:, None]
+    places = torch.arange(segment.length, device=device)
+    targets = torch.where(places == last, following, segment.ids.roll(-1, dims=1))
+    unknown = (places > last) | (targets < 0)
+    if bos_token_id is not None:
+        unknown = unknown | (targets == bos_token_id)
+    return targets.masked_fill(unknown, NO_TARGET)
 
 
-def _projections(layers: list[TTTE2ESuffixLayer]) -> list[torch.nn.Module]:
+@dataclass(frozen=True)
+class Suffix:
+    """What an inner step evaluates; see `inner_loop.inner_step`.
+
+    Attributes:
+        reader: whose inner blocks, head and wishes these are.
+        tokens_before: tokens that precede the first mini-batch, per row.
+        forget: drop chunks of keys that the next mini-batch cannot see.
+        masks: those already made, by window, history columns and tokens.
+    """
+
+    reader: Reader
+    tokens_before: tuple[int, ...]
+    forget: bool
+    masks: dict[tuple, torch.Tensor | None] = field(default_factory=dict)
+
+    def parameters(self) -> list[torch.Tensor]:
+        """Every parameter that takes a gradient, once."""
+        modules = [*self.reader.suffix_layers, self.reader.model.norm, self.reader.model.lm_head]
+        found = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
+        return list(found.values())
+
+    def __call__(
+        self, batch: MiniBatch, fast: FastWeights | None, histories: Histories, with_logits: bool
+    ) -> tuple[StepOutput, Histories, torch.Tensor | None]:
+        """Evaluate one mini-batch under `fast`.
+
+        Returns:
+            The outputs without losses, the histories with this mini-batch's keys and values, and the logits [B, T, V].
+        """
+        reader, memory = self.reader, StepMemory(self, batch, histories)
+        x, states, weights = run_blocks(reader.inner_parts, batch.inputs, fast, memory, _call)
+        wanted = reader.want_hidden or reader.want_layers or with_logits
+        hidden = reader.model.norm(x) if wanted else None
+        output = StepOutput(
+            hidden=hidden if reader.want_hidden else None,
+            label_nll=None,
+            inner_loss=None,
+            inner_grad_norm=None,
+            layers=(*states[:-1], hidden) if reader.want_layers else (),
+            attentions=tuple(weights.values()) if reader.want_attentions else (),
+        )
+        logits = linear(reader.model.lm_head, hidden) if with_logits else None
+        return output, tuple(memory.histories), logits
+
+    def mask(self, batch: MiniBatch, window: int | None, columns: int) -> torch.Tensor | None:
+        """The mask of a mini-batch over `columns` earlier keys and its own."""
+        rows, tokens = batch.inputs.shape[:2]
+        device, implementation = batch.inputs.device, self.reader.inner_implementation
+        # Columns of this segment hold real tokens wherever a real query sees them; only those before it can lack some.
+        columns_before = columns - batch.index * self.reader.config.mini_batch_size
+        valid = valid_columns(self.tokens_before, columns_before, device) if columns_before > 0 else None
+        if valid is not None:
+            valid = torch.cat([valid, valid.new_ones(rows, columns - columns_before)], dim=1)
+            return attention_mask(implementation, window, columns, tokens, rows, valid, device)
+        key = (window, columns, tokens)
+        if key not in self.masks:
+            self.masks[key] = attention_mask(implementation, window, columns, tokens, rows, None, device)
+        return self.masks[key]
+
+
+def _call(layer: torch.nn.Module, *args, **kwargs):
+    return layer(*args, **kwargs)
+
+
+class StepMemory:
+    """Keys and values around one inner step: chunks in order of time, to which the step adds one per block."""
+
+    def __init__(self, suffix: Suffix, batch: MiniBatch, histories: Histories):
+        self.suffix, self.batch = suffix, batch
+        self.histories = list(histories)
+        self.first = suffix.reader.config.num_prefix_layers + 1
+
+    def before(self, index: int) -> tuple[AttentionInputs, KeysValues | None]:
+        reader, keep = self.suffix.reader, self.suffix.reader.window_before(index)
+        history = join(self.histories[index - self.first], keep)
+        columns = 0 if history is None else history[0].shape[2]
+        mask = None
+        if reader.config.use_attention:
+            mask = self.suffix.mask(self.batch, None if keep is None else keep + 1, columns)
+        masks = {reader.config.layer_types[index]: mask}
+        return AttentionInputs(self.batch.position_embeddings, masks, reader.inner_implementation), history
+
+    def add(self, index: int, new: KeysValues) -> None:
+        chunks, keep = (*self.histories[index - self.first], new), self.suffix.reader.window_before(index)
+        if self.suffix.forget and keep is not None:
+            columns = sum(keys.shape[2] for keys, _ in chunks)
+            while chunks and columns - chunks[0][0].shape[2] >= keep:
+                columns -= chunks[0][0].shape[2]
+                chunks = chunks[1:]
+        self.histories[index - self.first] = chunks
+
+
+def join(chunks: Sequence[KeysValues], length: int | None) -> KeysValues | None:
+    """Chunks of keys and values as one pair, cut to the last `length` columns (None: all); None for no chunk."""
+    if not chunks:
+        return None
+    if length is not None:
+        # Whole chunks beyond the window go first; then at most one is cut, before joining, which copies less.
+        surplus = sum(keys.shape[2] for keys, _ in chunks) - length
+        while surplus > 0 and chunks[0][0].shape[2] <= surplus:
+            surplus -= chunks[0][0].shape[2]
+            chunks = chunks[1:]
+        if not chunks:
+            return None
+        if surplus > 0:
+            chunks = (tuple(states[:, :, surplus:] for states in chunks[0]), *chunks[1:])
+    return tuple(torch.cat(states, dim=2) if len(states) > 1 else states[0] for states in zip(*chunks, strict=True))
+
+
+def _projections(layers: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
     return [projection for layer in layers for projection in layer.inner_mlp.projections]
 
 
-def _own_fast_weights(fast: FastWeights, layers: list[TTTE2ESuffixLayer], differences: bool) -> FastWeights:
+def _own_fast_weights(fast: FastWeights, layers: Sequence[torch.nn.Module], differences: bool) -> FastWeights:
     """One copy per row; where the layers are plain, W + dW formed once for all mini-batches.
 
     Args:
@@ -231,42 +319,68 @@ def _own_fast_weights(fast: FastWeights, layers: list[TTTE2ESuffixLayer], differ
     return fast.own_copies()
 
 
-def _keys_before(reader: Reader, context: LearnedContext) -> Histories:
-    """Keys and values of the inner attention layers up to the pending mini-batch, as first chunks."""
+def _first_chunks(reader: Reader, context: LearnedContext, waiting: int) -> Histories:
+    """Keys and values of the inner attention layers as first chunks: the window, and what the `waiting` tokens of a row
+    with a begun mini-batch have left."""
     chunks = []
-    for index in range(reader.config.num_prefix_layers + 1, reader.config.num_hidden_layers):
-        history, keep = context.histories[index], reader.window_before(index)
-        if history is None:
-            chunks.append(())
-            continue
-        ends = [history[0].shape[2] - count for count in context.pending_counts]
-        length = max(ends) if keep is None else keep
-        chunks.append((tuple(take_last(states, ends, length) for states in history),))
+    for part in reader.inner_parts[1:]:
+        history, keep = context.histories[part.index], reader.window_before(part.index)
+        if history is not None and keep is not None:
+            columns = history[0].shape[2]
+            history = tuple(take_last(states, [columns], keep + waiting) for states in history)
+        chunks.append(() if history is None else (history,))
     return tuple(chunks)
 
 
+def _without_pending(reader: Reader, context: LearnedContext) -> LearnedContext:
+    """The context before its pending tokens were read, as far as the inner blocks are concerned."""
+    histories = list(context.histories)
+    for part in reader.inner_parts[1:]:
+        history, keep = histories[part.index], reader.window_before(part.index)
+        ends = [history[0].shape[2] - count for count in context.pending_counts]
+        length = max(ends) if keep is None else keep
+        histories[part.index] = tuple(take_last(states, ends, length) for states in history) if max(ends) else None
+    tokens = tuple(read - count for read, count in zip(context.tokens, context.pending_counts, strict=True))
+    return replace(context, tokens=tokens, histories=tuple(histories), pending=None)
+
+
+def _pending_after(
+    context: LearnedContext, segment: Segment, inputs: torch.Tensor, done: tuple[int, ...]
+) -> Pending | None:
+    """The pending tokens of the context and then the segment's, without the `done` first ones of each row; None when no
+    token is left."""
+    before, counts = context.pending_counts, added(context.pending_counts, segment.counts)
+    counts = tuple(count - learned for count, learned in zip(counts, done, strict=True))
+    if max(counts) == 0:
+        return None
+    tensors = (inputs, segment.ids, segment.positions.expand(context.rows, -1))
+    width = 0
+    if context.pending is not None:
+        width = max(before)
+        old = (context.pending.inputs.to(inputs.dtype), context.pending.ids, context.pending.positions)
+        tensors = tuple(torch.cat([o[:, :width], new], dim=1) for o, new in zip(old, tensors, strict=True))
+    if len(set(before)) == 1 and len(set(done)) == 1:
+        return Pending(counts, *(tensor[:, done[0] : done[0] + max(counts)] for tensor in tensors))
+    places = torch.arange(max(counts)) + torch.tensor(done)[:, None]
+    own = torch.tensor(before)[:, None]
+    places = torch.where(places < own, places, places - own + width).clamp_max(tensors[0].shape[1] - 1)
+    return Pending(counts, *(gather_columns(tensor, places) for tensor in tensors))
+
+
 def _collect(
-    reader: Reader,
-    slots: Slots,
-    batches: Sequence[MiniBatch],
-    outputs: Sequence[StepOutput],
-    output: SegmentOutput,
+    reader: Reader, batches: Sequence[MiniBatch], outputs: Sequence[StepOutput], output: SegmentOutput
 ) -> None:
-    """Join the steps' outputs and return them to the order of the new tokens."""
-
-    def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        return slots.new_tokens(torch.cat(list(tensors), dim=1))
-
-    if reader.wanted.hidden:
-        output.hidden = joined(step.hidden for step in outputs)
-    if slots.labels is not None:
-        output.label_nll = joined(step.label_nll for step in outputs)
-    if reader.wanted.layers:
-        # A row with new tokens has none pending here: its slots are its tokens.
+    """Join the steps' outputs."""
+    if reader.want_hidden:
+        output.hidden = torch.cat([step.hidden for step in outputs], dim=1)
+    if batches[0].labels is not None:
+        output.label_nll = torch.cat([step.label_nll for step in outputs], dim=1)
+    if reader.want_layers:
         output.layers += map(list, zip(*(step.layers for step in outputs), strict=True))
     for batch, step in zip(batches, outputs, strict=True):
-        first = tuple(batch.index * reader.config.mini_batch_size - start for start in slots.starts)
-        for index, weights in enumerate(step.attentions, start=reader.config.num_prefix_layers + 1):
-            output.attentions[index].append((weights, first))
+        first = batch.index * reader.config.mini_batch_size
+        blocks = (part.index for part in reader.inner_parts[1:])
+        # Without wanted weights there is none.
+        output.attentions += [(index, own, first) for index, own in zip(blocks, step.attentions, strict=False)]
         if any(batch.complete):
-            output.inner.append((tuple(range(len(first))), step.inner_loss, step.inner_grad_norm))
+            output.inner.append((tuple(range(len(batch.complete))), step.inner_loss, step.inner_grad_norm))

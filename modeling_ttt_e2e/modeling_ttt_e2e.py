@@ -14,7 +14,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
 from .cache_ttt_e2e import TTTE2ECache
-from .call import CallArguments, answer_request, make_request
+from .call import answer_request, make_request
 from .checks import check_flags, check_not_reentrant, check_number_of_items
 from .configuration_ttt_e2e import TTTE2EConfig
 from .generation_ttt_e2e import TTTE2EGenerationMixin
@@ -166,27 +166,25 @@ class TTTE2EModel(TTTE2EPreTrainedModel):
         """
         request = make_request(
             self,
-            arguments=CallArguments(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                cache=cache,
-                inputs_embeds=inputs_embeds,
-                labels=labels,
-                shift_labels=shift_labels,
-                use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
-                output_hidden_states=output_hidden_states,
-                output_attentions=output_attentions,
-                test_time_training=test_time_training,
-                learning_span=learning_span,
-            ),
-            unknown=kwargs,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            shift_labels=shift_labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            test_time_training=test_time_training,
+            learning_span=learning_span,
+            **kwargs,
         )
         answer = answer_request(self, request)
         if request.use_cache:
             cache = TTTE2ECache(self.config) if request.cache is None else request.cache
-            cache.store(answer.context, request.columns.shape[1], self)
+            cache.store(answer.context, request.tokens.columns, self)
         hidden = answer.hidden
         if hidden is not None and not isinstance(logits_to_keep, int):
             hidden = slice_logits_to_keep(hidden, logits_to_keep)

@@ -10,7 +10,8 @@ Axis letters: B batch rows, N columns of the call, T tokens (each row's own move
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -32,6 +33,7 @@ from .checks import (
     check_flags,
     check_ids,
     check_logits_to_keep,
+    check_positions,
     check_something_to_read,
     one_input,
     real_columns,
@@ -39,10 +41,11 @@ from .checks import (
 from .configuration_ttt_layers import ATTENTION_MIXERS, INNER_LEARNERS, TTTLayersConfig
 from .layers import TTTE2EMLP, TTTE2ERMSNorm, TTTE2ERotaryEmbedding
 from .mini_batch_grid import MiniBatchGrid
+from .outputs import AttentionWriter, ColumnWriter, attention_writers
 from .renamed_arguments import accept_earlier_cache_names
+from .tokens import Segment, Tokens, added
 from .ttt_attention_mixer import MixerCall
 from .ttt_kvb_mixer import TTTKVBMixer
-from .ttt_layers_columns import TokenColumns, check_cache
 from .ttt_mixers import MIXERS, TTTMixer, causal_convolution, make_convolution
 
 # A text of more windows than this is attended to block by block, so that no mask or score grows with its square.
@@ -147,12 +150,10 @@ class TTTLayersPreTrainedModel(PreTrainedModel):
 
 @dataclass
 class _Reading:
-    """What a call has read so far: outputs by tokens, and the state to go on from."""
+    """What a call goes on from: tokens per row, and each block's state."""
 
     tokens: tuple[int, ...]
     states: tuple
-    hidden: list[torch.Tensor] = field(default_factory=list)
-    layers: list[list[torch.Tensor]] = field(default_factory=list)
 
 
 class TTTLayersModel(TTTLayersPreTrainedModel):
@@ -209,66 +210,73 @@ class TTTLayersModel(TTTLayersPreTrainedModel):
             check_ids(input_ids, self.config.vocab_size)
         else:
             check_embeddings(inputs_embeds, self.config.hidden_size)
-        check_cache(cache, shape[0], self.config)
+        _check_cache(cache, shape[0], self.config)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache is None:
             use_cache = cache is not None or (self.config.use_cache and not self.training)
         if cache is None or not cache.is_initialized:
-            reading = _Reading((0,) * inputs_embeds.shape[0], (None,) * len(self.layers))
-            columns = TokenColumns.of(inputs_embeds, attention_mask, position_ids, 0, reading.tokens)
+            before, states, starts, read = (0,) * shape[0], (None,) * len(self.layers), (0,) * shape[0], 0
         else:
-            reading = _Reading(cache.tokens, cache.states)
-            columns = TokenColumns.of(inputs_embeds, attention_mask, position_ids, cache.columns, cache.next_positions)
-        check_something_to_read(columns.real, goes_on=use_cache or cache is not None)
+            before, states, starts, read = cache.tokens, cache.states, cache.next_positions, cache.columns
+        real = real_columns(attention_mask, shape, read)
+        if position_ids is not None:
+            position_ids = check_positions(position_ids, real, shape, starts)
+        check_something_to_read(real, goes_on=use_cache or cache is not None)
+        tokens = Tokens.of(None, inputs_embeds, None, position_ids, real, starts)
         keep_layers = _chosen(output_hidden_states, self.config.output_hidden_states)
         keep_weights = _chosen(output_attentions, self.config.output_attentions)
-        writers = None
+        hidden, layers, writers = ColumnWriter(tokens), [], None
+        if keep_layers:
+            layers = [ColumnWriter(tokens) for _ in self.layers]
         if keep_weights:
-            read = 0 if cache is None else cache.columns
-            writers = columns.attention_writers(self.config, attention_mask, reading.tokens, read)
-        self._read(columns, reading, keep_layers, writers)
+            writers = attention_writers(self.config, tokens, attention_mask, before, read)
+        reading = _Reading(before, states)
+        for segment in self._segments(tokens):
+            last, inputs = self._read(segment, reading, writers)
+            hidden.add(last, segment)
+            for writer, state in zip(layers, inputs, strict=False):
+                writer.add_chunks([state], segment)
         if use_cache:
             cache = TTTLayersCache(self.config) if cache is None else cache
-            cache.store(reading.states, reading.tokens, columns.next_positions(), inputs_embeds.shape[1])
-        hidden = columns.restore(torch.cat(reading.hidden, dim=1))
-        layers = None
-        if keep_layers:
-            layers = (*(columns.restore_followed(parts) for parts in zip(*reading.layers, strict=True)), hidden)
+            cache.store(reading.states, reading.tokens, tokens.next_positions, shape[1])
+        last = hidden.result()
         return BaseModelOutputWithPast(
-            last_hidden_state=hidden,
+            last_hidden_state=last,
             cache=cache if use_cache else None,
-            hidden_states=layers,
+            hidden_states=(*(writer.followed() for writer in layers), last) if keep_layers else None,
             attentions=None if writers is None else tuple(writer.result() for writer in writers.values()),
         )
 
-    def _read(self, columns: TokenColumns, reading: _Reading, keep_layers: bool, writers: dict | None) -> None:
-        """Read all tokens of a call into `reading`, at once with gradients and segment by segment without."""
-        size = columns.length
+    def _segments(self, tokens: Tokens) -> Iterator[Segment]:
+        """All tokens of a call, at once with gradients and segment by segment without."""
+        size, mini_batch = None, self.config.mini_batch_size
         if not torch.is_grad_enabled():
-            size = self.config.mini_batch_size * max(1, SEGMENT_TOKENS // self.config.mini_batch_size)
-        for start in range(0, columns.length, size):
-            end = min(start + size, columns.length)
-            x, counts = columns.tokens[:, start:end], columns.counts_in(start, end)
-            positions = columns.positions[:, start:end]
-            call = self._mixer_call(reading, x, counts, positions, writers is not None)
-            states, layers = [], [x]
-            for index, layer in enumerate(self.layers):
-                x, state, weights = layer(x, call, reading.states[index])
-                states.append(state)
-                layers.append(x)
-                if writers is not None and index in writers:
-                    first = columns.counts_in(0, start)
-                    writers[index].add(weights, first, first, columns.counts_in(0, end))
-            reading.states = tuple(states)
-            reading.tokens = tuple(old + new for old, new in zip(reading.tokens, counts, strict=True))
-            reading.hidden.append(self.norm(x))
-            if keep_layers:
-                reading.layers.append(layers[:-1])
+            size = mini_batch * max(1, SEGMENT_TOKENS // mini_batch)
+        [whole] = tokens.stretches(False, None, 0)
+        return tokens.segments(whole, (0,) * tokens.rows, mini_batch, size, True)
 
-    def _mixer_call(
-        self, reading: _Reading, x: torch.Tensor, counts: tuple[int, ...], positions: torch.Tensor, weights: bool
-    ) -> MixerCall:
+    def _read(
+        self, segment: Segment, reading: _Reading, writers: dict[int, AttentionWriter] | None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Read a segment into `reading`.
+
+        Returns:
+            Hidden states [B, T, D] after the final norm, and those before every block.
+        """
+        x, states, inputs = segment.embeddings, [], []
+        call = self._mixer_call(reading, segment, writers is not None)
+        for index, layer in enumerate(self.layers):
+            inputs.append(x)
+            x, state, weights = layer(x, call, reading.states[index])
+            states.append(state)
+            if writers is not None and index in writers:
+                writers[index].add(weights, segment)
+        reading.states, reading.tokens = tuple(states), added(reading.tokens, segment.counts)
+        return self.norm(x), inputs
+
+    def _mixer_call(self, reading: _Reading, segment: Segment, weights: bool) -> MixerCall:
+        x, counts, positions = segment.embeddings, segment.counts, segment.positions
         grid = MiniBatchGrid.of(reading.tokens, counts, x.shape[1], self.config.mini_batch_size, x.device)
         attention = None
         if hasattr(self, "rotary_emb"):
@@ -384,12 +392,36 @@ class TTTLayersForCausalLM(TTTLayersPreTrainedModel, BaseGenerationMixin):
                 "The prompt is padded on the right, so the model would continue from padding: tokenise with "
                 "`padding_side='left'`."
             )
-        check_cache(model_kwargs.get("cache"), None, self.config)
+        _check_cache(model_kwargs.get("cache"), None, self.config)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         """None: the model counts each row's own tokens, also across calls and padding."""
         return None
+
+
+def _check_cache(cache: TTTLayersCache | None, rows: int | None, config) -> None:
+    """Refuse a cache that is not one of this model's, or has not `rows` rows (None: any number).
+
+    Raises:
+        TypeError: it is of another kind.
+        ValueError: it holds another number of rows, or what another configuration has read.
+    """
+    if cache is None:
+        return
+    if not isinstance(cache, TTTLayersCache):
+        raise TypeError(
+            f"`cache` is a {type(cache).__name__}; this model needs a TTTLayersCache, because it also has to "
+            "keep what was learned. Make one with TTTLayersCache(model.config), or leave it to generate(). (Prefix "
+            "tuning of PEFT makes caches of keys and values, which not all blocks have: use LoRA or prompt tuning.)"
+        )
+    if cache.is_initialized and rows is not None and cache.batch_size != rows:
+        raise ValueError(
+            f"`cache` holds {cache.batch_size} rows but the inputs have {rows}: use "
+            "`batch_repeat_interleave` or `batch_select_indices` on the cache."
+        )
+    if cache.config is not config and cache.config.context_settings() != config.context_settings():
+        raise ValueError("`cache` belongs to a model of another configuration: read the text with this one.")
 
 
 def _chosen(given: bool | None, default: bool | None) -> bool:

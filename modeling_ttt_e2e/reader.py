@@ -4,53 +4,29 @@
     learning off: the rest of the suffix                        over the whole segment, fast weights as they are
     learning on: the rest of the suffix                         mini-batch by mini-batch (`learner`)
 
+All of these are one loop over blocks, `run_blocks`; they differ in where keys and values come from and go to.
+
 Axis letters: B batch rows, T tokens of the segment (aligned left; a row's unused columns stand on the right),
 D hidden size, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from .attention import AttentionInputs, attention_mask, block_masks, valid_columns
 from .context import LearnedContext, take_last
+from .fast_weights import FastWeights
 from .inner_loop import UpdateRule, log_likelihood_loss, widened
 from .layers import KeysValues
+from .tokens import Segment
 
 # A text of more windows than this is read block by block, so that no mask or score grows with its square.
 BLOCKS_FROM_WINDOWS = 4
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive tokens of every row.
-
-    Attributes:
-        ids: [B, T], or None when only embeddings are known.
-        embeddings: [B, T, D], or None to embed the ids.
-        counts: real tokens per row.
-        position_ids: [1 or B, T].
-        next_ids: per row the id that follows its last token here, -1 when unknown.
-        labels: [B, T] what each position predicts in the outer loss, or None.
-        learning: take inner steps.
-        needs_context: the learned context after this segment will be used.
-    """
-
-    ids: torch.Tensor | None
-    embeddings: torch.Tensor | None
-    counts: tuple[int, ...]
-    position_ids: torch.Tensor
-    next_ids: tuple[int, ...]
-    labels: torch.Tensor | None
-    learning: bool
-    needs_context: bool
-
-    @property
-    def length(self) -> int:
-        return self.position_ids.shape[1]
 
 
 @dataclass
@@ -60,24 +36,62 @@ class SegmentOutput:
     label_nll: [B, T], or None without labels.
     layers: hidden states before the first block, after every block but the last, and after the final norm, each as
         consecutive chunks [B, t, D], when asked for.
-    attentions: per block a list of (weights [B, heads, queries, keys], first query's column per row), when asked for.
+    attentions: in any order (block, weights [B, heads, queries, keys], the segment's token of the first query), when
+        asked for.
     inner: in order of time (rows, inner loss [rows], inner gradient norm [rows]).
     """
 
     hidden: torch.Tensor | None = None
     label_nll: torch.Tensor | None = None
     layers: list[list[torch.Tensor]] = field(default_factory=list)
-    attentions: list[list[tuple[torch.Tensor, tuple[int, ...]]]] = field(default_factory=list)
+    attentions: list[tuple[int, torch.Tensor, int]] = field(default_factory=list)
     inner: list[tuple[tuple[int, ...], torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What a call asks for, beyond the learned context."""
+class BlockPart(NamedTuple):
+    """What of block `index` a loop runs; `fast_index` is its place among the blocks with fast weights, or None."""
 
-    hidden: bool
-    layers: bool
-    attentions: bool
+    index: int
+    layer: torch.nn.Module
+    part: Literal["whole", "attention", "feed_forward"]
+    fast_index: int | None
+
+
+class Memory(Protocol):
+    """Keys and values around a loop over blocks."""
+
+    def before(self, index: int) -> tuple[AttentionInputs, KeysValues | None]:
+        """What the attention of block `index` needs: angles and masks, and earlier keys and values."""
+
+    def add(self, index: int, new: KeysValues) -> None:
+        """Take over the new tokens' keys and values."""
+
+
+def run_blocks(
+    parts: Sequence[BlockPart],
+    x: torch.Tensor,
+    fast: FastWeights | None,
+    memory: Memory,
+    call: Callable,
+) -> tuple[torch.Tensor, list[torch.Tensor], dict[int, torch.Tensor | None]]:
+    """Run x [B, T, D] through blocks.
+
+    Args:
+        call: `call(layer, ...)` runs a block; a place for checkpointing.
+
+    Returns:
+        The last hidden states, those after every part, and the attention weights by block.
+    """
+    states, weights = [], {}
+    for index, layer, part, fast_index in parts:
+        deltas = None if fast is None or fast_index is None else fast.of_layer(fast_index)
+        if part == "feed_forward":
+            x, _, _ = call(layer, x, None, None, deltas, part=part)
+        else:
+            x, new, weights[index] = call(layer, x, *memory.before(index), deltas, part=part)
+            memory.add(index, new)
+        states.append(x)
+    return x, states, weights
 
 
 @dataclass(frozen=True)
@@ -90,7 +104,7 @@ class Reader:
         implementation: attention implementation.
         inner_implementation: that of suffix blocks inside inner steps.
         checkpointing: recompute activations in the backward pass.
-        wanted: optional outputs.
+        want_hidden, want_layers, want_attentions: optional outputs.
     """
 
     model: torch.nn.Module
@@ -98,73 +112,74 @@ class Reader:
     implementation: str
     inner_implementation: str
     checkpointing: bool
-    wanted: Wanted
+    want_hidden: bool
+    want_layers: bool
+    want_attentions: bool
 
     @property
     def config(self):
         return self.model.config
 
+    @property
+    def suffix_layers(self) -> list[torch.nn.Module]:
+        return list(self.model.layers[self.config.num_prefix_layers :])
+
+    @property
+    def inner_parts(self) -> list[BlockPart]:
+        """What fast weights reach: the suffix without the attention of its first block."""
+        first = self.config.num_prefix_layers
+        return [
+            BlockPart(first + own, layer, "whole" if own else "feed_forward", own)
+            for own, layer in enumerate(self.suffix_layers)
+        ]
+
+    def outer_parts(self, learning: bool) -> list[BlockPart]:
+        """What runs over a whole segment at once: all, or when learning what no fast weight reaches."""
+        first = self.config.num_prefix_layers
+        whole = [
+            BlockPart(index, layer, "whole", index - first if index >= first else None)
+            for index, layer in enumerate(self.model.layers)
+        ]
+        return [*whole[:first], BlockPart(first, whole[first].layer, "attention", 0)] if learning else whole
+
     def read_prefix(
         self, context: LearnedContext, segment: Segment, output: SegmentOutput
     ) -> tuple[LearnedContext, torch.Tensor]:
-        """The blocks that run over the whole segment at once: all of them, or when learning those that no fast weight
-        reaches, the last of them with its attention only.
+        """The parts that run over the whole segment at once.
 
         Returns:
             The context with the new keys and values of these blocks, and the hidden states [B, T, D] after them.
         """
         x = segment.embeddings if segment.embeddings is not None else self.model.embed_tokens(segment.ids)
-        attention = self.attention_inputs(context, segment.position_ids, segment.length, layer=0)
-        histories = list(context.histories)
-        first_suffix = self.config.num_prefix_layers
-        last = first_suffix if segment.learning else self.config.num_hidden_layers - 1
-        self._note_layer(output, x)
-        for index, layer in enumerate(self.model.layers[: last + 1]):
-            history = histories[index]
-            if index < first_suffix:
-                x, new, weights = layer(x, attention, history)
-            else:
-                deltas = None if context.fast is None else context.fast.of_layer(index - first_suffix)
-                part = "attention" if segment.learning else "whole"
-                x, new, weights = self.run_suffix_layer(layer, x, attention, history, deltas, part=part)
-            if self.wanted.attentions:
-                output.attentions[index].append((weights, (0,) * context.rows))
-            if segment.needs_context:
-                histories[index] = self.extend(history, new, segment.counts, self.window_before(index))
-            if index < first_suffix or not segment.learning:
-                self._note_layer(output, x)
-        return replace(context, histories=tuple(histories)), x
+        memory = SegmentMemory(self, context, segment)
+        before = [x]
+        x, states = self.run(self.outer_parts(segment.learning), x, context.fast, memory, output)
+        self.note_layers(output, before + (states[:-1] if segment.learning else states))
+        return memory.context, x
 
-    def attention_inputs(
-        self, context: LearnedContext, position_ids: torch.Tensor, length: int, layer: int
-    ) -> AttentionInputs:
-        """Angles and masks for `length` new tokens; history columns as in block `layer` and others of its kind."""
-        device = position_ids.device
-        masks = {}
-        for index in range(layer, len(self.model.layers) if self.config.use_attention else 0):
-            layer_type = self.config.layer_types[index]
-            if layer_type in masks:
-                continue
-            history = context.histories[index]
-            columns = 0 if history is None else history[0].shape[2]
-            window = self.config.sliding_window if layer_type == "sliding_attention" else None
-            valid = valid_columns(context.tokens, columns, device)
-            in_blocks = window is not None and length > BLOCKS_FROM_WINDOWS * window and not self.wanted.attentions
-            if "flash" in self.implementation:
-                in_blocks = False  # needs no mask and no scores at any length
-            make_masks = block_masks if in_blocks else attention_mask
-            masks[layer_type] = make_masks(self.implementation, window, columns, length, context.rows, valid, device)
-        return AttentionInputs(self.model.rotary_emb(position_ids, self.model.dtype), masks, self.implementation)
+    def run(
+        self,
+        parts: Sequence[BlockPart],
+        x: torch.Tensor,
+        fast: FastWeights | None,
+        memory: Memory,
+        output: SegmentOutput,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """`run_blocks` over a whole segment; a suffix block is checkpointed as prefix blocks checkpoint themselves."""
 
-    def extend(
-        self, history: KeysValues | None, new: KeysValues, counts: Sequence[int], keep: int | None
-    ) -> KeysValues:
-        """History with the new keys and values, aligned right, at most `keep` columns (None: all)."""
-        columns = 0 if history is None else history[0].shape[2]
-        ends = [columns + count for count in counts]
-        keep = max(ends) if keep is None else keep
-        joined = new if history is None else tuple(torch.cat(pair, dim=2) for pair in zip(history, new, strict=True))
-        return tuple(take_last(states, ends, keep) for states in joined)
+        def call(layer, *args, **kwargs):
+            if not self.checkpointing or not torch.is_grad_enabled() or hasattr(layer, "gradient_checkpointing"):
+                return layer(*args, **kwargs)
+            return self.model._gradient_checkpointing_func(partial(layer, **kwargs), *args)
+
+        x, states, weights = run_blocks(parts, x, fast, memory, call)
+        if self.want_attentions:
+            output.attentions += [(index, own, 0) for index, own in weights.items()]
+        return x, states
+
+    def note_layers(self, output: SegmentOutput, states: Sequence[torch.Tensor]) -> None:
+        if self.want_layers:
+            output.layers += [[state] for state in states]
 
     def window_before(self, index: int) -> int | None:
         """Columns that the first of some new queries of block `index` sees before itself; None: all."""
@@ -185,8 +200,8 @@ class Reader:
     def finish(self, output: SegmentOutput, x: torch.Tensor, labels: torch.Tensor | None) -> None:
         """Final norm, and the outer loss without ever holding the logits of more than a mini-batch."""
         hidden = self.model.norm(x)
-        output.hidden = hidden if self.wanted.hidden else None
-        if self.wanted.layers:
+        output.hidden = hidden if self.want_hidden else None
+        if self.want_layers:
             output.layers[-1] = [hidden]
         if labels is None:
             return
@@ -202,12 +217,52 @@ class Reader:
             [nll(h, own) for h, own in zip(hidden.split(size, dim=1), labels.split(size, dim=1), strict=True)], dim=1
         )
 
-    def run_suffix_layer(self, layer, *args, **kwargs):
-        """A suffix block outside inner steps, checkpointed as prefix blocks are."""
-        if self.checkpointing and torch.is_grad_enabled():
-            return self.model._gradient_checkpointing_func(partial(layer, **kwargs), *args)
-        return layer(*args, **kwargs)
 
-    def _note_layer(self, output: SegmentOutput, x: torch.Tensor) -> None:
-        if self.wanted.layers:
-            output.layers.append([x])
+class SegmentMemory:
+    """The keys and values of a context, to which blocks that read a whole segment add theirs.
+
+    Args:
+        pending: tokens, per row, whose keys the inner blocks keep besides the window, to learn from them later.
+    """
+
+    def __init__(self, reader: Reader, context: LearnedContext, segment: Segment, pending: int = 0):
+        self.reader, self.segment, self.pending = reader, segment, pending
+        self.before_segment, self.histories = context, list(context.histories)
+        self.angles = reader.model.rotary_emb(segment.positions, reader.model.dtype)
+        self.inputs: dict[tuple[str, int], AttentionInputs] = {}
+
+    @property
+    def context(self) -> LearnedContext:
+        """The context with what was added."""
+        return replace(self.before_segment, histories=tuple(self.histories))
+
+    def before(self, index: int) -> tuple[AttentionInputs, KeysValues | None]:
+        history = self.histories[index]
+        kind, columns = self.reader.config.layer_types[index], 0 if history is None else history[0].shape[2]
+        if (kind, columns) not in self.inputs:
+            masks = {kind: self._mask(kind, columns)}
+            self.inputs[kind, columns] = AttentionInputs(self.angles, masks, self.reader.implementation)
+        return self.inputs[kind, columns], history
+
+    def add(self, index: int, new: KeysValues) -> None:
+        """History with the new keys and values, aligned right, as many columns as will be seen."""
+        if not self.segment.needs_context:
+            return
+        history, keep = self.histories[index], self.reader.window_before(index)
+        columns = 0 if history is None else history[0].shape[2]
+        ends = [columns + count for count in self.segment.counts]
+        keep = max(ends) if keep is None else keep + self.pending
+        joined = new if history is None else tuple(torch.cat(pair, dim=2) for pair in zip(history, new, strict=True))
+        self.histories[index] = tuple(take_last(states, ends, keep) for states in joined)
+
+    def _mask(self, kind: str, columns: int):
+        reader, length, rows = self.reader, self.segment.length, self.before_segment.rows
+        if not reader.config.use_attention:
+            return None
+        device = self.segment.positions.device
+        window = reader.config.sliding_window if kind == "sliding_attention" else None
+        in_blocks = window is not None and length > BLOCKS_FROM_WINDOWS * window and not reader.want_attentions
+        # A flash kernel needs no mask and no scores at any length.
+        make = block_masks if in_blocks and "flash" not in reader.implementation else attention_mask
+        valid = valid_columns(self.before_segment.tokens, columns, device)
+        return make(reader.implementation, window, columns, length, rows, valid, device)

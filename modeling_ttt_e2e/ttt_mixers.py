@@ -21,12 +21,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .attention import at_least_float32, float64_device
+from .attention import float64_device
 from .context import take_last
 from .mini_batch_grid import MiniBatchGrid
 from .ttt_attention_mixer import MixerCall, TTTLayersAttention
 from .ttt_kvb_mixer import TTTKVBMixer
 from .ttt_linear_mlp import NORM_EPS, InnerLearner, InnerState, Views, default_checkpoint_every, learn
+from .twice_differentiable import at_least_float32
 
 
 class TTTState(NamedTuple):

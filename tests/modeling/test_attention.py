@@ -7,7 +7,7 @@ import torch
 
 from ttt_e2e import TTTE2ECache
 from ttt_e2e.attention import TWICE_DIFFERENTIABLE, attention_function, attention_mask
-from ttt_e2e.rms_norm import rms_normalize, rms_normalize_plain
+from ttt_e2e.twice_differentiable import rms_normalize, rms_normalize_plain
 
 from .helpers import WINDOW, distance, gradients, loss_and_gradients, ragged, random_ids, small_model
 

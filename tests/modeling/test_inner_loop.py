@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ttt_e2e import TTTE2ECache, call, checkpointing, fast_weights
-from ttt_e2e.descent import ClippedDescent, clip_factors, clipped_descent, global_norms
+from ttt_e2e.twice_differentiable import ClippedDescent, clip_factors, clipped_descent, global_norms
 
 from .helpers import (
     BATCH,

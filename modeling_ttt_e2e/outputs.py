@@ -1,0 +1,214 @@
+"""From the tokens of segments back to the columns of a call: hidden states, losses and attention weights.
+
+Axis letters: B batch rows, N columns of the call, n tokens of a segment.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch.nn import functional as F
+
+from .tokens import Segment, Tokens
+
+
+class ColumnWriter:
+    """Collects outputs of tokens and returns them in columns `first` to N - 1; what is no token, or was not read, holds
+    zeros."""
+
+    def __init__(self, tokens: Tokens, first: int = 0):
+        self.tokens, self.first = tokens, first
+        # Values [B, n, ...] with their first column where each row's tokens stand in consecutive ones, else values
+        # [m, ...] with the row and column [m, 2] of each.
+        self.parts: list[tuple[torch.Tensor, int | torch.Tensor]] = []
+        self.sources: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def add(self, values: torch.Tensor, segment: Segment, start: int = 0) -> None:
+        """values [B, n, ...] of the segment's tokens `start`, `start` + 1, ..."""
+        if self.tokens.real is None and len(set(segment.begin)) == 1 and min(segment.counts) == segment.length:
+            # Only what is asked for is kept: a long text may want nothing but its last column.
+            column = segment.begin[0] + start
+            skipped = min(max(self.first - column, 0), values.shape[1])
+            if skipped:
+                values = values[:, skipped:] if values.requires_grad else values[:, skipped:].clone()
+            if values.shape[1]:
+                self.parts.append((values, column + skipped))
+            return
+        columns, real = self._places(segment, start, values.shape[1])
+        wanted = real & (columns >= self.first)
+        places = torch.stack([wanted.nonzero()[:, 0], columns[wanted]], dim=1)
+        self.parts.append((values[wanted], places))
+
+    def add_chunks(self, chunks: Sequence[torch.Tensor], segment: Segment) -> None:
+        """Consecutive chunks [B, n, ...] of a segment's tokens, which `followed` follows back.
+
+        Slots behind the last token are left out.
+        """
+        start = 0
+        for chunk in chunks:
+            width = min(chunk.shape[1], segment.length - start)
+            if width > 0:
+                self.sources.append((chunk, *self._places(segment, start, width)))
+                self.add(chunk if width == chunk.shape[1] else chunk[:, :width], segment, start)
+            start += chunk.shape[1]
+
+    def result(self) -> torch.Tensor:
+        """[B, N - first, ...]"""
+        columns = self.tokens.columns - self.first
+        if all(isinstance(places, int) for _, places in self.parts):
+            values = torch.cat([values for values, _ in self.parts], dim=1)
+            missing = columns - values.shape[1]
+            return F.pad(values, [0, 0] * (values.dim() - 2) + [0, missing]) if missing else values
+        flat, places = (torch.cat(parts) for parts in zip(*map(_flat, self.parts), strict=True))
+        result = flat.new_zeros(self.tokens.rows, columns, *flat.shape[1:])
+        return result.index_put((places[:, 0], places[:, 1] - self.first), flat)
+
+    def followed(self) -> torch.Tensor:
+        """As `result`, with the gradient of the chunks: `retain_grad()` shows what flows through the model itself.
+
+        Where the columns are one chunk it is returned itself. Elsewhere the result is a copy, from which nothing in the
+        model is computed; then hooks on the chunks bring it their gradient.
+        """
+        (first, *_), *others = self.sources
+        if not others and isinstance(self.parts[0][1], int) and first.shape[1] == self.tokens.columns - self.first:
+            return first
+        result = self.result()
+        for chunk, columns, real in self.sources:
+            _follow_gradient(result, chunk, partial(_to_columns, columns=columns, real=real))
+        return result
+
+    def _places(self, segment: Segment, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The column of each token from `start` on, and whether there is one, both [B, length]."""
+        columns = self.tokens.places([begin + start for begin in segment.begin], length)
+        counts = torch.tensor(segment.counts, device=columns.device)[:, None]
+        real = torch.arange(start, start + length, device=columns.device) < counts
+        return columns.expand_as(real), real
+
+
+def _flat(part: tuple[torch.Tensor, int | torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values [m, ...] of tokens, and the row and column [m, 2] of each."""
+    values, places = part
+    if isinstance(places, torch.Tensor):
+        return values, places
+    rows, columns = (torch.arange(size, device=values.device) for size in values.shape[:2])
+    return values.flatten(0, 1), torch.cartesian_prod(rows, columns + places)
+
+
+def _to_columns(state: torch.Tensor, gradient: torch.Tensor, columns: torch.Tensor, real: torch.Tensor) -> None:
+    """Write the gradient of tokens that stand at `columns` into that of the columns."""
+    rows = torch.arange(len(columns), device=columns.device)[:, None].expand_as(columns)
+    state[rows[real], columns[real]] = gradient[:, : columns.shape[1]][real]
+
+
+def _follow_gradient(
+    state: torch.Tensor, source: torch.Tensor, write: Callable[[torch.Tensor, torch.Tensor], None]
+) -> None:
+    """Let `state.retain_grad()` show the gradient of `source`, of which it is a copy in another order.
+
+    Args:
+        write: `write(gradient of state, gradient of source)` puts the latter in its place.
+    """
+    if not source.requires_grad:
+        return
+    copy = weakref.ref(state)  # which may go before the graph does
+
+    def follow(gradient: torch.Tensor) -> None:
+        own = copy()
+        if own is None or not own.retains_grad:
+            return
+        if own.grad is None:
+            own.grad = torch.zeros_like(own)
+        with torch.no_grad():
+            write(own.grad, gradient)
+
+    source.register_hook(follow)
+
+
+def _past_columns(
+    attention_mask: torch.Tensor | None, columns_read: int, tokens: Sequence[int], device: torch.device
+) -> list[torch.Tensor]:
+    """Per row, the columns of the tokens that earlier calls have read, in order.
+
+    A mask over all columns tells them; without one, padding is taken to stand on the left.
+    """
+    places = [torch.arange(columns_read - count, columns_read, device=device) for count in tokens]
+    if attention_mask is None or attention_mask.shape[1] <= columns_read or columns_read == 0:
+        return places
+    masked = [row.nonzero().squeeze(1).to(device) for row in attention_mask[:, :columns_read]]
+    return [own if len(own) == len(place) else place for own, place in zip(masked, places, strict=True)]
+
+
+class AttentionWriter:
+    """Collects one block's attention weights and returns them over the columns of a call.
+
+    Args:
+        history: key columns from before the call, the last ones that were read.
+        columns_read: columns from before the call.
+        past: per row, the columns of its tokens from before the call; those beyond `history` are left out.
+        columns_of_rows: per row, the columns of its tokens in the call, in order.
+        columns: N, columns of the call.
+    """
+
+    def __init__(
+        self,
+        history: int,
+        columns_read: int,
+        past: Sequence[torch.Tensor],
+        columns_of_rows: Sequence[torch.Tensor],
+        columns: int,
+    ):
+        self.history = history
+        # The place of every token of a row among the keys, those from before the call first; negative: left out.
+        shifted = zip(past, columns_of_rows, strict=True)
+        self.key_places = [torch.cat([old - columns_read, new]) + history for old, new in shifted]
+        self.past_tokens = [len(own) for own in past]
+        self.columns_of_rows = columns_of_rows
+        self.columns = columns
+        self.parts = []
+
+    def add(self, weights: torch.Tensor, segment: Segment, start: int = 0) -> None:
+        """weights [B, heads, Q, K] of the segment's tokens `start`, `start` + 1, ..."""
+        self.parts.append((weights, segment, start))
+
+    def result(self) -> torch.Tensor:
+        """[B, heads, N, history + N]; zero where a query or key is padding."""
+        weights, segment, start = self.parts[0]
+        size = (*weights.shape[:2], self.columns, self.history + self.columns)
+        alone = len(self.parts) == 1 and weights.shape == size
+        if alone and not self.history and not start and min(segment.counts) == self.columns:
+            return weights
+        result = weights.new_zeros(size)
+        for weights, segment, start in self.parts:
+            for row, (begin, end) in enumerate(zip(segment.begin, segment.end, strict=True)):
+                first = begin + start
+                places, earlier = self.columns_of_rows[row], self.past_tokens[row]
+                queries = torch.arange(weights.shape[2], device=weights.device) + first
+                keys = torch.arange(weights.shape[3], device=weights.device) + earlier + first
+                keys = keys - (weights.shape[3] - weights.shape[2])
+                good_queries = queries < end
+                key_columns = self.key_places[row][keys.clamp(0, len(self.key_places[row]) - 1)]
+                good_keys = (keys >= 0) & (keys < earlier + end) & (key_columns >= 0)
+                block = weights[row][:, good_queries][:, :, good_keys]
+                result[row][:, places[queries[good_queries]][:, None], key_columns[good_keys][None, :]] = block
+        return result
+
+
+def attention_writers(
+    config, tokens: Tokens, attention_mask: torch.Tensor | None, tokens_before: Sequence[int], columns_read: int
+) -> dict[int, AttentionWriter]:
+    """Collectors of attention weights by the index of their block, for blocks with attention.
+
+    Args:
+        attention_mask: as the call was given it.
+        tokens_before, columns_read: what earlier calls have read.
+    """
+    every = torch.arange(tokens.columns, device=tokens.device)
+    places = [every if tokens.real is None else every[tokens.real[row]] for row in range(tokens.rows)]
+    past = _past_columns(attention_mask, columns_read, tokens_before, tokens.device)
+    kept = {"full_attention": columns_read, "sliding_attention": min(columns_read, (config.sliding_window or 1) - 1)}
+    return {
+        index: AttentionWriter(kept[kind], columns_read, past, places, tokens.columns)
+        for index, kind in enumerate(config.layer_types)
+        if kind in kept
+    }

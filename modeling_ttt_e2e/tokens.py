@@ -1,0 +1,265 @@
+"""Where a row's tokens stand: from the columns of a padded batch to its rows' tokens, and on to segments of them.
+
+A call has columns, some of them padding; a row has tokens. Reading works on tokens: each row's own are moved to the
+left, and the outputs are returned to their columns (`outputs`). So padding changes nothing, wherever it stands.
+
+Axis letters: B batch rows, N columns of the call, T tokens of the longest row, D hidden size.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .context import gather_columns
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens of every row, read at once.
+
+    Attributes:
+        ids: [B, t], or None when only embeddings are known.
+        embeddings: [B, t, D], or None to embed the ids.
+        positions: [1 or B, t].
+        labels: [B, t] what each token predicts in the outer loss, or None.
+        begin: per row, which of the call's tokens is the first one here.
+        counts: tokens per row; the slots behind them hold anything.
+        next_ids: per row the id that follows its last token here, -1 when unknown.
+        learning: take inner steps.
+        needs_context: the learned context after this segment will be used.
+    """
+
+    ids: torch.Tensor | None
+    embeddings: torch.Tensor | None
+    positions: torch.Tensor
+    labels: torch.Tensor | None
+    begin: tuple[int, ...]
+    counts: tuple[int, ...]
+    next_ids: tuple[int, ...]
+    learning: bool
+    needs_context: bool
+
+    @property
+    def length(self) -> int:
+        return self.positions.shape[1]
+
+    @property
+    def end(self) -> tuple[int, ...]:
+        """Per row, one past its last token here, among the call's."""
+        return added(self.begin, self.counts)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive tokens begin[row] to end[row] - 1 of every row that are read in one manner: learning on or off.
+
+    `first`: the column with which it begins.
+    """
+
+    begin: tuple[int, ...]
+    end: tuple[int, ...]
+    first: int
+    learning: bool
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The input of a call, token by token.
+
+    Attributes:
+        ids: [B, T] or None; embeddings: [B, T, D] or None; labels: [B, T] what each token predicts, or None.
+        positions: [1 or B, T] position ids.
+        counts: tokens per row.
+        needed: per row, how many of them, from the first on, anyone will use the output of.
+        starts: position id of each row's next token before the call.
+        columns: N.
+        real: [B, N] bool, which columns hold a token; None when all do.
+        where: [B, T] the column of each token; None likewise.
+    """
+
+    ids: torch.Tensor | None
+    embeddings: torch.Tensor | None
+    labels: torch.Tensor | None
+    positions: torch.Tensor
+    counts: tuple[int, ...]
+    needed: tuple[int, ...]
+    starts: tuple[int, ...]
+    columns: int
+    real: torch.Tensor | None
+    where: torch.Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        ids: torch.Tensor | None,
+        embeddings: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        real: torch.Tensor | None,
+        starts: tuple[int, ...],
+        last_needed: Sequence[int] | None = None,
+    ) -> "Tokens":
+        """Move the tokens of a call to the left.
+
+        Args:
+            ids, labels, position_ids: [B, N] or None; embeddings: [B, N, D] or None; without `position_ids` each
+                row's tokens are counted.
+            real: as `checks.real_columns` returns it.
+            last_needed: per row, one past the last column whose output anyone will use; None: all are used.
+        """
+        given = ids if ids is not None else embeddings
+        (rows, columns), device, where = given.shape[:2], given.device, None
+        counts, needed = (columns,) * rows, last_needed
+        if real is not None:
+            counts = tuple(real.sum(dim=1).tolist())
+            if last_needed is not None:
+                within = torch.arange(columns, device=device) < torch.tensor(last_needed, device=device)[:, None]
+                needed = (real & within).sum(dim=1).tolist()
+            where = real.logical_not().long().argsort(dim=1, stable=True)[:, : max(1, *counts)]
+
+        def pick(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return tensor if tensor is None or where is None else gather_columns(tensor, where)
+
+        positions = pick(position_ids)
+        if positions is None:
+            length = columns if where is None else where.shape[1]
+            first = starts[:1] if len(set(starts)) == 1 else starts
+            positions = torch.tensor(first, device=device)[:, None] + torch.arange(length, device=device)
+        tensors = (pick(ids), pick(embeddings), pick(labels), positions)
+        return cls(*tensors, counts, counts if needed is None else tuple(needed), starts, columns, real, where)
+
+    @property
+    def rows(self) -> int:
+        return len(self.counts)
+
+    @property
+    def device(self) -> torch.device:
+        return self.positions.device
+
+    @property
+    def next_positions(self) -> tuple[int, ...]:
+        """Position id of each row's next token after the call."""
+        last = torch.tensor(self.counts, device=self.device)[:, None] - 1
+        found = self.positions.expand(self.rows, -1).gather(1, last.clamp_min(0)).squeeze(1).tolist()
+        rows = zip(self.starts, self.counts, found, strict=True)
+        return tuple(position + 1 if count else start for start, count, position in rows)
+
+    def places(self, begin: Sequence[int], length: int) -> torch.Tensor:
+        """The columns [1 or B, length] of tokens begin[row], begin[row] + 1, ...; the last one's for those beyond."""
+        if self.where is None:
+            begin = begin[:1] if min(begin) == max(begin) else begin
+            index = torch.tensor(begin, device=self.device)[:, None] + torch.arange(length, device=self.device)
+            return index.clamp_max(self.columns - 1)
+        return _window(self.where, begin, length)
+
+    def stretches(self, learning: bool, span: tuple[int, int] | None, columns_read: int) -> list[Stretch]:
+        """The whole call, or what stands before, within and after the columns `span` that may be learned.
+
+        Args:
+            span: counted from the first column ever read, of which the call begins at `columns_read`.
+        """
+        if not learning or span is None:
+            return [Stretch((0,) * self.rows, self.counts, 0, learning)]
+        first, last = (min(max(bound - columns_read, 0), self.columns) for bound in span)
+        bounds = [(0, first, False), (first, last, True), (last, self.columns, False)]
+        return [
+            Stretch(self._tokens_before(start), self._tokens_before(end), start, learns)
+            for start, end, learns in bounds
+            if end > start
+        ]
+
+    def segments(
+        self, stretch: Stretch, waiting: Sequence[int], mini_batch_size: int, size: int | None, needs_context: bool
+    ) -> Iterator[Segment]:
+        """Cut a stretch into segments of at most `size` tokens (None: one segment).
+
+        Where the begun mini-batch of a row is filled up and more follows, its rest is a segment of its own: then a
+        mini-batch never mixes tokens of earlier calls, whose keys and values are constants, with those that follow, and
+        no row depends on how far its neighbours have read.
+
+        Args:
+            waiting: tokens of each row's begun mini-batch before the stretch, at most `mini_batch_size`.
+            needs_context: the learned context after the stretch will be used.
+        """
+        begin, end = stretch.begin, tuple(map(min, stretch.end, self.needed))
+        left = tuple(max(last - first, 0) for first, last in zip(begin, end, strict=True))
+        if stretch.learning:
+            known = tuple(last - first for first, last in zip(begin, stretch.end, strict=True))
+            rest = _rest_of_mini_batches(waiting, left, known, mini_batch_size)
+            if any(rest):
+                left = tuple(count - own for count, own in zip(left, rest, strict=True))
+                more = needs_context or max(left) > 0
+                # What follows is left to the next segment: the step of the mini-batch is taken there.
+                yield self._segment(begin, rest, added(begin, rest), True, more)
+                begin = added(begin, rest)
+        longest = max(left)
+        if stretch.first == 0 and not any(self.needed):
+            longest = 1  # for the shapes of the outputs
+        step = max(1, size or longest)
+        for first in range(0, longest, step):
+            width = min(step, longest - first)
+            own = tuple(min(max(count - first, 0), width) for count in left)
+            more = needs_context or first + width < longest
+            yield self._segment(added(begin, (first,) * self.rows), own, stretch.end, stretch.learning, more)
+
+    def _segment(
+        self,
+        begin: tuple[int, ...],
+        counts: tuple[int, ...],
+        known: tuple[int, ...],
+        learning: bool,
+        needs_context: bool,
+    ) -> Segment:
+        """`known`: per row, one past the last token whose id may be looked at."""
+        length = max(1, *counts)
+
+        def pick(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else _window(tensor, begin, length)
+
+        return Segment(
+            ids=pick(self.ids),
+            embeddings=pick(self.embeddings),
+            positions=pick(self.positions),
+            labels=pick(self.labels),
+            begin=begin,
+            counts=counts,
+            next_ids=self._next_ids(added(begin, counts), known) if learning else (-1,) * self.rows,
+            learning=learning,
+            needs_context=needs_context,
+        )
+
+    def _next_ids(self, following: tuple[int, ...], known: tuple[int, ...]) -> tuple[int, ...]:
+        """Per row the id of token `following`, -1 from `known` on."""
+        if all(place >= end for place, end in zip(following, known, strict=True)):
+            return (-1,) * self.rows
+        ids = _window(self.ids, following, 1).squeeze(1).tolist()
+        return tuple(id if place < end else -1 for id, place, end in zip(ids, following, known, strict=True))
+
+    def _tokens_before(self, column: int) -> tuple[int, ...]:
+        if self.real is None:
+            return (column,) * self.rows
+        return tuple(self.real[:, :column].sum(dim=1).tolist())
+
+
+def added(first: Sequence[int], second: Sequence[int]) -> tuple[int, ...]:
+    """The sums of two numbers per row."""
+    return tuple(one + other for one, other in zip(first, second, strict=True))
+
+
+def _window(tensor: torch.Tensor, begin: Sequence[int], length: int) -> torch.Tensor:
+    """Places begin[row] to begin[row] + length - 1 of a tensor [1 or B, T, ...]; beyond its end the last one."""
+    if min(begin) == max(begin) and begin[0] + length <= tensor.shape[1]:
+        return tensor[:, begin[0] : begin[0] + length]
+    index = torch.tensor(begin, device=tensor.device)[:, None] + torch.arange(length, device=tensor.device)
+    return gather_columns(tensor.expand(len(begin), *tensor.shape[1:]), index.clamp_max(tensor.shape[1] - 1))
+
+
+def _rest_of_mini_batches(
+    waiting: Sequence[int], left: Sequence[int], known: Sequence[int], size: int
+) -> tuple[int, ...]:
+    """Per row, the tokens that fill up its begun mini-batch; zeros when no row goes beyond the one that it is in."""
+    rest = tuple(-count % size for count in waiting)
+    if all(tokens <= (own or size) for tokens, own in zip(known, rest, strict=True)):
+        return (0,) * len(rest)
+    return tuple(min(count, own) for count, own in zip(left, rest, strict=True))
