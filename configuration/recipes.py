@@ -5,7 +5,6 @@ model names, applied in their order. Overrides from a command line come last.
 """
 
 import dataclasses
-import inspect
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from .reading import (
 )
 
 RECIPE_FOLDER = Path(__file__).with_name("recipes")
-MODEL_FIELDS = tuple(field.name for field in dataclasses.fields(TTTE2EConfig))
+MODEL_FIELDS = {field.name: field.type for field in dataclasses.fields(TTTE2EConfig)}
 # What meta-training has beyond the fields of transformers.
 INNER_LEARNING_RATE_TYPES = {"inner_lr_init": float, "inner_lr_warmup_steps": float}
 TRAINING_FIELDS = (*(field.name for field in dataclasses.fields(TrainingArguments)), *INNER_LEARNING_RATE_TYPES)
@@ -219,7 +218,7 @@ def _parse_override(override: str, training_fields: Collection[str]) -> dict:
 def _check_values(recipe: Recipe, source: str) -> None:
     training_types = typing.get_type_hints(TrainingArguments) | INNER_LEARNING_RATE_TYPES
     check_field_types(recipe.training, training_types, source=f"{source}, section training")
-    check_field_types(recipe.model, inspect.get_annotations(TTTE2EConfig), source=f"{source}, section model")
+    check_field_types(recipe.model, MODEL_FIELDS, source=f"{source}, section model")
     at_least = {"batch_size": (recipe.batch_size, 1), "data.sequence_length": (recipe.data.sequence_length, 1)}
     at_least["data.validation_every"] = (recipe.data.validation_every, 2)
     at_least["data.validation_rows"] = (recipe.data.validation_rows, 1)

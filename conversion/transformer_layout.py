@@ -26,8 +26,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import TTTE2EConfig, TTTE2EForCausalLM
-from ..config_checks import ROPE_KEYS
-from ..configuration_ttt_e2e import LAYER_TYPES
+from ..configuration_decoder import ATTENTION_TYPES, ROPE_KEYS
 
 SUPPORTED_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -218,9 +217,9 @@ def warm_started_model(source: PreTrainedModel, settings: WarmStartSettings, see
 def _check_source(source: PreTrainedConfig) -> None:
     if getattr(source, "mlp_bias", False):
         raise ValueError("`mlp_bias` is True in the source: this model has no biases in its MLPs.")
-    unknown = set(getattr(source, "layer_types", None) or ()) - set(LAYER_TYPES)
+    unknown = set(getattr(source, "layer_types", None) or ()) - set(ATTENTION_TYPES)
     if unknown:
-        raise ValueError(f"`layer_types` of the source has {sorted(unknown)}; supported are {list(LAYER_TYPES)}.")
+        raise ValueError(f"`layer_types` of the source has {sorted(unknown)}; supported are {list(ATTENTION_TYPES)}.")
     rope = source.rope_parameters
     if rope.get("rope_type", "default") not in ROPE_KEYS:
         raise ValueError(

@@ -3,28 +3,17 @@
 Their mixers are those of transformers; this page only says which block has which one, and how large they are.
 """
 
-from .transformers_version import OLDEST_TRANSFORMERS  # noqa: F401  (first: an older release lacks names below)
+from .configuration_decoder import ATTENTION_TYPES, MixerConfig  # first: it checks the release of transformers
 
 # isort: split
 from huggingface_hub.dataclasses import strict
-from transformers import Mamba2Config, PreTrainedConfig
+from transformers import Mamba2Config
 
-from .config_checks import (
-    SIZES,
-    check_at_least_one,
-    check_attention_heads,
-    check_numbers,
-    check_rope,
-    check_special_tokens,
-    leave_out_default_tokens,
-)
-
-ATTENTION_MIXERS = ("sliding_attention", "full_attention")
 RECURRENT_MIXERS = ("mamba2", "gated_delta_net")
 
 
 @strict
-class RecurrentHybridConfig(PreTrainedConfig):
+class RecurrentHybridConfig(MixerConfig):
     """Sizes of a [`RecurrentHybridModel`]. `RecurrentHybridConfig()` is the preset 125m-gated-delta-net.
 
     Args:
@@ -64,7 +53,11 @@ class RecurrentHybridConfig(PreTrainedConfig):
 
     model_type = "recurrent_hybrid"
     keys_to_ignore_at_inference = ["cache", "token_nll"]
-    default_theta = 500000.0
+    layer_type_of = {name: name for name in ATTENTION_TYPES} | dict.fromkeys(RECURRENT_MIXERS, "linear_attention")
+    counts = (
+        "mamba_expand mamba_head_dim mamba_state_size mamba_num_groups mamba_conv_kernel mamba_chunk_size "
+        "linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim linear_conv_kernel_dim"
+    )
     # Ranges of the initial decay and time step of Gated DeltaNet, read by its mixer in transformers.
     linear_a_log_min = 0.0
     linear_a_log_max = 16.0
@@ -72,28 +65,7 @@ class RecurrentHybridConfig(PreTrainedConfig):
     linear_dt_max = 0.1
     linear_dt_init_floor = 1e-4
 
-    vocab_size: int = 128256
-    hidden_size: int = 768
-    intermediate_size: int = 1664
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    hidden_act: str = "silu"
-    initializer_range: int | float = 0.02
-    rms_norm_eps: int | float = 1e-6
-    rope_parameters: dict | None = None
-    max_position_embeddings: int = 131072
-    sliding_window: int | None = 8192
-    mixer_types: list[str] | None = None
-    attention_bias: bool = False
     attention_dropout: int | float = 0.0
-    post_norm: bool = True
-    use_cache: bool = True
-    tie_word_embeddings: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = 128000
-    eos_token_id: int | list[int] | None = 128001
 
     mamba_expand: int = 2
     mamba_head_dim: int = 64
@@ -110,12 +82,6 @@ class RecurrentHybridConfig(PreTrainedConfig):
     linear_allow_neg_eigval: bool = False
 
     def __post_init__(self, **kwargs):
-        check_at_least_one(self, SIZES)
-        leave_out_default_tokens(self)
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
         if self.linear_num_value_heads is None:
             self.linear_num_value_heads = self.linear_num_key_heads
         if self.linear_value_head_dim is None:
@@ -124,18 +90,7 @@ class RecurrentHybridConfig(PreTrainedConfig):
             pattern = ["gated_delta_net"] * 3 + ["sliding_attention"]
             self.mixer_types = [pattern[index % 4] for index in range(self.num_hidden_layers)]
             self.mixer_types[-1:] = ["sliding_attention"]
-        if "layer_types" in kwargs:
-            raise ValueError("`layer_types` follows from `mixer_types`: leave it out and set `mixer_types`.")
-        self._check_mixers()  # transformers would rename or refuse types that it does not know
-        if self._auto_class is None:
-            kwargs.pop("auto_map", None)  # it promises code beside the weights, which only remote code saves along
         super().__post_init__(**kwargs)
-        self.check()
-
-    @property
-    def layer_types(self) -> list[str]:
-        """Per block the name by which transformers chooses its cache and its mask."""
-        return ["linear_attention" if name in RECURRENT_MIXERS else name for name in self.mixer_types]
 
     def mamba2_config(self) -> Mamba2Config:
         """The configuration from which transformers builds a Mamba 2 mixer."""
@@ -154,49 +109,22 @@ class RecurrentHybridConfig(PreTrainedConfig):
         )
 
     def check(self) -> None:
-        """Check that the settings fit together.
+        super().check()
+        self.validate_recurrent_mixers()
 
-        Raises:
-            ValueError: naming the argument, its value and the remedy.
-        """
-        self._check_sizes()
-        self._check_mixers()
-        self._check_heads()
-
-    def _check_sizes(self):
-        check_at_least_one(
-            self,
-            f"{SIZES} num_key_value_heads head_dim mamba_expand mamba_head_dim mamba_state_size mamba_num_groups "
-            "mamba_conv_kernel mamba_chunk_size linear_num_key_heads linear_num_value_heads linear_key_head_dim "
-            "linear_value_head_dim linear_conv_kernel_dim",
-            optional="sliding_window",
-        )
-        check_rope(self.rope_parameters)
-        if not 0 <= self.attention_dropout < 1:
-            raise ValueError(f"`attention_dropout` must be at least 0 and less than 1, got {self.attention_dropout}.")
-        check_numbers(self)
-        check_special_tokens(self)
-
-    def _check_mixers(self):
-        if len(self.mixer_types) != self.num_hidden_layers:
-            raise ValueError(
-                f"`mixer_types` has {len(self.mixer_types)} entries, but `num_hidden_layers` is "
-                f"{self.num_hidden_layers}: give one per block."
-            )
-        known = (*ATTENTION_MIXERS, *RECURRENT_MIXERS)
-        unknown = sorted(set(self.mixer_types) - set(known))
-        if unknown:
-            raise ValueError(f"`mixer_types` has {unknown}; the known types are {list(known)}.")
-        if not set(self.mixer_types) & set(ATTENTION_MIXERS):
+    def validate_layer_type(self):
+        """Also that a block of attention is there."""
+        super().validate_layer_type()
+        if not set(self.mixer_types) & set(ATTENTION_TYPES):
             raise ValueError(
                 "`mixer_types` has no attention block, which is where transformers' cache counts tokens: make at "
-                f"least one block one of {list(ATTENTION_MIXERS)}."
+                f"least one block one of {list(ATTENTION_TYPES)}."
             )
-        if "sliding_attention" in self.mixer_types and self.sliding_window is None:
-            raise ValueError("`sliding_window` is None but `mixer_types` has 'sliding_attention': set the window.")
 
-    def _check_heads(self):
-        check_attention_heads(self)
+    def validate_recurrent_mixers(self):
+        """Check dropout, and that the heads of the recurrent blocks fit their sizes."""
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"`attention_dropout` must be at least 0 and less than 1, got {self.attention_dropout}.")
         values, keys = self.linear_num_value_heads, self.linear_num_key_heads
         if "gated_delta_net" in self.mixer_types and values % keys:
             raise ValueError(

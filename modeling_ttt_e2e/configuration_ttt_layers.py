@@ -1,39 +1,20 @@
 """Configuration of TTT-Linear and TTT-MLP (arXiv 2407.04620) and TTT-KVB, alone or mixed with attention blocks."""
 
-from .transformers_version import OLDEST_TRANSFORMERS  # noqa: F401  (first: an older release lacks names below)
+from .configuration_decoder import ATTENTION_TYPES, MixerConfig  # first: it checks the release of transformers
 
 # isort: split
+import math
+
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
 
-from .config_checks import (
-    SIZES,
-    check_at_least_one,
-    check_attention_heads,
-    check_numbers,
-    check_rope,
-    check_special_tokens,
-    leave_out_default_tokens,
-)
-
-ATTENTION_MIXERS = ("sliding_attention", "full_attention")
 INNER_LEARNERS = ("ttt_linear", "ttt_mlp")
 KEY_VALUE_BINDING = "ttt_kvb"  # has sliding-window attention inside
 OUTPUT_RULES = ("query", "key")
 BASE_LEARNING_RATES = {"ttt_linear": 1.0, "ttt_mlp": 0.1}
 
-CONTEXT_SETTINGS = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "hidden_act rms_norm_eps rope_parameters sliding_window mixer_types attention_bias qk_norm post_norm "
-    "mini_batch_size ttt_base_learning_rate ttt_rope_theta ttt_use_gate ttt_share_qk ttt_pre_conv ttt_conv_kernel "
-    "ttt_intermediate_ratio ttt_use_bias ttt_learn_initial_weights ttt_layer_norm_residual ttt_learn_learning_rate "
-    "ttt_token_scale ttt_kvb_num_heads ttt_kvb_intermediate_ratio ttt_kvb_output_rule ttt_kvb_weight_norm "
-    "ttt_kvb_momentum"
-).split()
-
 
 @strict
-class TTTLayersConfig(PreTrainedConfig):
+class TTTLayersConfig(MixerConfig):
     """Sizes and switches of a [`TTTLayersModel`]. `TTTLayersConfig()` is the 1.3B TTT-Linear model of the paper.
 
     The rows of the paper's Table 1, each a switch (from the last to the first): the Mamba backbone (`ttt_use_gate`,
@@ -90,28 +71,27 @@ class TTTLayersConfig(PreTrainedConfig):
 
     model_type = "ttt_layers"
     keys_to_ignore_at_inference = ["cache", "token_nll"]
-    default_theta = 500000.0
+    layer_type_of = (
+        dict.fromkeys(INNER_LEARNERS, "linear_attention")
+        | {KEY_VALUE_BINDING: "sliding_attention"}
+        | {name: name for name in ATTENTION_TYPES}
+    )
+    counts = "mini_batch_size ttt_conv_kernel ttt_intermediate_ratio ttt_kvb_num_heads ttt_kvb_intermediate_ratio"
+    counts_or_none = "inner_checkpoint_every"
+    context_fields = (
+        "qk_norm mini_batch_size ttt_base_learning_rate ttt_rope_theta ttt_use_gate ttt_share_qk ttt_pre_conv "
+        "ttt_conv_kernel ttt_intermediate_ratio ttt_use_bias ttt_learn_initial_weights ttt_layer_norm_residual "
+        "ttt_learn_learning_rate ttt_token_scale ttt_kvb_num_heads ttt_kvb_intermediate_ratio ttt_kvb_output_rule "
+        "ttt_kvb_weight_norm ttt_kvb_momentum"
+    )
 
     vocab_size: int = 32000
     hidden_size: int = 2048
     intermediate_size: int = 5504
     num_hidden_layers: int = 24
     num_attention_heads: int = 32
-    mixer_types: list[str] | None = None
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    hidden_act: str = "silu"
-    initializer_range: int | float = 0.02
-    rms_norm_eps: int | float = 1e-6
-    rope_parameters: dict | None = None
-    max_position_embeddings: int = 131072
-    sliding_window: int | None = 8192
-    attention_bias: bool = False
     qk_norm: bool = True
     post_norm: bool = False
-    use_cache: bool = True
-    tie_word_embeddings: bool = True
-    pad_token_id: int | None = None
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
 
@@ -136,25 +116,9 @@ class TTTLayersConfig(PreTrainedConfig):
     inner_checkpoint_every: int | None = None
 
     def __post_init__(self, **kwargs):
-        check_at_least_one(self, SIZES)
-        leave_out_default_tokens(self)
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
         if self.mixer_types is None:
             self.mixer_types = ["ttt_linear"] * self.num_hidden_layers
-        if "layer_types" in kwargs:
-            raise ValueError("`layer_types` follows from `mixer_types`: leave it out and set `mixer_types`.")
-        self._check_mixers()  # transformers would rename or refuse types that it does not know
         super().__post_init__(**kwargs)
-        self.check()
-
-    @property
-    def layer_types(self) -> list[str]:
-        """Per block the name that transformers has for its kind of memory."""
-        names = dict.fromkeys(INNER_LEARNERS, "linear_attention") | {KEY_VALUE_BINDING: "sliding_attention"}
-        return [names.get(mixer, mixer) for mixer in self.mixer_types]
 
     @property
     def num_fast_weights(self) -> int:
@@ -175,53 +139,15 @@ class TTTLayersConfig(PreTrainedConfig):
         given = self.ttt_base_learning_rate
         return BASE_LEARNING_RATES[mixer] if given is None else float(given)
 
-    def context_settings(self) -> dict:
-        """The settings that a cache depends on; models that differ in one cannot share it."""
-        return {name: getattr(self, name) for name in CONTEXT_SETTINGS}
-
     def check(self) -> None:
-        """Check that the settings fit together.
+        super().check()
+        self.validate_inner_learner()
+        self.validate_key_value_binding()
 
-        Raises:
-            ValueError: naming the argument, its value and the remedy.
-        """
-        self._check_sizes()
-        self._check_mixers()
-        if set(self.layer_types) & set(ATTENTION_MIXERS):
-            self._check_attention()
-        if set(self.mixer_types) & set(INNER_LEARNERS):
-            self._check_inner_learner()
-        if KEY_VALUE_BINDING in self.mixer_types:
-            self._check_key_value_binding()
-
-    def _check_sizes(self):
-        check_at_least_one(
-            self,
-            f"{SIZES} num_key_value_heads head_dim mini_batch_size ttt_conv_kernel ttt_intermediate_ratio "
-            "ttt_kvb_num_heads ttt_kvb_intermediate_ratio",
-            optional="sliding_window inner_checkpoint_every",
-        )
-        check_rope(self.rope_parameters)
-        check_numbers(self)
-        check_special_tokens(self)
-
-    def _check_mixers(self):
-        if len(self.mixer_types) != self.num_hidden_layers:
-            raise ValueError(
-                f"`mixer_types` has {len(self.mixer_types)} entries, but `num_hidden_layers` is "
-                f"{self.num_hidden_layers}: give one per block."
-            )
-        known = (*INNER_LEARNERS, KEY_VALUE_BINDING, *ATTENTION_MIXERS)
-        unknown = sorted(set(self.mixer_types) - set(known))
-        if unknown:
-            raise ValueError(f"`mixer_types` has {unknown}; the known types are {list(known)}.")
-
-    def _check_attention(self):
-        if "sliding_attention" in self.layer_types and self.sliding_window is None:
-            raise ValueError("`sliding_window` is None but `mixer_types` has blocks with a window: set it.")
-        check_attention_heads(self)
-
-    def _check_key_value_binding(self):
+    def validate_key_value_binding(self):
+        """Check the settings of `ttt_kvb` blocks, where there is one."""
+        if KEY_VALUE_BINDING not in self.mixer_types:
+            return
         size = self.hidden_size
         if self.num_attention_heads * self.head_dim != size or self.num_key_value_heads != self.num_attention_heads:
             raise ValueError(
@@ -231,27 +157,26 @@ class TTTLayersConfig(PreTrainedConfig):
             )
         if size % self.ttt_kvb_num_heads:
             raise ValueError(f"`ttt_kvb_num_heads` ({self.ttt_kvb_num_heads}) must divide `hidden_size` ({size}).")
-        if self.ttt_kvb_output_rule not in OUTPUT_RULES:
-            raise ValueError(
-                f"`ttt_kvb_output_rule` must be one of {list(OUTPUT_RULES)}, got {self.ttt_kvb_output_rule!r}."
-            )
+        self._check_choice("ttt_kvb_output_rule", OUTPUT_RULES)
         if self.mini_batch_size > self.sliding_window:
             raise ValueError(
                 f"`mini_batch_size` ({self.mini_batch_size}) is larger than `sliding_window` ({self.sliding_window}): "
                 "tokens would leave the window before 'ttt_kvb' has learned them. Make one of them fit the other."
             )
 
-    def _check_inner_learner(self):
+    def validate_inner_learner(self):
+        """Check the settings of `ttt_linear` and `ttt_mlp` blocks, where there is one."""
+        if not set(self.mixer_types) & set(INNER_LEARNERS):
+            return
         size, rest = divmod(self.hidden_size, self.num_attention_heads)
         if rest or (size % 2 and self.ttt_rope_theta is not None):
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) divided by `num_attention_heads` ({self.num_attention_heads}) "
                 "must be an even number, the channels of a TTT head (odd ones need `ttt_rope_theta=None`)."
             )
-        rate, theta = self.ttt_base_learning_rate, self.ttt_rope_theta
-        if rate is not None and not 0 <= rate < float("inf"):
-            raise ValueError(f"`ttt_base_learning_rate` must be finite and not negative, or None, got {rate}.")
-        if theta is not None and not 0 < theta < float("inf"):
+        self._check_not_negative("ttt_base_learning_rate")
+        theta = self.ttt_rope_theta
+        if theta is not None and not 0 < theta < math.inf:
             raise ValueError(f"`ttt_rope_theta` must be finite and positive, or None, got {theta}.")
         if "ttt_mlp" in self.mixer_types and not self.ttt_learn_initial_weights:
             raise ValueError(

@@ -12,7 +12,7 @@ import torch
 from .base_generation import BaseGenerationMixin, prompt_learning
 from .cache_ttt_e2e import TTTE2ECache
 from .checks import check_tensor
-from .renamed_arguments import accept_earlier_cache_names
+from .compatibility import accept_earlier_cache_names
 
 LEARN_FROM = ("context", "prompt", "none")
 ASSISTED_BY = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")

@@ -42,6 +42,7 @@ from .checks import (
     one_input,
     real_columns,
 )
+from .compatibility import accept_earlier_cache_names
 from .configuration_recurrent_hybrid import RecurrentHybridConfig
 from .recurrent_inputs import (
     RecurrentMask,
@@ -53,7 +54,6 @@ from .recurrent_inputs import (
     group_tokens,
     mix_tokens,
 )
-from .renamed_arguments import accept_earlier_cache_names
 
 # What the mixers know of packed documents, which only their fused kernels keep apart.
 PACKING_ARGUMENTS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")

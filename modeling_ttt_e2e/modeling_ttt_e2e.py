@@ -16,11 +16,11 @@ from transformers.utils.generic import can_return_tuple
 from .cache_ttt_e2e import TTTE2ECache
 from .call import answer_request, make_request
 from .checks import check_flags, check_not_reentrant, check_number_of_items
+from .compatibility import accept_earlier_cache_names
 from .configuration_ttt_e2e import TTTE2EConfig
 from .generation_ttt_e2e import TTTE2EGenerationMixin
 from .heads_ttt_e2e import QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead, divisor
 from .layers import TTTE2EDecoderLayer, TTTE2ERMSNorm, TTTE2ERotaryEmbedding, TTTE2ESuffixLayer
-from .renamed_arguments import accept_earlier_cache_names
 
 
 @dataclass

@@ -38,11 +38,12 @@ from .checks import (
     one_input,
     real_columns,
 )
-from .configuration_ttt_layers import ATTENTION_MIXERS, INNER_LEARNERS, TTTLayersConfig
+from .compatibility import accept_earlier_cache_names
+from .configuration_decoder import ATTENTION_TYPES
+from .configuration_ttt_layers import INNER_LEARNERS, TTTLayersConfig
 from .layers import TTTE2EMLP, TTTE2ERMSNorm, TTTE2ERotaryEmbedding
 from .mini_batch_grid import MiniBatchGrid
 from .outputs import AttentionWriter, ColumnWriter, attention_writers
-from .renamed_arguments import accept_earlier_cache_names
 from .tokens import Segment, Tokens, added
 from .ttt_attention_mixer import MixerCall
 from .ttt_kvb_mixer import TTTKVBMixer
@@ -75,7 +76,7 @@ class TTTLayersDecoderLayer(GradientCheckpointingLayer):
         optional_norm = norm if config.post_norm else nn.Identity
         self.mixer_type = config.mixer_types[layer_idx]
         mixer = MIXERS[self.mixer_type](config, layer_idx)
-        if self.mixer_type in ATTENTION_MIXERS:
+        if self.mixer_type in ATTENTION_TYPES:
             self.self_attn = mixer
         else:
             self.ttt = mixer
@@ -91,7 +92,7 @@ class TTTLayersDecoderLayer(GradientCheckpointingLayer):
 
     @property
     def mixer(self) -> nn.Module:
-        return self.self_attn if self.mixer_type in ATTENTION_MIXERS else self.ttt
+        return self.self_attn if self.mixer_type in ATTENTION_TYPES else self.ttt
 
     def forward(self, x: torch.Tensor, call: MixerCall, state: tuple | None) -> tuple[torch.Tensor, tuple, object]:
         """x [B, T, D] -> the same shape, the block's state after it, and attention weights or None.
@@ -165,7 +166,7 @@ class TTTLayersModel(TTTLayersPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(TTTLayersDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = TTTE2ERMSNorm(config.hidden_size, config.rms_norm_eps)
-        if set(config.layer_types) & set(ATTENTION_MIXERS):
+        if set(config.layer_types) & set(ATTENTION_TYPES):
             self.rotary_emb = TTTE2ERotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -290,7 +291,7 @@ class TTTLayersModel(TTTLayersPreTrainedModel):
         """Masks by the kind of attention; blocks of a kind have equally many earlier keys."""
         masks = {}
         for index, layer_type in enumerate(self.config.layer_types):
-            if layer_type in masks or layer_type not in ATTENTION_MIXERS:
+            if layer_type in masks or layer_type not in ATTENTION_TYPES:
                 continue
             state = reading.states[index]
             history = 0 if state is None else self.layers[index].mixer.history_columns(state[1])

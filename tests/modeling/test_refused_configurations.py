@@ -1,7 +1,7 @@
 """What all configurations have in common is checked alike: a value that cannot work is refused by name."""
 
 import pytest
-from huggingface_hub.errors import StrictDataclassFieldValidationError
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 
 from ttt_e2e import RecurrentHybridConfig, TTTE2EConfig, TTTLayersConfig
 
@@ -117,3 +117,16 @@ def test_special_tokens_that_nobody_chose_are_left_out_of_a_smaller_vocabulary(c
 def test_a_dropout_that_leaves_nothing_is_refused(value):
     with pytest.raises(ValueError, match=rf"`attention_dropout`.*got {value}"):
         RecurrentHybridConfig(**CONFIGS[RecurrentHybridConfig] | {"attention_dropout": value})
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_configuration_that_was_changed_is_checked_again_when_it_is_saved(config, tmp_path):
+    changed = config(**CONFIGS[config])
+    changed.rms_norm_eps = 0.0
+    with pytest.raises(StrictDataclassClassValidationError, match="`rms_norm_eps` must be finite and positive, got 0"):
+        changed.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_code_that_a_hub_folder_names_is_not_promised_by_a_folder_without_it(config):
+    assert not hasattr(config(**CONFIGS[config], auto_map={"AutoConfig": "configuration.Config"}), "auto_map")
