@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from ..inner_loop import NO_TARGET
+from ..causal_lm_loss import NO_TARGET
 from .texts import text_batches
 from .token_store import TokenStore
 from .tokenizer import encode_documents, separator_id

@@ -22,6 +22,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .twice_differentiable import plain_attention, twice_differentiable_attention
 
 TWICE_DIFFERENTIABLE = "twice_differentiable"
+# A text of more windows than this is read block by block, so that no mask or score grows with its square.
+BLOCKS_FROM_WINDOWS = 4
 
 
 def float64_device(device: torch.device) -> torch.device:
@@ -125,6 +127,28 @@ def block_masks(
     middle = mask(sliding_window, sliding_window)
     rest = num_new % sliding_window
     return BlockMasks(sliding_window, first, middle, mask(sliding_window, rest) if rest else middle)
+
+
+def segment_masks(
+    implementation: str,
+    sliding_window: int | None,
+    num_history: int,
+    num_new: int,
+    tokens_read: Sequence[int],
+    device: torch.device,
+    want_weights: bool,
+) -> torch.Tensor | BlockMasks | None:
+    """The masks with which a segment is read: of blocks where it is many windows long.
+
+    Args:
+        tokens_read: tokens that each row has read before, the last ones of which are the history.
+        want_weights: the attention weights are asked for, which blocks do not give.
+    """
+    in_blocks = sliding_window is not None and num_new > BLOCKS_FROM_WINDOWS * sliding_window and not want_weights
+    # A flash kernel needs no mask and no scores at any length.
+    make = block_masks if in_blocks and "flash" not in implementation else attention_mask
+    valid = valid_columns(tokens_read, num_history, device)
+    return make(implementation, sliding_window, num_history, num_new, len(tokens_read), valid, device)
 
 
 def attend_in_blocks(

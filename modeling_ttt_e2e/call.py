@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from .attention import TWICE_DIFFERENTIABLE
 from .cache_ttt_e2e import TTTE2ECache
-from .causal_lm_loss import position_labels
+from .causal_lm_loss import NO_TARGET, position_labels
 from .checks import (
     check_embeddings,
     check_extra_arguments,
@@ -26,7 +26,7 @@ from .checks import (
     real_columns,
 )
 from .context import LearnedContext
-from .inner_loop import NO_TARGET, UpdateRule, inner_table
+from .inner_loop import UpdateRule, inner_table
 from .learner import learn
 from .outputs import ColumnWriter, attention_writers
 from .reader import Reader, SegmentOutput
@@ -40,7 +40,7 @@ SEGMENT_TOKENS = 1024
 
 
 @dataclass(frozen=True)
-class Request:
+class Call:
     """A call whose arguments are checked and filled in.
 
     Attributes:
@@ -72,7 +72,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Answer:
+class CallOutput:
     """Outputs over the columns of a call, and the learned context after it."""
 
     hidden: torch.Tensor | None
@@ -84,7 +84,7 @@ class Answer:
     context: LearnedContext
 
 
-def make_request(
+def make_call(
     model: torch.nn.Module,
     *,
     input_ids: torch.Tensor | None,
@@ -101,7 +101,7 @@ def make_request(
     test_time_training: bool | None,
     learning_span: tuple[int, int] | None,
     **unknown,
-) -> Request:
+) -> Call:
     """Check the arguments of [`TTTE2EModel.forward`] and fill in the defaults.
 
     Raises:
@@ -158,7 +158,7 @@ def make_request(
     first_kept = 0
     if isinstance(logits_to_keep, int) and logits_to_keep > 0:
         first_kept = max(shape[1] - logits_to_keep, 0)
-    return Request(
+    return Call(
         tokens=Tokens.of(ids, embeddings, targets, position_ids, real, context.next_positions, last_needed),
         attention_mask=attention_mask,
         cache=cache,
@@ -176,45 +176,45 @@ def make_request(
     )
 
 
-def answer_request(model: torch.nn.Module, request: Request) -> Answer:
+def run_call(model: torch.nn.Module, call: Call) -> CallOutput:
     """Read the call's tokens and return its outputs."""
     if torch.is_inference_mode_enabled():
         # Tensors made in inference mode could not be saved for the inner gradient.
         with torch.inference_mode(False), torch.no_grad():
-            return answer_request(model, request)
-    with _without_cast_cache(request.tokens.device):
-        return _read_call(model, request)
+            return run_call(model, call)
+    with _without_cast_cache(call.tokens.device):
+        return _read_call(model, call)
 
 
-def _read_call(model: torch.nn.Module, request: Request) -> Answer:
-    tokens, context, config = request.tokens, request.context, model.config
-    reader, outputs = make_reader(model, request), _Outputs(config, request)
+def _read_call(model: torch.nn.Module, call: Call) -> CallOutput:
+    tokens, context, config = call.tokens, call.context, model.config
+    reader, outputs = make_reader(model, call), _Outputs(config, call)
     size = None if torch.is_grad_enabled() else segment_size(config)
-    stretches = tokens.stretches(request.learning, request.span, request.columns_read)
+    stretches = tokens.stretches(call.learning, call.span, call.columns_read)
     for stretch in stretches:
-        if request.span is not None and request.columns_read + stretch.first == request.span[0]:
+        if call.span is not None and call.columns_read + stretch.first == call.span[0]:
             # Mini-batches never reach across the beginning of what may be learned.
             context = reader.drop_pending(context)
-        more = request.use_cache or stretch is not stretches[-1]
+        more = call.use_cache or stretch is not stretches[-1]
         for segment in tokens.segments(stretch, context.pending_counts, config.mini_batch_size, size, more):
             context, output = read_segment(reader, context, segment)
             outputs.add(segment, output)
-    if request.use_cache:
+    if call.use_cache:
         context = replace(context, next_positions=tokens.next_positions)
-    return outputs.answer(context)
+    return outputs.result(context)
 
 
 class _Outputs:
     """Collects what segments give and puts it back in place."""
 
-    def __init__(self, config, request: Request):
-        tokens, layers = request.tokens, config.num_hidden_layers + 1
-        self.request = request
-        self.hidden, self.nll = ColumnWriter(tokens, request.first_kept), ColumnWriter(tokens)
-        self.layers = [ColumnWriter(tokens) for _ in range(layers if request.want_layers else 0)]
+    def __init__(self, config, call: Call):
+        tokens, layers = call.tokens, config.num_hidden_layers + 1
+        self.call = call
+        self.hidden, self.nll = ColumnWriter(tokens, call.first_kept), ColumnWriter(tokens)
+        self.layers = [ColumnWriter(tokens) for _ in range(layers if call.want_layers else 0)]
         self.attentions, self.inner = {}, []
-        if request.want_attentions:
-            before = (request.attention_mask, request.context.tokens, request.columns_read)
+        if call.want_attentions:
+            before = (call.attention_mask, call.context.tokens, call.columns_read)
             self.attentions = attention_writers(config, tokens, *before)
 
     def add(self, segment: Segment, output: SegmentOutput) -> None:
@@ -228,18 +228,18 @@ class _Outputs:
             self.attentions[index].add(weights, segment, start)
         self.inner += output.inner
 
-    def answer(self, context: LearnedContext) -> Answer:
+    def result(self, context: LearnedContext) -> CallOutput:
         """All of it; `context` is what was learned."""
-        request, tokens = self.request, self.request.tokens
+        call, tokens = self.call, self.call.tokens
         inner_loss = inner_grad_norm = None
-        if request.learning:
+        if call.learning:
             inner_loss, inner_grad_norm = inner_table(self.inner, tokens.rows, tokens.device)
             _warn_about_gradients(inner_grad_norm)
-        return Answer(
-            hidden=self.hidden.result() if request.want_hidden else None,
-            token_nll=self.nll.result()[:, : request.label_columns] if tokens.labels is not None else None,
-            layers=tuple(writer.followed() for writer in self.layers) if request.want_layers else None,
-            attentions=tuple(own.result() for own in self.attentions.values()) if request.want_attentions else None,
+        return CallOutput(
+            hidden=self.hidden.result() if call.want_hidden else None,
+            token_nll=self.nll.result()[:, : call.label_columns] if tokens.labels is not None else None,
+            layers=tuple(writer.followed() for writer in self.layers) if call.want_layers else None,
+            attentions=tuple(own.result() for own in self.attentions.values()) if call.want_attentions else None,
             inner_loss=inner_loss,
             inner_grad_norm=inner_grad_norm,
             context=context,
@@ -259,7 +259,7 @@ def read_segment(reader: Reader, context: LearnedContext, segment: Segment) -> t
     return replace(context, tokens=added(context.tokens, segment.counts)), output
 
 
-def make_reader(model: torch.nn.Module, request: Request) -> Reader:
+def make_reader(model: torch.nn.Module, call: Call) -> Reader:
     """The decoder set up for one call."""
     config = model.config
     rule = UpdateRule(
@@ -268,17 +268,17 @@ def make_reader(model: torch.nn.Module, request: Request) -> Reader:
         second_order=config.meta_gradient == "second_order",
         horizon=config.meta_gradient_horizon,
     )
-    implementation = "eager" if request.want_attentions else config._attn_implementation
+    implementation = "eager" if call.want_attentions else config._attn_implementation
     inner_implementation = implementation
-    differentiated = torch.is_grad_enabled() and rule.second_order and request.learning
-    if request.learning:
+    differentiated = torch.is_grad_enabled() and rule.second_order and call.learning
+    if call.learning:
         check_units(model)
         check_quantisation(model)
     if differentiated:
         check_tensor_parallelism(model)
         inner_implementation = "eager" if implementation == "eager" else TWICE_DIFFERENTIABLE
     checkpointing = model.gradient_checkpointing and model.training
-    if checkpointing and request.learning and torch.is_grad_enabled():
+    if checkpointing and call.learning and torch.is_grad_enabled():
         check_not_reentrant(model._gradient_checkpointing_func)
     return Reader(
         model=model,
@@ -286,9 +286,9 @@ def make_reader(model: torch.nn.Module, request: Request) -> Reader:
         implementation=implementation,
         inner_implementation=inner_implementation,
         checkpointing=checkpointing,
-        want_hidden=request.want_hidden,
-        want_layers=request.want_layers,
-        want_attentions=request.want_attentions,
+        want_hidden=call.want_hidden,
+        want_layers=call.want_layers,
+        want_attentions=call.want_attentions,
     )
 
 

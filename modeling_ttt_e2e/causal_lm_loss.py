@@ -7,9 +7,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .checks import check_label_arguments, check_number_of_items
+from .twice_differentiable import at_least_float32
 
 LOSS_SEGMENT = 1024  # positions whose logits are held at once
-IGNORED = -100  # transformers' label for "do not predict"
+NO_TARGET = -100  # transformers' label for "do not predict"
 
 
 def check_loss_arguments(
@@ -47,21 +48,42 @@ def position_labels(
     if shift_labels is None and labels is None:
         return None
     targets = labels[:, 1:] if shift_labels is None else shift_labels
-    return targets if real is None else targets.masked_fill(~real[:, : targets.shape[1]], IGNORED)
+    return targets if real is None else targets.masked_fill(~real[:, : targets.shape[1]], NO_TARGET)
+
+
+def log_likelihood_loss(logits: torch.Tensor, targets: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:
+    """-log p(target) [B, T], 0 where the target is `NO_TARGET`.
+
+    Args:
+        logits: [B, T, V], at least float32.
+        targets: [B, T].
+        normalizer: log of the sum of exp(logits), [B, T].
+    """
+    chosen = logits.gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    return (normalizer - chosen).masked_fill(targets == NO_TARGET, 0.0)
+
+
+def widened(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits in at least float32, and the logarithm of their exponentials' sum."""
+    logits = logits.to(at_least_float32(logits.dtype))
+    return logits, logits.logsumexp(dim=-1)
 
 
 def logits_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """logits [batch, length, vocabulary], labels [batch, length] -> -log p(label), at least float32, 0 at -100."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return nn.functional.cross_entropy(logits.mT, labels.to(logits.device), ignore_index=IGNORED, reduction="none")
+    logits, normalizer = widened(logits)
+    return log_likelihood_loss(logits, labels.to(logits.device), normalizer)
 
 
-def hidden_nll(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor, checkpointing: bool) -> torch.Tensor:
-    """As `logits_nll`, from hidden states [batch, length, size], segment by segment.
+def hidden_nll(
+    head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor, checkpointing: bool, size: int = LOSS_SEGMENT
+) -> torch.Tensor:
+    """As `logits_nll`, from hidden states [batch, length, channels], segment by segment.
 
     Args:
         head: makes logits of hidden states.
         checkpointing: recompute the logits in the backward pass.
+        size: positions whose logits are held at once.
     """
 
     def nll(part: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -69,7 +91,7 @@ def hidden_nll(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor, chec
 
     if checkpointing and torch.is_grad_enabled():
         nll = partial(checkpoint, nll, use_reentrant=False)
-    parts = zip(hidden.split(LOSS_SEGMENT, dim=1), labels.split(LOSS_SEGMENT, dim=1), strict=True)
+    parts = zip(hidden.split(size, dim=1), labels.split(size, dim=1), strict=True)
     return torch.cat([nll(part, targets) for part, targets in parts], dim=1)
 
 
@@ -93,5 +115,5 @@ def token_losses(
 def mean_loss(nll: torch.Tensor, labels: torch.Tensor, num_items: int | torch.Tensor | None) -> torch.Tensor:
     """Sum of `nll` divided by `num_items` (default: labelled tokens); 0 where nothing is labelled."""
     if num_items is None:
-        num_items = (labels != IGNORED).sum().clamp_min(1)
+        num_items = (labels != NO_TARGET).sum().clamp_min(1)
     return nll.sum() / (num_items.to(nll.device) if torch.is_tensor(num_items) else num_items)

@@ -17,10 +17,10 @@ from transformers.utils.generic import can_return_tuple
 
 from .cache_ttt_e2e import TTTE2ECache
 from .call import check_inputs
+from .causal_lm_loss import NO_TARGET, log_likelihood_loss, widened
 from .checks import check_extra_arguments, check_number_of_items, real_columns
 from .compatibility import accept_earlier_cache_names
 from .context import gather_columns
-from .inner_loop import NO_TARGET, log_likelihood_loss, widened
 from .twice_differentiable import at_least_float32
 
 # Arguments of the base model that mean nothing to a head.

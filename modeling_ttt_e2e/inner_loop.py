@@ -16,11 +16,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .causal_lm_loss import NO_TARGET, log_likelihood_loss, widened
 from .context import gather_columns
 from .fast_weights import FastWeights
 from .twice_differentiable import ClippedDescent, at_least_float32
-
-NO_TARGET = -100  # transformers' label for "do not predict"
 
 
 @dataclass(frozen=True)
@@ -140,24 +139,6 @@ def cut_gradient(tensor: torch.Tensor, rows: tuple[bool, ...]) -> torch.Tensor:
         return tensor
     chosen = torch.tensor(rows, device=tensor.device).view(-1, *[1] * (tensor.dim() - 1))
     return torch.where(chosen, tensor.detach(), tensor)
-
-
-def log_likelihood_loss(logits: torch.Tensor, targets: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:
-    """-log p(target) [B, T], 0 where the target is `NO_TARGET`.
-
-    Args:
-        logits: [B, T, V], at least float32.
-        targets: [B, T].
-        normalizer: log of the sum of exp(logits), [B, T].
-    """
-    chosen = logits.gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-    return (normalizer - chosen).masked_fill(targets == NO_TARGET, 0.0)
-
-
-def widened(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits in at least float32, and the logarithm of their exponentials' sum."""
-    logits = logits.to(at_least_float32(logits.dtype))
-    return logits, logits.logsumexp(dim=-1)
 
 
 def row_losses(nll: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

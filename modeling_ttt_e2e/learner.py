@@ -16,10 +16,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .attention import AttentionInputs, attention_mask, valid_columns
+from .causal_lm_loss import NO_TARGET
 from .checkpointing import run_checkpointed
 from .context import LearnedContext, Pending, gather_columns, take_last
 from .fast_weights import FastWeights, is_plain, linear
-from .inner_loop import NO_TARGET, InnerState, MiniBatch, StepOutput, cut_gradient, run_inner_loop
+from .inner_loop import InnerState, MiniBatch, StepOutput, cut_gradient, run_inner_loop
 from .layers import KeysValues, zero_fast_weights
 from .reader import Reader, SegmentMemory, SegmentOutput, run_blocks
 from .tokens import Segment, added

@@ -14,7 +14,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
 from .cache_ttt_e2e import TTTE2ECache
-from .call import answer_request, make_request
+from .call import make_call, run_call
 from .checks import check_flags, check_not_reentrant, check_number_of_items
 from .compatibility import accept_earlier_cache_names
 from .configuration_ttt_e2e import TTTE2EConfig
@@ -164,7 +164,7 @@ class TTTE2EModel(TTTE2EPreTrainedModel):
         Raises:
             ValueError, TypeError: an argument that cannot be read, before any work; nothing is changed.
         """
-        request = make_request(
+        call = make_call(
             self,
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -181,22 +181,22 @@ class TTTE2EModel(TTTE2EPreTrainedModel):
             learning_span=learning_span,
             **kwargs,
         )
-        answer = answer_request(self, request)
-        if request.use_cache:
-            cache = TTTE2ECache(self.config) if request.cache is None else request.cache
-            cache.store(answer.context, request.tokens.columns, self)
-        hidden = answer.hidden
+        output = run_call(self, call)
+        if call.use_cache:
+            cache = TTTE2ECache(self.config) if call.cache is None else call.cache
+            cache.store(output.context, call.tokens.columns, self)
+        hidden = output.hidden
         if hidden is not None and not isinstance(logits_to_keep, int):
             hidden = slice_logits_to_keep(hidden, logits_to_keep)
         return TTTE2EModelOutputWithPast(
             last_hidden_state=hidden,
-            cache=cache if request.use_cache else None,
-            hidden_states=answer.layers,
-            attentions=answer.attentions,
-            loss=None if answer.token_nll is None else answer.token_nll.sum() / request.labelled_tokens.clamp_min(1),
-            token_nll=answer.token_nll,
-            inner_loss=answer.inner_loss,
-            inner_grad_norm=answer.inner_grad_norm,
+            cache=cache if call.use_cache else None,
+            hidden_states=output.layers,
+            attentions=output.attentions,
+            loss=None if output.token_nll is None else output.token_nll.sum() / call.labelled_tokens.clamp_min(1),
+            token_nll=output.token_nll,
+            inner_loss=output.inner_loss,
+            inner_grad_norm=output.inner_grad_norm,
         )
 
 

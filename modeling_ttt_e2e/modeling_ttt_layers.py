@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
-from .attention import AttentionInputs, attention_mask, block_masks, valid_columns
+from .attention import AttentionInputs, segment_masks
 from .base_generation import BaseGenerationMixin
 from .cache_ttt_layers import TTTLayersCache
 from .causal_lm_loss import check_loss_arguments, mean_loss, position_labels, token_losses
@@ -49,8 +49,6 @@ from .ttt_attention_mixer import MixerCall
 from .ttt_kvb_mixer import TTTKVBMixer
 from .ttt_mixers import MIXERS, TTTMixer, causal_convolution, make_convolution
 
-# A text of more windows than this is attended to block by block, so that no mask or score grows with its square.
-BLOCKS_FROM_WINDOWS = 4
 # Tokens that are read at once without gradients, so that memory grows with the outputs alone.
 SEGMENT_TOKENS = 2048
 
@@ -296,11 +294,8 @@ class TTTLayersModel(TTTLayersPreTrainedModel):
             state = reading.states[index]
             history = 0 if state is None else self.layers[index].mixer.history_columns(state[1])
             window = self.config.sliding_window if layer_type == "sliding_attention" else None
-            blocks = window is not None and x.shape[1] > BLOCKS_FROM_WINDOWS * window
-            blocks = blocks and not weights and "flash" not in implementation
-            valid = valid_columns(reading.tokens, history, x.device)
-            make = block_masks if blocks else attention_mask
-            masks[layer_type] = make(implementation, window, history, x.shape[1], x.shape[0], valid, x.device)
+            sizes = (history, x.shape[1], reading.tokens)
+            masks[layer_type] = segment_masks(implementation, window, *sizes, x.device, weights)
         return masks
 
 

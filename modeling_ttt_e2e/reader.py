@@ -16,17 +16,14 @@ from functools import partial
 from typing import Literal, NamedTuple, Protocol
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from .attention import AttentionInputs, attention_mask, block_masks, valid_columns
+from .attention import AttentionInputs, BlockMasks, segment_masks
+from .causal_lm_loss import hidden_nll
 from .context import LearnedContext, take_last
 from .fast_weights import FastWeights
-from .inner_loop import UpdateRule, log_likelihood_loss, widened
+from .inner_loop import UpdateRule
 from .layers import KeysValues
 from .tokens import Segment
-
-# A text of more windows than this is read block by block, so that no mask or score grows with its square.
-BLOCKS_FROM_WINDOWS = 4
 
 
 @dataclass
@@ -203,19 +200,9 @@ class Reader:
         output.hidden = hidden if self.want_hidden else None
         if self.want_layers:
             output.layers[-1] = [hidden]
-        if labels is None:
-            return
-
-        def nll(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            logits, normalizer = widened(self.model.lm_head(hidden))
-            return log_likelihood_loss(logits, labels, normalizer)
-
-        if torch.is_grad_enabled() and self.checkpointing:
-            nll = partial(checkpoint, nll, use_reentrant=False)
-        size = self.config.mini_batch_size
-        output.label_nll = torch.cat(
-            [nll(h, own) for h, own in zip(hidden.split(size, dim=1), labels.split(size, dim=1), strict=True)], dim=1
-        )
+        if labels is not None:
+            size, checkpointing = self.config.mini_batch_size, self.checkpointing
+            output.label_nll = hidden_nll(self.model.lm_head, hidden, labels, checkpointing, size)
 
 
 class SegmentMemory:
@@ -255,14 +242,10 @@ class SegmentMemory:
         joined = new if history is None else tuple(torch.cat(pair, dim=2) for pair in zip(history, new, strict=True))
         self.histories[index] = tuple(take_last(states, ends, keep) for states in joined)
 
-    def _mask(self, kind: str, columns: int):
-        reader, length, rows = self.reader, self.segment.length, self.before_segment.rows
+    def _mask(self, kind: str, columns: int) -> torch.Tensor | BlockMasks | None:
+        reader, segment = self.reader, self.segment
         if not reader.config.use_attention:
             return None
-        device = self.segment.positions.device
         window = reader.config.sliding_window if kind == "sliding_attention" else None
-        in_blocks = window is not None and length > BLOCKS_FROM_WINDOWS * window and not reader.want_attentions
-        # A flash kernel needs no mask and no scores at any length.
-        make = block_masks if in_blocks and "flash" not in reader.implementation else attention_mask
-        valid = valid_columns(self.before_segment.tokens, columns, device)
-        return make(reader.implementation, window, columns, length, rows, valid, device)
+        sizes, device = (columns, segment.length, self.before_segment.tokens), segment.positions.device
+        return segment_masks(reader.implementation, window, *sizes, device, reader.want_attentions)

@@ -34,10 +34,10 @@ from torch.utils.checkpoint import checkpoint
 NORM_EPS = 1e-6
 
 # A step of some form: (views of a mini-batch, state, learner) -> (f_res of the queries, increments of the sums).
-Step = Callable[["StepViews", "InnerState", "InnerLearner"], tuple[torch.Tensor, tuple[torch.Tensor, ...]]]
+Step = Callable[["StepViews", "LearnerState", "InnerLearner"], tuple[torch.Tensor, tuple[torch.Tensor, ...]]]
 
 
-class InnerState(NamedTuple):
+class LearnerState(NamedTuple):
     """What a layer has learned.
 
     Attributes:
@@ -99,14 +99,14 @@ class InnerLearner:
     learn_bias: bool
 
 
-def learn(
+def learn_slots(
     views: Views,
-    state: InnerState,
+    state: LearnerState,
     learner: InnerLearner,
     complete: Sequence[Sequence[bool]],
     step: Step | None = None,
     checkpoint_every: int | None = None,
-) -> tuple[torch.Tensor, InnerState]:
+) -> tuple[torch.Tensor, LearnerState]:
     """Read mini-batches one after the other.
 
     Args:
@@ -144,8 +144,8 @@ def default_checkpoint_every(mini_batches: int) -> int:
 
 
 def _learn_group(
-    views: Views, state: InnerState, learner: InnerLearner, complete: Sequence[Sequence[bool]], step: Step
-) -> tuple[torch.Tensor, InnerState]:
+    views: Views, state: LearnerState, learner: InnerLearner, complete: Sequence[Sequence[bool]], step: Step
+) -> tuple[torch.Tensor, LearnerState]:
     outputs = []
     for batch, full in zip(_steps(views, learner, dual=step is dual_step), complete, strict=True):
         output, increments = step(batch, state, learner)
@@ -165,7 +165,7 @@ def _steps(views: Views, learner: InnerLearner, dual: bool) -> list[StepViews]:
 
 
 def dual_step(
-    batch: StepViews, state: InnerState, learner: InnerLearner
+    batch: StepViews, state: LearnerState, learner: InnerLearner
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """One mini-batch without ever building W_t.
 
@@ -191,7 +191,7 @@ def dual_step(
 
 
 def primal_step(
-    batch: StepViews, state: InnerState, learner: InnerLearner
+    batch: StepViews, state: LearnerState, learner: InnerLearner
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """One mini-batch as the equations say it, with one copy of the weights per token: the reference for `dual_step`."""
     layers = inner_gradients(batch.key, batch.target, batch.rate, state.weights, learner)
@@ -254,19 +254,19 @@ def _loss_gradient(output: torch.Tensor, target: torch.Tensor, learner: InnerLea
 
 
 def _advance(
-    state: InnerState, increments: Sequence[torch.Tensor], last_scale: torch.Tensor, complete: Sequence[bool]
-) -> InnerState:
+    state: LearnerState, increments: Sequence[torch.Tensor], last_scale: torch.Tensor, complete: Sequence[bool]
+) -> LearnerState:
     """The state after a mini-batch's tokens: where it is full its last weights, and else its sums so far."""
     sums = increments
     if state.sums is not None:
         sums = [old + new for old, new in zip(state.sums, increments, strict=True)]
     if not any(complete):
-        return InnerState(state.weights, tuple(sums))
+        return LearnerState(state.weights, tuple(sums))
     weights = [start - last_scale * total for start, total in zip(state.weights, sums, strict=True)]
     if all(complete):
-        return InnerState(tuple(weights), None)
+        return LearnerState(tuple(weights), None)
     full = torch.tensor(complete, device=last_scale.device).view(-1, 1, 1, 1)
-    return InnerState(
+    return LearnerState(
         tuple(torch.where(full, new, old) for new, old in zip(weights, state.weights, strict=True)),
         tuple(torch.where(full, torch.zeros_like(total), total) for total in sums),
     )

@@ -26,7 +26,7 @@ from .context import take_last
 from .mini_batch_grid import MiniBatchGrid
 from .ttt_attention_mixer import MixerCall, TTTLayersAttention
 from .ttt_kvb_mixer import TTTKVBMixer
-from .ttt_linear_mlp import NORM_EPS, InnerLearner, InnerState, Views, default_checkpoint_every, learn
+from .ttt_linear_mlp import NORM_EPS, InnerLearner, LearnerState, Views, default_checkpoint_every, learn_slots
 from .twice_differentiable import at_least_float32
 
 
@@ -38,7 +38,7 @@ class TTTState(NamedTuple):
         conv: last `ttt_conv_kernel - 1` inputs [B, taps, D] of the convolutions of queries and keys; None without.
     """
 
-    inner: InnerState
+    inner: LearnerState
     conv: torch.Tensor | None
 
 
@@ -139,7 +139,7 @@ class TTTMixer(nn.Module):
         if call.checkpointing and torch.is_grad_enabled():
             every = self.config.inner_checkpoint_every or default_checkpoint_every(call.grid.shape[0])
         with torch.autocast(x.device.type, enabled=False):
-            z, inner = learn(views, before, self.learner(dtype), call.grid.complete, self.form, every)
+            z, inner = learn_slots(views, before, self.learner(dtype), call.grid.complete, self.form, every)
         z = call.grid.take(z.permute(0, 2, 3, 1, 4).flatten(3)).to(x.dtype)
         z = self.post_norm(z)
         if self.config.ttt_use_gate:
@@ -179,7 +179,7 @@ class TTTMixer(nn.Module):
         norm = self.inner_norm(dtype) if self.config.ttt_layer_norm_residual else None
         return InnerLearner(norm, self.config.ttt_use_bias)
 
-    def initial_state(self, x: torch.Tensor, dtype: torch.dtype) -> InnerState:
+    def initial_state(self, x: torch.Tensor, dtype: torch.dtype) -> LearnerState:
         """The learner's state before the first token of x [B, T, D]: the parameters, or zeros, the same for all."""
         weights = []
         for index, (ins, outs) in enumerate(pairwise(self.inner_sizes), start=1):
@@ -188,7 +188,7 @@ class TTTMixer(nn.Module):
                 if parameter is None:
                     parameter = x.new_zeros(self.heads, width, outs)
                 weights.append(parameter.to(dtype).repeat(x.shape[0], 1, 1, 1))
-        return InnerState(tuple(weights), None)
+        return LearnerState(tuple(weights), None)
 
     def _rate(self, x: torch.Tensor, grid: MiniBatchGrid, dtype: torch.dtype) -> torch.Tensor:
         """[B, H, G, N] learning rates; 0 in slots without a token."""
@@ -225,6 +225,6 @@ def rotate_pairs(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     return torch.stack([even * cosines - odd * sines, even * sines + odd * cosines], dim=-1).flatten(-2)
 
 
-def _in_dtype(state: InnerState, dtype: torch.dtype) -> InnerState:
+def _in_dtype(state: LearnerState, dtype: torch.dtype) -> LearnerState:
     sums = None if state.sums is None else tuple(tensor.to(dtype) for tensor in state.sums)
-    return InnerState(tuple(tensor.to(dtype) for tensor in state.weights), sums)
+    return LearnerState(tuple(tensor.to(dtype) for tensor in state.weights), sums)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from ..inner_loop import NO_TARGET
+from ..causal_lm_loss import NO_TARGET
 from .arguments import MetaTrainingArguments, check_saves_follow_logs
 from .guards import check_arguments, check_collator, check_prepared, learning_models
 from .inner_logs import InnerLogs

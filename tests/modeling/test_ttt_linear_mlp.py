@@ -9,12 +9,12 @@ from torch.nn.functional import gelu, layer_norm
 from ttt_e2e.mini_batch_grid import MiniBatchGrid
 from ttt_e2e.ttt_linear_mlp import (
     InnerLearner,
-    InnerState,
+    LearnerState,
     Views,
     default_checkpoint_every,
     dual_step,
     inner_gradients,
-    learn,
+    learn_slots,
     primal_step,
 )
 
@@ -45,7 +45,7 @@ class Problem:
         for leaf in self.leaves:
             leaf.requires_grad_()
 
-    def read(self, start: int, end: int, state: InnerState | None, **how):
+    def read(self, start: int, end: int, state: LearnerState | None, **how):
         """Outputs [rows, tokens, heads, channels] of some tokens, and the state after them."""
         grid = MiniBatchGrid.of((start,) * ROWS, (end - start,) * ROWS, end - start, SIZE, torch.device("cpu"))
         place = lambda x: grid.place(x[:, start:end]).permute(0, 3, 1, 2, 4)  # noqa: E731
@@ -54,8 +54,8 @@ class Problem:
             rate = rate.masked_fill(~grid.real.unflatten(1, grid.shape)[..., None], 0)
         scale = self.scale[grid.positions.unflatten(1, grid.shape)].unsqueeze(1)
         views = Views(*map(place, self.tokens.values()), rate.permute(0, 3, 1, 2), scale, self.scale[-1])
-        state = state or InnerState(tuple(self.weights), None)
-        z, state = learn(views, state, self.learner, grid.complete, **how)
+        state = state or LearnerState(tuple(self.weights), None)
+        z, state = learn_slots(views, state, self.learner, grid.complete, **how)
         return grid.take(z.permute(0, 2, 3, 1, 4)), state
 
     def gradients(self, outputs, state):
@@ -146,7 +146,7 @@ def test_second_derivatives(kind):
     problem = Problem(kind, 4)
 
     def outputs(*weights):
-        return problem.read(0, 4, InnerState(weights, None))[0]
+        return problem.read(0, 4, LearnerState(weights, None))[0]
 
     weights = [weight.detach().clone().requires_grad_() for weight in problem.weights]
     assert torch.autograd.gradcheck(outputs, weights, atol=1e-6)
@@ -195,17 +195,17 @@ def test_one_step_from_zero_is_causal_linear_attention():
     """Descent of 1/2 |W k - v|^2 from W = 0 adds v k^T per token at rate 1 (at 1/2 for the paper's |W k - v|^2)."""
     tokens = 7
     q, k, v = (random(ROWS, HEADS, 1, tokens, CHANNELS, seed=seed) for seed in range(3))
-    zeros = InnerState((torch.zeros_like(q[:, :, 0, :CHANNELS]), torch.zeros_like(q[:, :, 0, :1])), None)
+    zeros = LearnerState((torch.zeros_like(q[:, :, 0, :CHANNELS]), torch.zeros_like(q[:, :, 0, :1])), None)
     ones = torch.ones(ROWS, HEADS, 1, tokens, dtype=torch.float64)
     views = Views(q, k, v, ones, ones[:1, :1], ones[0, 0, 0, 0])
     attention = (q @ k.mT).tril() @ v
     complete = [[True] * ROWS]
     for step in (dual_step, primal_step):
-        z, state = learn(views, zeros, InnerLearner(None, learn_bias=False), complete, step=step)
+        z, state = learn_slots(views, zeros, InnerLearner(None, learn_bias=False), complete, step=step)
         torch.testing.assert_close(z, attention, rtol=0, atol=1e-12)
         torch.testing.assert_close(state.weights[0], (k.mT @ v)[:, :, 0], rtol=0, atol=1e-12)
     # A bias is one more channel that is 1 in every key and query.
-    z, _ = learn(views, zeros, InnerLearner(None, learn_bias=True), complete)
+    z, _ = learn_slots(views, zeros, InnerLearner(None, learn_bias=True), complete)
     torch.testing.assert_close(z, (q @ k.mT + 1).tril() @ v, rtol=0, atol=1e-12)
 
 
