@@ -13,6 +13,7 @@ from .attention import TWICE_DIFFERENTIABLE
 from .cache_ttt_e2e import TTTE2ECache
 from .causal_lm_loss import NO_TARGET, position_labels
 from .checks import (
+    check_cache,
     check_embeddings,
     check_extra_arguments,
     check_flags,
@@ -121,7 +122,7 @@ def make_call(
     has_prefix = isinstance(cache, DynamicCache) and cache.get_seq_length() > 0
     if has_prefix:
         cache = TTTE2ECache.of_prefix(cache, config)
-    _check_cache(cache, shape[0], config)
+    check_cache(cache, TTTE2ECache, shape[0], config)
     context = cache.context if cache is not None and cache.context is not None else None
     context = context or LearnedContext.start(shape[0], config.num_hidden_layers)
     never = learning_span is not None and learning_span[1] <= learning_span[0]
@@ -316,23 +317,6 @@ def check_inputs(ids: torch.Tensor | None, embeddings: torch.Tensor | None, conf
             "tokens."
         )
     return tuple((ids if ids is not None else embeddings).shape[:2])
-
-
-def _check_cache(cache: TTTE2ECache | None, rows: int, config) -> None:
-    if cache is None:
-        return
-    if not isinstance(cache, TTTE2ECache):
-        raise TypeError(
-            f"`cache` is a {type(cache).__name__}; this model needs a TTTE2ECache, because it also has to "
-            "keep what was learned. Make one with TTTE2ECache(model.config), or leave it to generate()."
-        )
-    if cache.context is not None and cache.context.rows != rows:
-        raise ValueError(
-            f"`cache` holds {cache.context.rows} rows but the inputs have {rows}: use "
-            "`batch_repeat_interleave` or `batch_select_indices` on the cache."
-        )
-    if cache.config is not config and cache.config.context_settings() != config.context_settings():
-        raise ValueError("`cache` belongs to a model of another configuration: read the text with this one.")
 
 
 def _check_learning(

@@ -116,4 +116,9 @@ def mean_loss(nll: torch.Tensor, labels: torch.Tensor, num_items: int | torch.Te
     """Sum of `nll` divided by `num_items` (default: labelled tokens); 0 where nothing is labelled."""
     if num_items is None:
         num_items = (labels != NO_TARGET).sum().clamp_min(1)
-    return nll.sum() / (num_items.to(nll.device) if torch.is_tensor(num_items) else num_items)
+    return per_item(nll.sum(), num_items)
+
+
+def per_item(total: torch.Tensor, num_items: int | torch.Tensor) -> torch.Tensor:
+    """A summed loss divided by a number, wherever that is kept."""
+    return total / (num_items.to(total.device) if torch.is_tensor(num_items) else num_items)

@@ -131,34 +131,32 @@ def check_something_to_read(real: torch.Tensor | None, goes_on: bool) -> None:
 
 
 def check_positions(
-    position_ids: torch.Tensor, real: torch.Tensor | None, shape: tuple[int, int], next_positions: tuple[int, ...]
+    position_ids: torch.Tensor,
+    real: torch.Tensor | None,
+    shape: tuple[int, int],
+    next_positions: tuple[int, ...] | None = None,
 ) -> torch.Tensor:
-    """Positions [batch, length] that grow along each row's tokens and go on from what was read before."""
+    """Positions [batch, length] of tokens, small enough for exact angles.
+
+    Args:
+        next_positions: of each row, where given: positions must go on from there, and grow along the row's tokens.
+    """
     position_ids = expand_positions(position_ids, shape)
-    seen = torch.tensor(next_positions, device=position_ids.device)[:, None] - 1
-    before = position_ids if real is None else position_ids.masked_fill(~real, -1)
-    highest = torch.cat([seen, before], dim=1).cummax(dim=1).values[:, :-1]
-    wrong = (position_ids <= highest) | (position_ids >= END_OF_POSITIONS)
+    wrong = outside = (position_ids < 0) | (position_ids >= END_OF_POSITIONS)
+    if next_positions is not None:
+        seen = torch.tensor(next_positions, device=position_ids.device)[:, None] - 1
+        before = position_ids if real is None else position_ids.masked_fill(~real, -1)
+        highest = torch.cat([seen, before], dim=1).cummax(dim=1).values[:, :-1]
+        wrong = outside | (position_ids <= highest)
     if real is not None:
         wrong = wrong & real
     if bool(wrong.any()):
         row, column = wrong.nonzero()[0].tolist()
-        position, above = int(position_ids[row, column]), int(highest[row, column])
-        if not 0 <= position < END_OF_POSITIONS:
+        position = int(position_ids[row, column])
+        if outside[row, column]:
             raise ValueError(OUTSIDE.format(row=row, column=column, position=position))
-        raise ValueError(PACKED.format(row=row, column=column, position=position, highest=above))
+        raise ValueError(PACKED.format(row=row, column=column, position=position, highest=int(highest[row, column])))
     return position_ids
-
-
-def check_position_range(position_ids: torch.Tensor, real: torch.Tensor | None, shape: tuple[int, int]) -> None:
-    """Positions of tokens are not negative, and small enough for exact angles."""
-    position_ids = expand_positions(position_ids, shape)
-    wrong = (position_ids < 0) | (position_ids >= END_OF_POSITIONS)
-    if real is not None:
-        wrong = wrong & real
-    if bool(wrong.any()):
-        row, column = wrong.nonzero()[0].tolist()
-        raise ValueError(OUTSIDE.format(row=row, column=column, position=int(position_ids[row, column])))
 
 
 def expand_positions(position_ids: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -172,6 +170,32 @@ def expand_positions(position_ids: torch.Tensor, shape: tuple[int, int]) -> torc
             f"`position_ids` has shape {tuple(position_ids.shape)}; it must be [batch, length] = {shape}, or one row."
         )
     return position_ids.expand(rows, columns).long()
+
+
+def check_cache(cache: Any, kind: type, rows: int | None, config, besides: str = "") -> None:
+    """Check that a learned context is one of this model's, of a kind and with `rows` rows (None: any number).
+
+    Args:
+        besides: a further remedy for a cache of another kind.
+
+    Raises:
+        TypeError: it is of another kind.
+        ValueError: it holds another number of rows, or what another configuration has read.
+    """
+    if cache is None:
+        return
+    if not isinstance(cache, kind):
+        raise TypeError(
+            f"`cache` is a {type(cache).__name__}; this model needs a {kind.__name__}, because it also has to keep "
+            f"what was learned. Make one with {kind.__name__}(model.config), or leave it to generate().{besides}"
+        )
+    if rows is not None and cache.is_initialized and cache.batch_size != rows:
+        raise ValueError(
+            f"`cache` holds {cache.batch_size} rows but the inputs have {rows}: use `batch_repeat_interleave` or "
+            "`batch_select_indices` on the cache."
+        )
+    if cache.config is not config and cache.config.context_settings() != config.context_settings():
+        raise ValueError("`cache` belongs to a model of another configuration: read the text with this one.")
 
 
 def check_tensor(name: str, value: Any) -> None:

@@ -6,7 +6,11 @@ A checkpoint of the language model loads into these classes, with nothing missin
 These are mixins: `modeling_ttt_e2e` makes models of them, so that one file of a Hub folder holds all classes.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import (
     QuestionAnsweringModelOutput,
@@ -17,7 +21,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .cache_ttt_e2e import TTTE2ECache
 from .call import check_inputs
-from .causal_lm_loss import NO_TARGET, log_likelihood_loss, widened
+from .causal_lm_loss import NO_TARGET, logits_nll, mean_loss, per_item
 from .checks import check_extra_arguments, check_number_of_items, real_columns
 from .compatibility import accept_earlier_cache_names
 from .context import gather_columns
@@ -62,24 +66,14 @@ class SequenceClassificationHead:
         Raises:
             ValueError, TypeError: an argument that cannot be read, before any work; nothing is changed.
         """
-        check_number_of_items(num_items_in_batch)
-        shape = check_inputs(input_ids, inputs_embeds, self.config)
-        behind = columns_behind(real_tokens(attention_mask, shape, cache))
+        text = (input_ids, attention_mask, position_ids, cache, inputs_embeds)
+        shape, real, read = checked_reading(self, text, num_items_in_batch, kwargs)
+        behind = columns_behind(real)
         if labels is not None:
             self.config.problem_type = problem_type(self.config, labels)
             check_sequence_labels(labels, shape[0], self.config)
             use_cache = bool(use_cache)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            logits_to_keep=1 if behind is None else int(behind.max()) + 1,
-            return_dict=True,
-            **without_language_modelling(kwargs),
-        )
+        outputs = read(use_cache=use_cache, logits_to_keep=1 if behind is None else int(behind.max()) + 1)
         hidden = outputs.last_hidden_state
         if behind is not None:
             hidden = gather_columns(hidden, hidden.shape[1] - 1 - behind[:, None])
@@ -126,21 +120,12 @@ class TokenClassificationHead:
         Raises:
             ValueError, TypeError: an argument that cannot be read, before any work; nothing is changed.
         """
-        check_number_of_items(num_items_in_batch)
-        shape = check_inputs(input_ids, inputs_embeds, self.config)
-        real = real_tokens(attention_mask, shape, cache)
+        text = (input_ids, attention_mask, position_ids, cache, inputs_embeds)
+        shape, real, read = checked_reading(self, text, num_items_in_batch, kwargs)
         if labels is not None:
             check_label_ids(labels, shape, self.config.num_labels)
             labels = labels if real is None else labels.masked_fill(~real, NO_TARGET)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            return_dict=True,
-            **without_language_modelling({"use_cache": cache is not None} | kwargs),
-        )
+        outputs = read()
         logits = self.score(self.dropout(outputs.last_hidden_state))
         return TokenClassifierOutput(
             loss=None if labels is None else label_loss(logits, labels.to(logits.device), num_items_in_batch),
@@ -183,19 +168,10 @@ class QuestionAnsweringHead:
         Raises:
             ValueError, TypeError: an argument that cannot be read, before any work; nothing is changed.
         """
-        check_number_of_items(num_items_in_batch)
-        shape = check_inputs(input_ids, inputs_embeds, self.config)
-        real = real_tokens(attention_mask, shape, cache)
+        text = (input_ids, attention_mask, position_ids, cache, inputs_embeds)
+        shape, real, read = checked_reading(self, text, num_items_in_batch, kwargs)
         answers = answer_columns({"start_positions": start_positions, "end_positions": end_positions}, shape, real)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            return_dict=True,
-            **without_language_modelling({"use_cache": cache is not None} | kwargs),
-        )
+        outputs = read()
         logits = self.qa_outputs(outputs.last_hidden_state)
         if real is not None:
             # An answer never lies in padding, and padding has no share in the probabilities.
@@ -215,21 +191,31 @@ class QuestionAnsweringHead:
         )
 
 
-def without_language_modelling(arguments: dict) -> dict:
-    """Further arguments of the base model, checked to be none that a head would ignore.
+def checked_reading(
+    head: nn.Module, text: tuple, items: int | torch.Tensor | None, further: dict
+) -> tuple[tuple[int, int], torch.Tensor | None, Callable]:
+    """Check what every head is given; nothing is read yet.
+
+    Args:
+        text: `input_ids`, `attention_mask`, `position_ids`, `cache` and `inputs_embeds` of the head's call.
+        items: what its summed loss is divided by.
+        further: arguments of the base model.
+
+    Returns:
+        Rows and columns of the call; which columns hold a token, bool [batch, length], None when all do; and the base
+        model as a function of what is left to say, which by default returns a cache where it is given one.
 
     Raises:
-        TypeError: naming those that it would.
+        ValueError, TypeError: an argument that cannot be read, or that a head would ignore.
     """
-    check_extra_arguments({name: value for name, value in arguments.items() if name in LANGUAGE_MODELLING})
-    return {name: value for name, value in arguments.items() if name not in LANGUAGE_MODELLING}
-
-
-def real_tokens(
-    attention_mask: torch.Tensor | None, shape: tuple[int, int], cache: TTTE2ECache | None
-) -> torch.Tensor | None:
-    """The mask of a call's own columns, bool [batch, length]; None when nothing is padded."""
-    return real_columns(attention_mask, shape, 0 if cache is None else cache.get_seq_length())
+    check_number_of_items(items)
+    check_extra_arguments({name: value for name, value in further.items() if name in LANGUAGE_MODELLING})
+    input_ids, attention_mask, _, cache, inputs_embeds = text
+    shape = check_inputs(input_ids, inputs_embeds, head.config)
+    real = real_columns(attention_mask, shape, 0 if cache is None else cache.get_seq_length())
+    arguments = {"use_cache": cache is not None, "return_dict": True}
+    arguments |= {name: value for name, value in further.items() if name not in LANGUAGE_MODELLING}
+    return shape, real, partial(head.model, *text, **arguments)
 
 
 def columns_behind(real: torch.Tensor | None) -> torch.Tensor | None:
@@ -329,9 +315,7 @@ def label_loss(scores: torch.Tensor, labels: torch.Tensor, items: int | torch.Te
         scores: [..., choices].
         labels: [...], `NO_TARGET` for none.
     """
-    scores, normalizer = widened(scores)
-    nll = log_likelihood_loss(scores, labels, normalizer)
-    return nll.sum() / divisor((labels != NO_TARGET).sum().clamp_min(1) if items is None else items, nll)
+    return mean_loss(logits_nll(scores, labels), labels, items)
 
 
 def sequence_loss(
@@ -343,9 +327,4 @@ def sequence_loss(
     logits = logits.to(at_least_float32(logits.dtype))
     distance = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
     total = distance(logits, labels.reshape(logits.shape).to(logits.dtype), reduction="sum")
-    return total / divisor(labels.numel() if items is None else items, logits)
-
-
-def divisor(items: int | torch.Tensor, like: torch.Tensor) -> int | torch.Tensor:
-    """What a summed loss is divided by, on the loss's device."""
-    return items.to(like.device) if torch.is_tensor(items) else items
+    return per_item(total, labels.numel() if items is None else items)

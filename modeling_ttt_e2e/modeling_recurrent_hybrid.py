@@ -37,7 +37,7 @@ from .checks import (
     check_flags,
     check_ids,
     check_logits_to_keep,
-    check_position_range,
+    check_positions,
     check_something_to_read,
     one_input,
     real_columns,
@@ -46,9 +46,9 @@ from .compatibility import accept_earlier_cache_names
 from .configuration_recurrent_hybrid import RecurrentHybridConfig
 from .recurrent_inputs import (
     RecurrentMask,
-    check_cache,
+    check_one_document,
     check_packing,
-    check_positions,
+    check_states,
     count_positions,
     create_recurrent_mask,
     group_tokens,
@@ -221,16 +221,12 @@ class RecurrentHybridModel(RecurrentHybridPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if not torch.compiler.is_compiling():
-            self._check_values(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache)
+            packed = {"seq_idx", "cu_seq_lens_q"} <= packing.keys()
+            self._check_values(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, packed)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        recurrent = "linear_attention" in self.config.layer_types and not torch.compiler.is_compiling()
-        if recurrent:
-            check_cache(cache, self.config.layer_types)
-            if not {"seq_idx", "cu_seq_lens_q"} <= packing.keys():
-                check_positions(position_ids, attention_mask)
         if position_ids is None:
             seen, length = 0 if cache is None else cache.get_seq_length(), inputs_embeds.shape[1]
             position_ids = count_positions(attention_mask, seen, length)
@@ -246,7 +242,7 @@ class RecurrentHybridModel(RecurrentHybridPreTrainedModel):
                 "position_ids": position_ids,
             }
             masks = {name: MASKS[name](**arguments) for name in set(self.config.layer_types)}
-        if recurrent:
+        if "linear_attention" in masks and not torch.compiler.is_compiling():
             groups = group_tokens(masks["linear_attention"], cache)
             check_packing(isinstance(groups, list), packing)
             masks = {**masks, "linear_attention": groups}
@@ -263,16 +259,19 @@ class RecurrentHybridModel(RecurrentHybridPreTrainedModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache if use_cache else None)
 
-    def _check_values(self, input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache) -> None:
-        """Check what a compiled forward pass cannot look at; masks that transformers has prepared pass as they are."""
+    def _check_values(
+        self, input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache: bool, packed: bool
+    ) -> None:
+        """Check what a compiled forward pass cannot look at; masks that transformers has prepared pass as they are.
+
+        Args:
+            packed: the recurrent blocks are told where packed documents begin.
+        """
         if inputs_embeds is None:
             check_ids(input_ids, self.config.vocab_size)
         else:
             check_embeddings(inputs_embeds, self.config.hidden_size)
-        if cache is not None and not isinstance(cache, Cache):
-            raise TypeError(
-                f"`cache` is a {type(cache).__name__}: make it with `DynamicCache(config=model.config)`, or pass None."
-            )
+        check_states(cache, self.config.layer_types)
         shape = tuple((input_ids if inputs_embeds is None else inputs_embeds).shape[:2])
         real = None
         if (
@@ -283,7 +282,9 @@ class RecurrentHybridModel(RecurrentHybridPreTrainedModel):
             real = real_columns(attention_mask, shape, 0 if cache is None else int(cache.get_seq_length()))
             check_something_to_read(real, goes_on=use_cache or cache is not None)
         if position_ids is not None:
-            check_position_range(position_ids, real, shape)
+            position_ids = check_positions(position_ids, real, shape)
+            if "linear_attention" in self.config.layer_types and not packed:
+                check_one_document(position_ids, real)
 
 
 class RecurrentHybridForCausalLM(RecurrentHybridPreTrainedModel, BaseGenerationMixin):

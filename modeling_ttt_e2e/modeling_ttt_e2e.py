@@ -15,11 +15,12 @@ from transformers.utils.generic import can_return_tuple
 
 from .cache_ttt_e2e import TTTE2ECache
 from .call import make_call, run_call
+from .causal_lm_loss import per_item
 from .checks import check_flags, check_not_reentrant, check_number_of_items
 from .compatibility import accept_earlier_cache_names
 from .configuration_ttt_e2e import TTTE2EConfig
 from .generation_ttt_e2e import TTTE2EGenerationMixin
-from .heads_ttt_e2e import QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead, divisor
+from .heads_ttt_e2e import QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead
 from .layers import TTTE2EDecoderLayer, TTTE2ERMSNorm, TTTE2ERotaryEmbedding, TTTE2ESuffixLayer
 
 
@@ -263,7 +264,7 @@ class TTTE2EForCausalLM(TTTE2EPreTrainedModel, TTTE2EGenerationMixin):
         )
         loss = outputs.loss
         if num_items_in_batch is not None and loss is not None:
-            loss = outputs.token_nll.sum() / divisor(num_items_in_batch, loss)
+            loss = per_item(outputs.token_nll.sum(), num_items_in_batch)
         return TTTE2ECausalLMOutputWithPast(
             loss=loss,
             logits=None if skip_logits else self.lm_head(outputs.last_hidden_state),

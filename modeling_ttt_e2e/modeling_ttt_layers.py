@@ -28,6 +28,7 @@ from .base_generation import BaseGenerationMixin
 from .cache_ttt_layers import TTTLayersCache
 from .causal_lm_loss import check_loss_arguments, mean_loss, position_labels, token_losses
 from .checks import (
+    check_cache,
     check_embeddings,
     check_extra_arguments,
     check_flags,
@@ -51,6 +52,9 @@ from .ttt_mixers import MIXERS, TTTMixer, causal_convolution, make_convolution
 
 # Tokens that are read at once without gradients, so that memory grows with the outputs alone.
 SEGMENT_TOKENS = 2048
+NO_PREFIX = (
+    " (Prefix tuning of PEFT makes caches of keys and values, which not all blocks have: use LoRA or prompt tuning.)"
+)
 
 
 @dataclass
@@ -209,7 +213,7 @@ class TTTLayersModel(TTTLayersPreTrainedModel):
             check_ids(input_ids, self.config.vocab_size)
         else:
             check_embeddings(inputs_embeds, self.config.hidden_size)
-        _check_cache(cache, shape[0], self.config)
+        check_cache(cache, TTTLayersCache, shape[0], self.config, NO_PREFIX)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache is None:
@@ -388,36 +392,12 @@ class TTTLayersForCausalLM(TTTLayersPreTrainedModel, BaseGenerationMixin):
                 "The prompt is padded on the right, so the model would continue from padding: tokenise with "
                 "`padding_side='left'`."
             )
-        _check_cache(model_kwargs.get("cache"), None, self.config)
+        check_cache(model_kwargs.get("cache"), TTTLayersCache, None, self.config, NO_PREFIX)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         """None: the model counts each row's own tokens, also across calls and padding."""
         return None
-
-
-def _check_cache(cache: TTTLayersCache | None, rows: int | None, config) -> None:
-    """Refuse a cache that is not one of this model's, or has not `rows` rows (None: any number).
-
-    Raises:
-        TypeError: it is of another kind.
-        ValueError: it holds another number of rows, or what another configuration has read.
-    """
-    if cache is None:
-        return
-    if not isinstance(cache, TTTLayersCache):
-        raise TypeError(
-            f"`cache` is a {type(cache).__name__}; this model needs a TTTLayersCache, because it also has to "
-            "keep what was learned. Make one with TTTLayersCache(model.config), or leave it to generate(). (Prefix "
-            "tuning of PEFT makes caches of keys and values, which not all blocks have: use LoRA or prompt tuning.)"
-        )
-    if cache.is_initialized and rows is not None and cache.batch_size != rows:
-        raise ValueError(
-            f"`cache` holds {cache.batch_size} rows but the inputs have {rows}: use "
-            "`batch_repeat_interleave` or `batch_select_indices` on the cache."
-        )
-    if cache.config is not config and cache.config.context_settings() != config.context_settings():
-        raise ValueError("`cache` belongs to a model of another configuration: read the text with this one.")
 
 
 def _chosen(given: bool | None, default: bool | None) -> bool:

@@ -118,35 +118,37 @@ def count_positions(attention_mask: torch.Tensor | dict | None, columns_read: in
     return (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)[:, -length:]
 
 
-def check_cache(cache: Cache | None, layer_types: list[str]) -> None:
+def check_states(cache: Cache | None, layer_types: list[str]) -> None:
     """Refuse a cache that was not made for these blocks.
 
     Raises:
+        TypeError: it is no cache of transformers.
         ValueError: its recurrent states stand elsewhere than the recurrent blocks.
     """
-    if cache is not None and list(cache.is_linear) != [name == "linear_attention" for name in layer_types]:
+    if cache is None:
+        return
+    remedy = "make it with `DynamicCache(config=model.config)`, or pass None."
+    if not isinstance(cache, Cache):
+        raise TypeError(f"`cache` is a {type(cache).__name__}: {remedy}")
+    recurrent = [name == "linear_attention" for name in layer_types]
+    if any(recurrent) and list(cache.is_linear) != recurrent:
         raise ValueError(
-            f"`cache` ({type(cache).__name__}) has no recurrent states where the model has recurrent blocks: "
-            "make it with `DynamicCache(config=model.config)`, or pass None."
+            f"`cache` ({type(cache).__name__}) has no recurrent states where the model has recurrent blocks: {remedy}"
         )
 
 
-def check_positions(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | dict | None) -> None:
+def check_one_document(position_ids: torch.Tensor, real: torch.Tensor | None) -> None:
     """Refuse packed documents: the recurrent state would leak from one into the next.
 
     Args:
-        position_ids: [1 or batch, length], or None.
-        attention_mask: [batch, columns], 0 for padding, whose positions do not matter; masks in another form are not
-            looked at.
+        position_ids: [1 or batch, length].
+        real: [batch, length] bool, False at padding, whose positions do not matter; None when nothing is padded.
 
     Raises:
         ValueError: positions go back inside a row.
     """
-    if position_ids is None:
-        return
     back = position_ids[:, 1:] < position_ids[:, :-1]
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-        real = attention_mask[:, -position_ids.shape[1] :].bool()
+    if real is not None:
         back = back & real[:, 1:] & real[:, :-1]
     if back.any():
         raise ValueError(
