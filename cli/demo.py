@@ -16,7 +16,7 @@ def demo(
 ) -> None:
     """Train a tiny TTT-E2E and two baselines on Python's own source files and compare them (minutes, on a CPU).
 
-    Five steps: tokenizer and data; training with the stock Trainer; loss by token position up to 4 times the training
+    Five steps: tokenizer and data; training as `ttt-e2e train` does; loss by token position up to 4 times the training
     length; saving, loading and generating; reading a long file once and continuing from the saved learned context.
 
     Written to the folder: `results.json`, `results.md`, `loss_by_position.png`, `model/` (load it with
@@ -30,6 +30,6 @@ def demo(
 
     try:
         chosen = load_demo_recipe(recipe) if recipe else load_demo_recipe()
-    except ValueError as error:
+        run_demo(chosen, folder, Console())
+    except (ValueError, OSError) as error:
         refuse(error)
-    run_demo(chosen, folder, Console())

@@ -2,18 +2,22 @@
 
 import json
 import platform
+import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, pipeline, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer, pipeline, set_seed
 
-from ttt_e2e import TTTE2ECache, TTTE2EConfig, TTTE2EForCausalLM
-from ttt_e2e.configuration import DemoRecipe, load_preset
+from ttt_e2e import TTTE2ECache, TTTE2EForCausalLM
+from ttt_e2e.configuration import DataRecipe, DemoRecipe, Recipe, load_preset
+from ttt_e2e.data import TokenStore, document_prefixes, longest_reading
+from ttt_e2e.data.run_data import DataRequest, prepare_data
+from ttt_e2e.data.sources import STANDARD_LIBRARY
 from ttt_e2e.evaluation import (
     Table,
     bucket_bounds,
@@ -26,18 +30,7 @@ from ttt_e2e.evaluation import (
 from ttt_e2e.evaluation.results import environment
 from ttt_e2e.model_cards import ModelCardContents, ResultsSection, TrainingHistory, write_model_card
 from ttt_e2e.storage.disk import follow_umask, write_text
-from ttt_e2e.training import (
-    PackedRows,
-    TokenStore,
-    TrainingRun,
-    document_prefixes,
-    longest_reading,
-    split_documents,
-    standard_library_documents,
-    tokenize_documents,
-    train_model,
-    trained_tokenizer,
-)
+from ttt_e2e.training.run import TrainingRequest, finish_run, kept_folder, prepare_run
 
 LEARNING_ON, LEARNING_OFF = "TTT-E2E, learning on", "TTT-E2E, learning off"
 # Cool enough for a model of this size to stay near what it has learned.
@@ -46,12 +39,26 @@ SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "repetition_pe
 
 @dataclass
 class DemoData:
-    """Tokenizer, training rows (`input_ids`, `labels`) and the tokens of the validation documents."""
+    """Tokenizer, the tokens of the validation documents, and what is told about both and the training documents."""
 
     tokenizer: PreTrainedTokenizerBase
-    rows: PackedRows
     validation: TokenStore
     facts: dict
+
+
+@dataclass
+class TrainingFacts:
+    """What a training run measured.
+
+    Attributes:
+        seconds: wall-clock time of all steps.
+        tokens: tokens trained on.
+        losses: (step, mean loss in nats since the last entry) at every logging step.
+    """
+
+    seconds: float
+    tokens: int
+    losses: list[tuple[int, float]]
 
 
 def run_demo(recipe: DemoRecipe, folder: Path, console: Console) -> dict:
@@ -66,11 +73,11 @@ def run_demo(recipe: DemoRecipe, folder: Path, console: Console) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
 
     console.rule("1/5  Tokenizer and data")
-    data = prepare_data(recipe, folder / "cache")
+    data = prepare_demo_data(recipe, folder / "cache")
     console.print(data.facts)
 
     console.rule("2/5  Training: TTT-E2E and two baselines")
-    models, runs = train_all(recipe, data.rows, folder, console)
+    models, runs = train_all(recipe, folder, console)
 
     console.rule("3/5  Loss by token position")
     evaluated, systems, table = evaluate_all(recipe, models, runs, data, folder)
@@ -110,43 +117,86 @@ def run_demo(recipe: DemoRecipe, folder: Path, console: Console) -> dict:
     return results
 
 
-def prepare_data(recipe: DemoRecipe, cache_folder: Path) -> DemoData:
-    """Step 1: split the standard library by file, train the tokenizer on the training part, make rows of tokens."""
-    config = TTTE2EConfig(**load_preset(recipe.test_time_training))
-    documents = standard_library_documents()
-    training, validation = split_documents(documents, recipe.data.validation_every, recipe.data.training_only)
-    tokenizer = trained_tokenizer(training, config.vocab_size, cache_folder)
-    training = tokenize_documents(training.shuffle(seed=recipe.seed), tokenizer, cache_folder)
-    validation = tokenize_documents(validation, tokenizer, cache_folder)
+def training_recipe(recipe: DemoRecipe) -> Recipe:
+    """How `ttt-e2e train` would be told to train a model of the demo."""
+    training = {"per_device_train_batch_size": 8, "save_strategy": "no", "seed": recipe.seed} | recipe.training
+    return Recipe(
+        name="demo",
+        description="",
+        batch_size=training["per_device_train_batch_size"] * training.pop("gradient_accumulation_steps", 1),
+        model={},
+        data=DataRecipe(
+            sequence_length=recipe.data.training_length,
+            validation_every=recipe.data.validation_every,
+            training_only=recipe.data.training_only,
+            validation_rows=1,  # losses are measured after training, by position
+        ),
+        training=training,
+    )
+
+
+def prepare_demo_data(recipe: DemoRecipe, cache_folder: Path) -> DemoData:
+    """Step 1: split the standard library by file, train the tokenizer on the training part, make rows of tokens.
+
+    They stay in the cache, where the training runs find them.
+    """
+    request = DataRequest(
+        data=STANDARD_LIBRARY,
+        validation_data=None,
+        tokenizer=None,
+        vocabulary_size=load_preset(recipe.test_time_training)["vocab_size"],
+        recipe=replace(training_recipe(recipe).data, validation_rows=None),
+        cache=cache_folder,
+    )
+    data = prepare_data(request, check_tokenizer=lambda tokenizer: None)
+    training, validation = data.rows.store, data.validation.store
     facts = {
         "training_files": training.num_documents,
         "training_tokens": training.num_tokens,
         "validation_files": validation.num_documents,
         "validation_tokens": validation.num_tokens,
-        "vocabulary": len(tokenizer),
+        "vocabulary": len(data.tokenizer),
     }
-    return DemoData(tokenizer, PackedRows(training, recipe.data.training_length), validation, facts)
+    return DemoData(data.tokenizer, validation, facts)
 
 
 def train_all(
-    recipe: DemoRecipe, rows: PackedRows, folder: Path, console: Console
-) -> tuple[dict[str, TTTE2EForCausalLM], dict[str, TrainingRun]]:
-    """Step 2: train TTT-E2E and the baselines on the same rows in the same order."""
+    recipe: DemoRecipe, folder: Path, console: Console
+) -> tuple[dict[str, TTTE2EForCausalLM], dict[str, TrainingFacts]]:
+    """Step 2: train TTT-E2E and the baselines on the same rows in the same order, each as `ttt-e2e train` does."""
     models, runs = {}, {}
     for name, preset in {"TTT-E2E": recipe.test_time_training, **recipe.baselines}.items():
-        set_seed(recipe.seed)
-        model = TTTE2EForCausalLM(TTTE2EConfig(**load_preset(preset)))
-        console.print(f"{name}: {model.num_parameters():,} parameters")
-        runs[name] = train_model(model, rows, recipe.training, folder / "trainer", recipe.seed)
+        with tempfile.TemporaryDirectory(prefix=".training-", dir=folder) as output:
+            request = TrainingRequest(
+                model=preset,
+                recipe=training_recipe(recipe),
+                data=STANDARD_LIBRARY,
+                output=Path(output),
+                cache=folder / "cache",
+            )
+            with kept_folder(request):
+                trainer = prepare_run(request)
+                console.print(f"{name}: {trainer.model.num_parameters():,} parameters")
+                finish_run(trainer, checkpoint=None)
+        models[name], runs[name] = trainer.model, training_facts(trainer, request.recipe)
         console.print(f"{name}: {runs[name].tokens:,} tokens in {runs[name].seconds:.0f} s")
-        models[name] = model
     return models, runs
+
+
+def training_facts(trainer: Trainer, recipe: Recipe) -> TrainingFacts:
+    """What the log of a finished run says."""
+    log = trainer.state.log_history
+    return TrainingFacts(
+        seconds=next(entry["train_runtime"] for entry in log if "train_runtime" in entry),
+        tokens=trainer.state.global_step * recipe.batch_size * (recipe.data.sequence_length + 1),
+        losses=[(entry["step"], entry["loss"]) for entry in log if "loss" in entry],
+    )
 
 
 def evaluate_all(
     recipe: DemoRecipe,
     models: dict[str, TTTE2EForCausalLM],
-    runs: dict[str, TrainingRun],
+    runs: dict[str, TrainingFacts],
     data: DemoData,
     folder: Path,
 ) -> tuple[dict[str, torch.Tensor], list[dict], Table]:
@@ -187,7 +237,7 @@ def gain_over(losses: torch.Tensor, baseline_losses: torch.Tensor) -> dict[str, 
     return {"mean": differences.mean().item(), "standard_error": standard_error.item()}
 
 
-def save_model(model: TTTE2EForCausalLM, data: DemoData, run: TrainingRun, table: Table, folder: Path) -> None:
+def save_model(model: TTTE2EForCausalLM, data: DemoData, run: TrainingFacts, table: Table, folder: Path) -> None:
     """Save model, tokenizer and model card into one folder."""
     model.save_pretrained(folder)
     data.tokenizer.save_pretrained(folder)

@@ -19,7 +19,6 @@ from ..data import (
 )
 from .arguments import MetaTrainingArguments
 from .meta_trainer import MetaTrainer
-from .trainer import TrainingRun, train_model
 
 __all__ = [
     "DocumentRows",
@@ -28,7 +27,6 @@ __all__ = [
     "PackedRows",
     "PackedStream",
     "TokenStore",
-    "TrainingRun",
     "collate_rows",
     "document_prefixes",
     "load_documents",
@@ -38,7 +36,6 @@ __all__ = [
     "split_documents",
     "standard_library_documents",
     "tokenize_documents",
-    "train_model",
     "train_tokenizer",
     "trained_tokenizer",
 ]

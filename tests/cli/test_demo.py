@@ -14,7 +14,7 @@ from ttt_e2e import TTTE2ECache
 from ttt_e2e.cli import demo_steps
 from ttt_e2e.configuration import load_demo_recipe
 from ttt_e2e.configuration.demo_recipe import DEMO_RECIPE
-from ttt_e2e.data import standard_library_documents
+from ttt_e2e.data import sources, standard_library_documents
 
 SMALL = {
     "data": {"training_length": 128, "validation_every": 3},
@@ -42,7 +42,7 @@ def recipe(tmp_path):
 
 def test_demo_writes_everything_it_promises(tmp_path, recipe, monkeypatch):
     root = Path(sysconfig.get_paths()["stdlib"]) / "asyncio"
-    monkeypatch.setattr(demo_steps, "standard_library_documents", lambda: standard_library_documents(root))
+    monkeypatch.setattr(sources, "standard_library_documents", lambda: standard_library_documents(root))
     shown = io.StringIO()
     folder = tmp_path / "run"
     demo_steps.run_demo(recipe, folder, Console(file=shown, width=120))
@@ -68,3 +68,5 @@ def test_demo_writes_everything_it_promises(tmp_path, recipe, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert TTTE2ECache.from_pretrained(folder / "learned_context", model=model).get_seq_length() == 1024
     assert "from the saved context" in shown.getvalue()
+    written = {"cache", "learned_context", "loss_by_position.png", "model", "results.json", "results.md"}
+    assert {path.name for path in folder.iterdir()} == written, "nothing is left of the training runs"
