@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .. import TTTE2EConfig, TTTE2EForCausalLM, TTTLayersConfig
+from ..attention import BLOCKS_FROM_WINDOWS
 from ..configuration import Recipe
-from ..reader import BLOCKS_FROM_WINDOWS
 from .lora import add_lora
 
 FLOAT32 = 4  # bytes

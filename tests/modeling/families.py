@@ -21,9 +21,11 @@ from ttt_e2e import (
 )
 
 from . import recurrent, ttt_layers
-from .helpers import small_model
+from .helpers import random_ids, small_model
 
 LENGTH = 27
+IDS = random_ids(3, LENGTH)
+NEW = 11
 ENDLESS = {"eos_token_id": None, "tie_word_embeddings": False, "initializer_range": 0.3}
 TTT_E2E = {
     "learning": {},
@@ -114,3 +116,10 @@ KINDS = {
         for mode in recurrent.MIXES
     },
 }
+
+
+def write(model, ids, **arguments):
+    """New ids only; the padding id is never written."""
+    set_seed(0)
+    settings = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": [0]}
+    return model.generate(ids, **settings | arguments)[:, ids.shape[1] :]

@@ -18,6 +18,8 @@ WAYS = {
     "several-samples": {"do_sample": True, "num_return_sequences": 2},
     "several-beams": {"do_sample": False, "num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.5},
 }
+# By the value of `learn_from`: whether the prompt is learned, and what is written.
+LEARN = {"context": (True, True), "prompt": (True, False), "none": (False, False)}
 
 
 def endless(blocks=2, **others):

@@ -89,7 +89,7 @@ def test_attention_block_by_block_equals_attention_at_once(implementation, read_
     mask[1, :40] = 0
     results = []
     for from_windows in (4, 1000):
-        monkeypatch.setattr("ttt_e2e.reader.BLOCKS_FROM_WINDOWS", from_windows)
+        monkeypatch.setattr("ttt_e2e.attention.BLOCKS_FROM_WINDOWS", from_windows)
         model = small_model(torch.float64, num_key_value_heads=2, attn_implementation=implementation)
         cache = TTTE2ECache(model.config)
         if read_before:

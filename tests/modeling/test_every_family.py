@@ -1,36 +1,19 @@
-"""Every family in every mode is a transformers model like any other: generate, caches, folders, pipeline, Trainer."""
+"""Every family in every mode generates like any other model of transformers, and takes the same arguments."""
 
 import copy
 import warnings
 
 import pytest
 import torch
-import transformers
-from accelerate import disk_offload
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
     DynamicCache,
     StaticCache,
-    Trainer,
-    TrainingArguments,
-    pipeline,
-    set_seed,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ttt_e2e.training import MetaTrainer, MetaTrainingArguments
-
-from .families import FAMILIES, KINDS, LENGTH
+from .families import IDS, KINDS, LENGTH, NEW, write
 from .generating import left_padded
-from .helpers import VOCAB, random_ids
 from .tiny_tokenizer import SENTENCES, byte_level_tokenizer
 
-IDS = random_ids(3, LENGTH)
-NEW = 11
 WAYS = {
     "greedy": {},
     "sampling": {"do_sample": True, "top_k": 20},
@@ -39,48 +22,11 @@ WAYS = {
     "several-samples": {"do_sample": True, "num_return_sequences": 2},
 }
 EARLIER_NAMES = ("past_key_values", "cache_params")
-TRAINING = {
-    "max_steps": 12,
-    "per_device_train_batch_size": 3,
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "report_to": [],
-    "use_cpu": True,
-    "save_strategy": "no",
-    "disable_tqdm": True,
-}
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def kind(request):
-    return KINDS[request.param]
 
 
 @pytest.fixture(scope="module")
 def model(kind):
     return kind.model()
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request):
-    return FAMILIES[request.param]
-
-
-@pytest.fixture
-def one_of(family):
-    """One model of each family, in float64."""
-    return next(kind for kind in KINDS.values() if kind.family is family and kind.mode == family.some_mode).model()
-
-
-def write(model, ids, **arguments):
-    """New ids only; the padding id is never written."""
-    set_seed(0)
-    settings = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": [0]}
-    return model.generate(ids, **settings | arguments)[:, ids.shape[1] :]
-
-
-def rows() -> Dataset:
-    return Dataset.from_list([{"input_ids": row, "labels": row} for row in IDS.tolist()])
 
 
 # ------------------------------------------------------------------------------------------------------ generate
@@ -266,171 +212,3 @@ def test_what_generate_refuses(family, one_of, arguments, error, message):
         arguments = {"cache": StaticCache(config=one_of.config, max_cache_len=40)}
     with pytest.raises(error, match=message):
         one_of.generate(IDS[:1], max_new_tokens=5, **arguments)
-
-
-# -------------------------------------------------------------------------------------------- classes and folders
-
-
-def test_auto_classes_know_the_model(family, one_of):
-    assert one_of.config.model_type == family.model_type
-    config = AutoConfig.for_model(**one_of.config.to_dict())
-    assert type(config) is family.config_class
-    assert type(AutoModel.from_config(config)) is family.base_class
-    assert type(AutoModelForCausalLM.from_config(config)) is family.causal_lm_class
-    name = family.causal_lm_class.__name__
-    assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type] == name
-    assert getattr(transformers, name) is family.causal_lm_class
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_saved_model_is_the_same_after_loading(kind, tied, tmp_path):
-    model = kind.model(torch.float32, tie_word_embeddings=tied)
-    expected = model(IDS).logits
-    model.save_pretrained(tmp_path)
-    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert type(loaded) is kind.family.causal_lm_class and not loaded.training
-    assert {**loaded.config.to_dict(), "_name_or_path": ""} == {**model.config.to_dict(), "_name_or_path": ""}
-    assert torch.equal(loaded(IDS).logits, expected)
-    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
-    base = AutoModel.from_pretrained(tmp_path)
-    assert type(base) is kind.family.base_class
-    assert torch.equal(loaded.lm_head(base(IDS).last_hidden_state), expected)
-    ids, mask, _ = left_padded()
-    assert torch.equal(write(loaded, ids, attention_mask=mask), write(model, ids, attention_mask=mask))
-
-
-def test_missing_weights_are_initialised_after_a_load_on_the_meta_device(kind):
-    """`from_pretrained` builds on the meta device, so that what no file holds must come from `_init_weights`."""
-    fresh = kind.fresh()
-    set_seed(1)
-    model = type(fresh).from_pretrained(None, config=fresh.config, state_dict={})
-    expected = dict(fresh.named_parameters())
-    for name, parameter in model.named_parameters():
-        parameter = parameter.detach()
-        assert not parameter.is_meta and parameter.isfinite().all(), name
-        if name.endswith(("A_log", "dt_bias")):
-            continue  # two or four numbers, which a test of the hybrids looks at
-        # As spread out as in a model that was built directly.
-        spread = 0.5 if parameter.numel() < 100 else 0.3
-        assert parameter.std() == pytest.approx(expected[name].std().item(), rel=spread, abs=1e-6), name
-        assert parameter.mean() == pytest.approx(expected[name].mean().item(), abs=0.2), name
-    for name, buffer in model.named_buffers():
-        assert torch.equal(buffer, dict(fresh.named_buffers())[name]), name
-    assert model(IDS).logits.isfinite().all()
-
-
-def test_saved_weights_survive_initialisation(family, one_of):
-    """Only what is missing is initialised: here one parameter."""
-    saved = one_of.float().state_dict()
-    state = {name: tensor for name, tensor in saved.items() if name != family.a_weight}
-    loaded = family.causal_lm_class.from_pretrained(None, config=one_of.config, state_dict=state)
-    changed = [name for name, tensor in loaded.state_dict().items() if not torch.equal(tensor, saved[name])]
-    assert changed == [family.a_weight]
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("size", [VOCAB + 7, VOCAB - 10])
-def test_the_vocabulary_can_be_resized(family, tied, size):
-    kind = next(kind for kind in KINDS.values() if kind.family is family and kind.mode == family.some_mode)
-    model = kind.model(tie_word_embeddings=tied)
-    first = 4  # the tokens of a first mini-batch: what is learned afterwards depends on the whole vocabulary
-    ids = random_ids(2, LENGTH, high=VOCAB - 10)
-    with torch.no_grad():
-        before = model(ids).logits
-    model.resize_token_embeddings(size)
-    outputs = model(ids, labels=ids)
-    outputs.loss.backward()
-    assert outputs.logits.shape[-1] == model.config.vocab_size == model.lm_head.out_features == size
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    kept = min(size, VOCAB)
-    torch.testing.assert_close(outputs.logits[:, :first, :kept], before[:, :first, :kept])
-    new = torch.full((2, LENGTH), size - 1)
-    assert model(new, labels=new).loss.isfinite()
-
-
-def test_text_generation_pipeline(kind, tmp_path):
-    tokenizer = byte_level_tokenizer()
-    model = kind.model(torch.float32, vocab_size=len(tokenizer))
-    model.generation_config.suppress_tokens = [0, 1, 2]
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    answer = pipeline("text-generation", model=str(tmp_path))
-    settings = {"max_new_tokens": 12, "do_sample": False, "return_full_text": False}
-    alone = [answer(text, **settings) for text in SENTENCES]
-    assert answer(list(SENTENCES), batch_size=3, **settings) == alone
-    ids = tokenizer(SENTENCES[0], return_tensors="pt").input_ids
-    written = write(model, ids, max_new_tokens=12, suppress_tokens=[0, 1, 2])
-    assert alone[0][0]["generated_text"] == tokenizer.decode(written[0])
-
-
-# ------------------------------------------------------------------------------------------------------- training
-
-
-def trained(folder, model, **arguments):
-    """A stock trainer after training, and the losses that it logged."""
-    arguments = TrainingArguments(str(folder), **TRAINING | arguments)
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows(), eval_dataset=rows())
-    trainer.train()
-    return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def test_trainer_lowers_the_loss_and_evaluates(kind, tmp_path):
-    model = kind.fresh(initializer_range=0.02)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    trainer, losses = trained(tmp_path, model)
-    assert losses[-1] < losses[0] - 0.5
-    assert [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])] == []
-    loss = trainer.evaluate()["eval_loss"]
-    assert loss < losses[0] - 0.5
-    predictions = trainer.predict(rows()).predictions
-    assert predictions.shape == (3, LENGTH, VOCAB), "logits alone: the other outputs are left out"
-    meta = MetaTrainer(model=model, args=MetaTrainingArguments(str(tmp_path), **TRAINING), eval_dataset=rows())
-    assert meta.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "apart"),
-    [
-        ({"bf16": True}, 0.1),
-        ({"activation_checkpointing": True}, 1e-4),
-        ({"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1}, 1e-4),
-        ({"label_smoothing_factor": 0.1}, None),
-    ],
-    ids=["bf16", "checkpointing", "accumulation", "label-smoothing"],
-)
-def test_trainer_in_other_ways(family, arguments, apart, tmp_path):
-    """Each lowers the loss and evaluates; all but label smoothing log the same losses."""
-    kind = next(kind for kind in KINDS.values() if kind.family is family and kind.mode == family.some_mode)
-    (_, plain), (trainer, losses) = (
-        trained(
-            tmp_path, kind.fresh(initializer_range=0.02), eval_strategy="steps", eval_steps=3, max_steps=6, **changes
-        )
-        for changes in ({}, arguments)
-    )
-    evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert len(losses) == 6 and len(evaluations) == 2 and evaluations[1] < evaluations[0]
-    assert losses[-1] < losses[0] - 0.1
-    assert apart is None or losses == pytest.approx(plain, abs=apart)
-
-
-def test_low_rank_adapters_learn(kind):
-    model = kind.model(torch.float32)
-    before = model(IDS).logits
-    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
-    adapted(IDS, labels=IDS).loss.backward()
-    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-    assert trained and all(p.grad.any() for p in trained.values())
-    with torch.no_grad():
-        expected = adapted.eval()(IDS).logits
-        merged = adapted.merge_and_unload()(IDS).logits
-    torch.testing.assert_close(merged, expected, rtol=1e-3, atol=1e-3)
-    assert (expected - before).abs().max() > 1e-2
-
-
-def test_weights_on_disk(family, one_of, tmp_path):
-    """Offloading loads parameters when their module is called: none may be read beside a call."""
-    expected = write(one_of, IDS)
-    offloaded = disk_offload(one_of, tmp_path, execution_device="cpu")
-    assert all(p.is_meta for p in offloaded.model.layers.parameters())
-    assert torch.equal(write(offloaded, IDS), expected)
