@@ -12,6 +12,11 @@ from .helpers import BATCH, VOCAB, WINDOW, random_ids, small_model
 from .reading_in_calls import CLOSE, assert_rows_equal, left_padded, read, state_of_row
 
 
+@pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda blocks: f"{blocks}-suffix-blocks")
+def model(request):
+    return small_model(torch.float64, num_suffix_layers=request.param)
+
+
 @pytest.fixture(scope="module")
 def two_blocks():
     return small_model(torch.float64)
