@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .base_generation import BaseGenerationMixin, prompt_learning
+from .base_causal_lm import BaseGenerationMixin, prompt_learning
 from .cache_ttt_e2e import TTTE2ECache
 from .checks import check_tensor
 from .compatibility import accept_earlier_cache_names

@@ -11,7 +11,6 @@ A block, with a residual around each line (`post_` norms only with `post_norm`):
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -20,23 +19,19 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.models.olmo_hybrid.modeling_olmo_hybrid import OlmoHybridGatedDeltaNet
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
-from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import float64_device
-from .base_generation import BaseGenerationMixin
-from .causal_lm_loss import check_loss_arguments, mean_loss, position_labels, token_losses
+from .base_causal_lm import BaseGenerationMixin, BaselineCausalLM
 from .checks import (
     check_embeddings,
     check_extra_arguments,
     check_flags,
     check_ids,
-    check_logits_to_keep,
     check_positions,
     check_something_to_read,
     one_input,
@@ -64,18 +59,6 @@ MASKS: dict[str, Callable] = {
     "full_attention": create_causal_mask,
     "linear_attention": create_recurrent_mask,
 }
-
-
-@dataclass
-class RecurrentHybridCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """Transformers' fields, then:
-
-    Args:
-        token_nll: [batch, length - 1], at least float32: -log p(label of t+1) at position t, 0 where that label is
-            -100 or position t is padding; None without labels. Differentiable. (With `shift_labels`: [batch, length].)
-    """
-
-    token_nll: torch.Tensor | None = None
 
 
 class RecurrentHybridRotaryEmbedding(Qwen3RotaryEmbedding):
@@ -287,81 +270,10 @@ class RecurrentHybridModel(RecurrentHybridPreTrainedModel):
                 check_one_document(position_ids, real)
 
 
-class RecurrentHybridForCausalLM(RecurrentHybridPreTrainedModel, BaseGenerationMixin):
+class RecurrentHybridForCausalLM(BaselineCausalLM, RecurrentHybridPreTrainedModel, BaseGenerationMixin):
     """The decoder with logits, the loss and `generate`."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: RecurrentHybridConfig):
-        super().__init__(config)
-        self.model = RecurrentHybridModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    @accept_earlier_cache_names
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | dict | None = None,
-        position_ids: torch.LongTensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        skip_logits: bool = False,
-        num_items_in_batch: int | torch.Tensor | None = None,
-        **kwargs,
-    ) -> RecurrentHybridCausalLMOutputWithPast:
-        """As [`RecurrentHybridModel.forward`], with logits and the loss.
-
-        Args:
-            labels: [batch, length]; position t is compared with label t+1, -100 is skipped.
-            logits_to_keep: positions whose logits are returned: 0 all, an int the last ones, or a tensor of positions.
-            skip_logits: return no logits, and never hold those of more than 1024 positions when gradients are off or
-                activation checkpointing is on.
-            num_items_in_batch: what the summed loss is divided by (default: the labelled tokens of this call).
-            kwargs: `shift_labels` [batch, length], labels that are already aligned with the positions, and those of the
-                base model. (Trainer waits for every argument with "label" in its name that stands in the signature.)
-
-        Returns:
-            `loss` (the mean of `token_nll` over labelled tokens; 0 when there is none), `logits` [batch, kept
-            positions, vocab_size] or None, `token_nll`, and the base model's fields.
-        """
-        shift_labels = kwargs.pop("shift_labels", None)
-        check_flags(skip_logits=skip_logits, **{name: kwargs.get(name) for name in CAPTURED_OUTPUTS})
-        shape = one_input(input_ids, inputs_embeds)
-        check_logits_to_keep(logits_to_keep, shape[1])
-        check_loss_arguments(labels, shift_labels, num_items_in_batch, shape, self.config.vocab_size)
-        columns_read = 0 if cache is None else cache.get_seq_length()
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        hidden, loss, logits, token_nll = outputs.last_hidden_state, None, None, None
-        real = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
-        targets = position_labels(labels, shift_labels, real_columns(real, hidden.shape[:2], columns_read))
-        if not skip_logits:
-            logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
-        if targets is not None:
-            checkpointing = self.training and self.is_activation_checkpointing
-            token_nll = token_losses(self.lm_head, hidden, logits, targets, checkpointing)
-            loss = mean_loss(token_nll, targets, num_items_in_batch)
-        return RecurrentHybridCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            token_nll=token_nll,
-        )
+    decoder_class = RecurrentHybridModel
 
 
 __all__ = ["RecurrentHybridForCausalLM", "RecurrentHybridModel", "RecurrentHybridPreTrainedModel"]

@@ -19,21 +19,18 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from .attention import AttentionInputs, segment_masks
-from .base_generation import BaseGenerationMixin
+from .base_causal_lm import BaseGenerationMixin, BaselineCausalLM
 from .cache_ttt_layers import TTTLayersCache
-from .causal_lm_loss import check_loss_arguments, mean_loss, position_labels, token_losses
 from .checks import (
     check_cache,
     check_embeddings,
     check_extra_arguments,
     check_flags,
     check_ids,
-    check_logits_to_keep,
     check_positions,
     check_something_to_read,
     one_input,
@@ -55,18 +52,6 @@ SEGMENT_TOKENS = 2048
 NO_PREFIX = (
     " (Prefix tuning of PEFT makes caches of keys and values, which not all blocks have: use LoRA or prompt tuning.)"
 )
-
-
-@dataclass
-class TTTLayersCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """Transformers' fields, then:
-
-    Args:
-        token_nll: [batch, length - 1], at least float32: -log p(label of t+1) at position t, 0 where that label is
-            -100 or position t is padding; None without labels. Differentiable. (With `shift_labels`: [batch, length].)
-    """
-
-    token_nll: torch.Tensor | None = None
 
 
 class TTTLayersDecoderLayer(GradientCheckpointingLayer):
@@ -303,82 +288,11 @@ class TTTLayersModel(TTTLayersPreTrainedModel):
         return masks
 
 
-class TTTLayersForCausalLM(TTTLayersPreTrainedModel, BaseGenerationMixin):
+class TTTLayersForCausalLM(BaselineCausalLM, TTTLayersPreTrainedModel, BaseGenerationMixin):
     """The decoder with logits, the loss and `generate`."""
 
+    decoder_class = TTTLayersModel
     own_cache_class = TTTLayersCache
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: TTTLayersConfig):
-        super().__init__(config)
-        self.model = TTTLayersModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    @accept_earlier_cache_names
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        cache: TTTLayersCache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        skip_logits: bool = False,
-        num_items_in_batch: int | torch.Tensor | None = None,
-        **kwargs,
-    ) -> TTTLayersCausalLMOutputWithPast:
-        """As [`TTTLayersModel.forward`], with logits and the loss.
-
-        Args:
-            labels: [batch, length]; position t is compared with label t+1, -100 is skipped.
-            logits_to_keep: positions whose logits are returned: 0 all, an int the last ones, or a tensor of positions.
-            skip_logits: return no logits, and never hold those of more than 1024 positions when gradients are off or
-                activation checkpointing is on.
-            num_items_in_batch: what the summed loss is divided by (default: the labelled tokens of this call).
-            kwargs: `shift_labels` [batch, length], labels that are already aligned with the positions. (Trainer waits
-                for every argument with "label" in its name that stands in the signature.)
-
-        Returns:
-            `loss` (the mean of `token_nll` over labelled tokens; 0 when there is none), `logits` [batch, kept
-            positions, vocab_size] or None, `token_nll`, and the base model's fields.
-        """
-        shift_labels = kwargs.pop("shift_labels", None)
-        check_flags(skip_logits=skip_logits)
-        shape = one_input(input_ids, inputs_embeds)
-        check_logits_to_keep(logits_to_keep, shape[1])
-        check_loss_arguments(labels, shift_labels, num_items_in_batch, shape, self.config.vocab_size)
-        columns_read = 0 if cache is None else cache.get_seq_length()
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            return_dict=True,
-            **kwargs,
-        )
-        hidden, loss, logits, token_nll = outputs.last_hidden_state, None, None, None
-        targets = position_labels(labels, shift_labels, real_columns(attention_mask, hidden.shape[:2], columns_read))
-        if not skip_logits:
-            logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
-        if targets is not None:
-            checkpointing = self.training and self.is_activation_checkpointing
-            token_nll = token_losses(self.lm_head, hidden, logits, targets, checkpointing)
-            loss = mean_loss(token_nll, targets, num_items_in_batch)
-        return TTTLayersCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            token_nll=token_nll,
-        )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Refusals of what the cache cannot serve, before any work."""
