@@ -9,11 +9,10 @@ from functools import partial
 import torch
 
 from .. import TTTLayersConfig
-from ..mini_batch_grid import MiniBatchGrid
 from ..modeling_ttt_layers import TTTLayersDecoderLayer
-from ..ttt_attention_mixer import MixerCall
+from ..tokens import MiniBatchGrid
 from ..ttt_linear_mlp import dual_step, primal_step
-from ..ttt_mixers import TTTMixer, TTTState
+from ..ttt_mixers import MixerCall, TTTMixer, TTTState
 from .speed import median_seconds
 
 FORMS = {"dual": dual_step, "primal": primal_step}

@@ -40,12 +40,9 @@ from .compatibility import accept_earlier_cache_names
 from .configuration_decoder import ATTENTION_TYPES
 from .configuration_ttt_layers import INNER_LEARNERS, TTTLayersConfig
 from .layers import TTTE2EMLP, TTTE2ERMSNorm, TTTE2ERotaryEmbedding
-from .mini_batch_grid import MiniBatchGrid
 from .outputs import AttentionWriter, ColumnWriter, attention_writers
-from .tokens import Segment, Tokens, added
-from .ttt_attention_mixer import MixerCall
-from .ttt_kvb_mixer import TTTKVBMixer
-from .ttt_mixers import MIXERS, TTTMixer, causal_convolution, make_convolution
+from .tokens import MiniBatchGrid, Segment, Tokens, added
+from .ttt_mixers import MIXERS, MixerCall, TTTKVBMixer, TTTMixer, causal_convolution, make_convolution
 
 # Tokens that are read at once without gradients, so that memory grows with the outputs alone.
 SEGMENT_TOKENS = 2048

@@ -28,13 +28,32 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from .attention import float64_device
 
 NORM_EPS = 1e-6
 
 # A step of some form: (views of a mini-batch, state, learner) -> (f_res of the queries, increments of the sums).
 Step = Callable[["StepViews", "LearnerState", "InnerLearner"], tuple[torch.Tensor, tuple[torch.Tensor, ...]]]
+
+
+class TTTHeadNorm(nn.Module):
+    """Weight and bias [H, C] of the LayerNorm within f, one per head.
+
+    It is called for them, so that whatever moves parameters when a module is called (offloading, sharding) sees it.
+    """
+
+    def __init__(self, heads: int, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(heads, channels))
+        self.bias = nn.Parameter(torch.zeros(heads, channels))
+
+    def forward(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias as [H, 1, C]."""
+        return self.weight.to(dtype).unsqueeze(1), self.bias.to(dtype).unsqueeze(1)
 
 
 class LearnerState(NamedTuple):
@@ -270,3 +289,17 @@ def _advance(
         tuple(torch.where(full, new, old) for new, old in zip(weights, state.weights, strict=True)),
         tuple(torch.where(full, torch.zeros_like(total), total) for total in sums),
     )
+
+
+def rotation_angles(positions: torch.Tensor, channels: int, theta: float) -> torch.Tensor:
+    """positions [...] -> RoPE angles [..., channels / 2], float64, on a device that has it."""
+    device = float64_device(positions.device)
+    exponents = torch.arange(0, channels, 2, dtype=torch.float64, device=device) / channels
+    return positions[..., None].to(device).double() * theta**-exponents
+
+
+def rotate_pairs(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Turn the channels (2i, 2i + 1) of x [B, H, G, N, C] by angles [1 or B, G, N, C / 2]."""
+    cosines, sines = (turn.to(x.dtype).to(x.device).unsqueeze(1) for turn in (angles.cos(), angles.sin()))
+    even, odd = x[..., ::2], x[..., 1::2]
+    return torch.stack([even * cosines - odd * sines, even * sines + odd * cosines], dim=-1).flatten(-2)

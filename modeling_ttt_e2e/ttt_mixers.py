@@ -14,6 +14,7 @@ G mini-batches, N their slots.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -21,13 +22,204 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .attention import float64_device
+from .attention import AttentionInputs
 from .context import take_last
-from .mini_batch_grid import MiniBatchGrid
-from .ttt_attention_mixer import MixerCall, TTTLayersAttention
-from .ttt_kvb_mixer import TTTKVBMixer
-from .ttt_linear_mlp import NORM_EPS, InnerLearner, LearnerState, Views, default_checkpoint_every, learn_slots
+from .layers import KeysValues, TTTE2EAttention, TTTE2ERMSNorm, rotate
+from .tokens import MiniBatchGrid
+from .ttt_kvb import (
+    KVBMemory,
+    KVBRule,
+    KVBState,
+    KVBTokens,
+    SwiGLUWeights,
+    kvb_initial_state,
+    kvb_scan,
+    row_norms,
+    token_learning_rates,
+    unit_view,
+)
+from .ttt_linear_mlp import (
+    NORM_EPS,
+    InnerLearner,
+    LearnerState,
+    TTTHeadNorm,
+    Views,
+    default_checkpoint_every,
+    learn_slots,
+    rotate_pairs,
+    rotation_angles,
+)
 from .twice_differentiable import at_least_float32
+
+KVB_LEARNING_RATE = 0.001  # of LaCT
+
+
+@dataclass(frozen=True)
+class MixerCall:
+    """What all blocks of one call share.
+
+    Attributes:
+        tokens_before: real tokens that each row read in earlier calls.
+        counts: real tokens of each row in this call.
+        grid: where they stand in their mini-batches.
+        attention: angles and masks of attention blocks; None in a model without any.
+        checkpointing: recompute activations in the backward pass.
+    """
+
+    tokens_before: tuple[int, ...]
+    counts: tuple[int, ...]
+    grid: MiniBatchGrid
+    attention: AttentionInputs | None
+    checkpointing: bool
+
+
+class TTTLayersAttention(TTTE2EAttention):
+    """Attention whose state is the keys and values that later queries see, aligned right."""
+
+    @staticmethod
+    def history_columns(state: KeysValues) -> int:
+        """Earlier keys that a state holds, for the masks; every mixer with attention inside has this."""
+        return state[0].shape[2]
+
+    def forward(
+        self, x: torch.Tensor, call: MixerCall, state: KeysValues | None
+    ) -> tuple[torch.Tensor, KeysValues, torch.Tensor | None]:
+        """x [B, T, D] -> the output [B, T, D], the keys and values to keep, attention weights or None."""
+        output, state, weights = self.read(self.q_proj(x), self.k_proj(x), self.v_proj(x), call, state)
+        return self.o_proj(output), state, weights
+
+    def read(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: MixerCall, state: KeysValues | None
+    ) -> tuple[torch.Tensor, KeysValues, torch.Tensor | None]:
+        """Attention without its projections.
+
+        Args:
+            query, key, value: projected tokens [B, T, heads x C].
+            state: keys and values [B, key/value heads, columns, C] from before, rotated; None at the start.
+
+        Returns:
+            [B, T, heads x C], the keys and values to keep, and the weights [B, heads, T, columns + T] (eager only).
+        """
+        output, new, weights = self.mix(query, key, value, call.attention, state)
+        columns = 0
+        if state is not None:
+            columns = state[0].shape[2]
+            new = tuple(torch.cat([old.to(own.dtype), own], dim=2) for old, own in zip(state, new, strict=True))
+        ends = [columns + count for count in call.counts]
+        keep = max(ends) if self.sliding_window is None else self.sliding_window - 1
+        return output, tuple(take_last(part, ends, keep) for part in new), weights
+
+
+class KVBMixerState(NamedTuple):
+    """What a block remembers.
+
+    Attributes:
+        attention: keys and values in the window.
+        weights: fast weights, at least float32.
+        momentum: of them, or None.
+        pending: tokens that no step has used yet, at most one mini-batch.
+    """
+
+    attention: KeysValues
+    weights: SwiGLUWeights
+    momentum: SwiGLUWeights | None
+    pending: KVBTokens
+
+
+class TTTKVBMixer(TTTLayersAttention):
+    """Sliding-window attention and fast weights that bind values to keys, side by side.
+
+    The layer is that of LaCT (arXiv 2505.23884), the baseline of arXiv 2512.23675. Queries, keys and values are
+    projected once and used twice,
+
+        output = o_proj(attention(q, k, v) + s * norm(f_W(q')))      q', k' = rope(unit(silu(scale * . + offset)))
+                                                                     v' = silu(v),  s = silu(scale_proj(x))
+
+    with one scale and offset per channel for queries and for keys, and f_W and its learning as in `ttt_kvb`. Shapes:
+    N heads of the fast weights, C their channels.
+
+    Attributes:
+        views: what the fast weights see of the projections, besides the values.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        size, heads = config.hidden_size, config.ttt_kvb_num_heads
+        self.channels = size // heads
+        hidden = config.ttt_kvb_intermediate_ratio * self.channels
+        self.rule = KVBRule(
+            config.mini_batch_size, config.ttt_kvb_output_rule, config.ttt_kvb_weight_norm, config.ttt_kvb_momentum
+        )
+        self.initial_gate = nn.Parameter(torch.empty(heads, hidden, self.channels))
+        self.initial_up = nn.Parameter(torch.empty(heads, hidden, self.channels))
+        self.initial_down = nn.Parameter(torch.empty(heads, self.channels, hidden))
+        self.views = ("query", "key") if config.ttt_kvb_output_rule == "query" else ("key",)
+        for name in self.views:
+            self.register_parameter(f"{name}_scale", nn.Parameter(torch.ones(size)))
+            self.register_parameter(f"{name}_offset", nn.Parameter(torch.zeros(size)))
+        self.learning_rate_proj = nn.Linear(size, 3 * heads)
+        self.momentum_proj = nn.Linear(size, heads) if config.ttt_kvb_momentum else None
+        self.scale_proj = nn.Linear(size, heads)
+        self.fast_norm = TTTE2ERMSNorm(self.channels, config.rms_norm_eps)
+
+    @staticmethod
+    def history_columns(state: KVBMixerState) -> int:
+        return TTTLayersAttention.history_columns(state.attention)
+
+    def forward(
+        self, x: torch.Tensor, call, state: KVBMixerState | None
+    ) -> tuple[torch.Tensor, KVBMixerState, torch.Tensor | None]:
+        """As every mixer: x [B, T, D] -> the output [B, T, D], the state after it, attention weights or None."""
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        before = None if state is None else state.attention
+        attended, keys_values, weights = self.read(query, key, value, call, before)
+        fast, after = self.bind(x, (query, key, value), call, state)
+        state = KVBMixerState(keys_values, after.memory.weights, after.memory.momentum, after.pending)
+        return self.o_proj(attended + fast), state, weights
+
+    def bind(
+        self, x: torch.Tensor, projections: tuple[torch.Tensor, ...], call, state: KVBMixerState | None
+    ) -> tuple[torch.Tensor, KVBState]:
+        """What the fast weights answer, scaled, [B, T, D], and their state after the call's tokens."""
+        query, key, value = projections
+        angles = call.attention.position_embeddings
+        reads = self.view(query, "query", angles) if "query" in self.views else None
+        rates = token_learning_rates(self.learning_rate_proj(x).unflatten(-1, (-1, 3)), KVB_LEARNING_RATE)
+        factors = None
+        if self.momentum_proj is not None:
+            factors = self.momentum_proj(x).sigmoid().unsqueeze(-1).transpose(1, 2)
+        tokens = KVBTokens(self.view(key, "key", angles), self.heads(F.silu(value)), rates.transpose(1, 2), factors)
+        every = None
+        if call.checkpointing and torch.is_grad_enabled():
+            steps = max(1, x.shape[1] // self.rule.mini_batch_size)
+            every = self.config.inner_checkpoint_every or default_checkpoint_every(steps)
+        before = self.state_before(x.shape[0], call.tokens_before, state)
+        answers, after = kvb_scan(before, reads, tokens, self.rule, call.counts, every)
+        scale = F.silu(self.scale_proj(x)).transpose(1, 2).unsqueeze(-1)  # [B, N, T, 1]
+        fast = scale * self.fast_norm(answers.to(x.dtype))
+        return fast.transpose(1, 2).flatten(2), after
+
+    def state_before(self, rows: int, tokens: tuple[int, ...], state: KVBMixerState | None) -> KVBState:
+        """The fast weights' state after `tokens` tokens of each row."""
+        initial = SwiGLUWeights(self.initial_gate, self.initial_up, self.initial_down)
+        start = kvb_initial_state(initial, rows, self.rule)
+        if state is None:
+            return start
+        size = self.rule.mini_batch_size
+        pending = tuple(count - max(0, count - 1) // size * size for count in tokens)
+        norms = row_norms(start.memory.weights)
+        return KVBState(KVBMemory(state.weights, norms, state.momentum), state.pending, pending)
+
+    def view(self, projected: torch.Tensor, name: str, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Queries or keys of the fast weights, [B, T, D] -> [B, N, T, C]: unit length, then RoPE as in attention."""
+        scaled = projected * getattr(self, f"{name}_scale") + getattr(self, f"{name}_offset")
+        unit = unit_view(self.heads(scaled)).transpose(1, 2).flatten(2)
+        turned = rotate(unit.unflatten(-1, (-1, self.head_dim)).transpose(1, 2), *angles)
+        return self.heads(turned.transpose(1, 2).flatten(2))
+
+    def heads(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, D] -> [B, N, T, C]."""
+        return x.unflatten(-1, (-1, self.channels)).transpose(1, 2)
 
 
 class TTTState(NamedTuple):
@@ -68,22 +260,6 @@ def causal_convolution(
 def make_convolution(config) -> nn.Conv1d:
     """A depthwise convolution over the hidden size; its caller prepends the inputs before the first token."""
     return nn.Conv1d(config.hidden_size, config.hidden_size, config.ttt_conv_kernel, groups=config.hidden_size)
-
-
-class TTTHeadNorm(nn.Module):
-    """Weight and bias [H, C] of the LayerNorm within f, one per head; `ttt_linear_mlp` computes it.
-
-    It is called for them, so that whatever moves parameters when a module is called (offloading, sharding) sees it.
-    """
-
-    def __init__(self, heads: int, channels: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(heads, channels))
-        self.bias = nn.Parameter(torch.zeros(heads, channels))
-
-    def forward(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight and bias as [H, 1, C]."""
-        return self.weight.to(dtype).unsqueeze(1), self.bias.to(dtype).unsqueeze(1)
 
 
 class TTTMixer(nn.Module):
@@ -209,20 +385,6 @@ MIXERS: dict[str, Any] = {
     "sliding_attention": TTTLayersAttention,
     "full_attention": TTTLayersAttention,
 }
-
-
-def rotation_angles(positions: torch.Tensor, channels: int, theta: float) -> torch.Tensor:
-    """positions [...] -> RoPE angles [..., channels / 2], float64, on a device that has it."""
-    device = float64_device(positions.device)
-    exponents = torch.arange(0, channels, 2, dtype=torch.float64, device=device) / channels
-    return positions[..., None].to(device).double() * theta**-exponents
-
-
-def rotate_pairs(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Turn the channels (2i, 2i + 1) of x [B, H, G, N, C] by angles [1 or B, G, N, C / 2]."""
-    cosines, sines = (turn.to(x.dtype).to(x.device).unsqueeze(1) for turn in (angles.cos(), angles.sin()))
-    even, odd = x[..., ::2], x[..., 1::2]
-    return torch.stack([even * cosines - odd * sines, even * sines + odd * cosines], dim=-1).flatten(-2)
 
 
 def _in_dtype(state: LearnerState, dtype: torch.dtype) -> LearnerState:

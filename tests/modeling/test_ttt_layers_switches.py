@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ttt_e2e import TTTLayersConfig, TTTLayersForCausalLM
-from ttt_e2e.mini_batch_grid import MiniBatchGrid
-from ttt_e2e.ttt_attention_mixer import MixerCall
+from ttt_e2e.tokens import MiniBatchGrid
+from ttt_e2e.ttt_mixers import MixerCall
 
 from .helpers import loss_and_gradients, random_ids
 from .ttt_layers import CLOSE, LENGTH, SIZE, SMALL, layers_config, layers_model, read

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import gelu, layer_norm
 
-from ttt_e2e.mini_batch_grid import MiniBatchGrid
+from ttt_e2e.tokens import MiniBatchGrid
 from ttt_e2e.ttt_linear_mlp import (
     InnerLearner,
     LearnerState,

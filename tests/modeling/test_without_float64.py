@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from ttt_e2e.layers import TTTE2ERotaryEmbedding
 from ttt_e2e.modeling_recurrent_hybrid import RecurrentHybridRotaryEmbedding
-from ttt_e2e.ttt_mixers import rotate_pairs, rotation_angles
+from ttt_e2e.ttt_linear_mlp import rotate_pairs, rotation_angles
 
 from .helpers import small_config
 from .recurrent import hybrid_config
