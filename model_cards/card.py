@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
-from ..compatibility import OLDEST_TRANSFORMERS
+from ..checks import OLDEST_TRANSFORMERS
 from ..evaluation import Table
 from ..storage.disk import write_text
 

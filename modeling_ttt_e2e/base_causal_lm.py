@@ -10,8 +10,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
 from .causal_lm_loss import check_loss_arguments, mean_loss, position_labels, token_losses
-from .checks import check_flags, check_logits_to_keep, one_input, real_columns
-from .compatibility import accept_earlier_cache_names
+from .checks import accept_earlier_cache_names, check_flags, check_logits_to_keep, one_input, real_columns
 
 
 class BaseGenerationMixin(GenerationMixin):

@@ -1,10 +1,24 @@
-"""Checks of a call's arguments, before any work is done. Messages name the argument, its value and the remedy."""
+"""Checks of a call's arguments, before any work is done, and of the release of transformers, before it is used.
+
+Messages name the argument, its value and the remedy.
+"""
 
 import math
 from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
+from transformers.utils.deprecation import deprecate_kwarg
+
+OLDEST_TRANSFORMERS = "5.24.0"
+
+if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
+    raise ImportError(
+        f"TTT-E2E needs transformers {OLDEST_TRANSFORMERS} or later, and this is {transformers.__version__}: "
+        f'pip install "transformers>={OLDEST_TRANSFORMERS}"'
+    )
 
 # Arguments that transformers may hand to any model, with the value that asks these for what they do anyhow.
 AS_EVER = {"is_causal": True, "output_router_logits": False}
@@ -23,6 +37,16 @@ OUTSIDE = (
     "`position_ids` holds {position} (row {row}, column {column}): positions lie from 0 to 2**53 - 1; count each row's "
     "tokens, or leave the argument out."
 )
+
+
+def accept_earlier_cache_names(function: Callable) -> Callable:
+    """Take `past_key_values` and `cache_params` for the argument `cache`, with a FutureWarning.
+
+    Those are its earlier names, which transformers' models take until their release 5.40.
+    """
+    for name in ("past_key_values", "cache_params"):
+        function = deprecate_kwarg(name, "5.40.0", new_name="cache")(function)
+    return function
 
 
 def check_ids(input_ids: torch.Tensor, vocab_size: int, name: str = "input_ids") -> None:

@@ -11,8 +11,7 @@ import torch
 
 from .base_causal_lm import BaseGenerationMixin, prompt_learning
 from .cache_ttt_e2e import TTTE2ECache
-from .checks import check_tensor
-from .compatibility import accept_earlier_cache_names
+from .checks import accept_earlier_cache_names, check_tensor
 
 LEARN_FROM = ("context", "prompt", "none")
 ASSISTED_BY = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")

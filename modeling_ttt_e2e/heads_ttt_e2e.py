@@ -22,8 +22,7 @@ from transformers.utils.generic import can_return_tuple
 from .cache_ttt_e2e import TTTE2ECache
 from .call import check_inputs
 from .causal_lm_loss import NO_TARGET, logits_nll, mean_loss, per_item
-from .checks import check_extra_arguments, check_number_of_items, real_columns
-from .compatibility import accept_earlier_cache_names
+from .checks import accept_earlier_cache_names, check_extra_arguments, check_number_of_items, real_columns
 from .context import gather_columns
 from .twice_differentiable import at_least_float32
 

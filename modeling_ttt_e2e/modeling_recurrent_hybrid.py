@@ -28,6 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import float64_device
 from .base_causal_lm import BaseGenerationMixin, BaselineCausalLM
 from .checks import (
+    accept_earlier_cache_names,
     check_embeddings,
     check_extra_arguments,
     check_flags,
@@ -37,7 +38,6 @@ from .checks import (
     one_input,
     real_columns,
 )
-from .compatibility import accept_earlier_cache_names
 from .configuration_recurrent_hybrid import RecurrentHybridConfig
 from .recurrent_inputs import (
     RecurrentMask,

@@ -16,8 +16,7 @@ from transformers.utils.generic import can_return_tuple
 from .cache_ttt_e2e import TTTE2ECache
 from .call import make_call, run_call
 from .causal_lm_loss import per_item
-from .checks import check_flags, check_not_reentrant, check_number_of_items
-from .compatibility import accept_earlier_cache_names
+from .checks import accept_earlier_cache_names, check_flags, check_not_reentrant, check_number_of_items
 from .configuration_ttt_e2e import TTTE2EConfig
 from .generation_ttt_e2e import TTTE2EGenerationMixin
 from .heads_ttt_e2e import QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead

@@ -26,6 +26,7 @@ from .attention import AttentionInputs, segment_masks
 from .base_causal_lm import BaseGenerationMixin, BaselineCausalLM
 from .cache_ttt_layers import TTTLayersCache
 from .checks import (
+    accept_earlier_cache_names,
     check_cache,
     check_embeddings,
     check_extra_arguments,
@@ -36,7 +37,6 @@ from .checks import (
     one_input,
     real_columns,
 )
-from .compatibility import accept_earlier_cache_names
 from .configuration_decoder import ATTENTION_TYPES
 from .configuration_ttt_layers import INNER_LEARNERS, TTTLayersConfig
 from .layers import TTTE2EMLP, TTTE2ERMSNorm, TTTE2ERotaryEmbedding
