@@ -41,6 +41,28 @@ CONTEXT_SETTINGS = (
 class DecoderConfig(PreTrainedConfig):
     """The settings that decoders of all families have; a family adds its own.
 
+    Args:
+        vocab_size: number of token ids.
+        hidden_size, num_hidden_layers, num_attention_heads: the usual sizes of a decoder.
+        intermediate_size: width of the ordinary gated MLPs.
+        num_key_value_heads: key and value heads of attention (default: as many as query heads).
+        head_dim: channels of one attention head (default: `hidden_size // num_attention_heads`).
+        hidden_act: activation of the gated MLPs.
+        initializer_range: standard deviation of random weights.
+        rms_norm_eps: epsilon of the RMSNorms.
+        rope_parameters: of attention, `{"rope_type": ..., "rope_theta": ...}`; types `default`, `linear`, `llama3`,
+            `yarn`.
+        max_position_embeddings: a hint for tools that need a length; the model itself reads any length.
+        sliding_window: keys that a query of a `sliding_attention` block sees, itself included.
+        attention_bias: biases on the four attention projections.
+        post_norm: a second RMSNorm after each mixer (or attention) and each MLP, before the residual addition.
+        tie_word_embeddings: the head is the embedding's matrix.
+        pad_token_id, bos_token_id, eos_token_id: ids of the vocabulary, or None.
+
+    Raises:
+        ValueError: a value is out of range or contradicts another one.
+        StrictDataclassFieldValidationError: a value has the wrong type.
+
     Class attributes, for a family to set:
         block_types: the setting that names the kind of each block.
         known_types: the kinds that it may name.

@@ -16,23 +16,14 @@ RECURRENT_MIXERS = ("mamba2", "gated_delta_net")
 class RecurrentHybridConfig(MixerConfig):
     """Sizes of a [`RecurrentHybridModel`]. `RecurrentHybridConfig()` is the preset 125m-gated-delta-net.
 
+    `hidden_act` is also that of the mixers' short convolutions. Recurrent blocks have no positions.
+
+    The arguments of [`DecoderConfig`], and:
+
     Args:
-        vocab_size: number of token ids.
-        hidden_size, num_hidden_layers, num_attention_heads: the usual sizes of a decoder.
-        intermediate_size: width of the gated MLPs.
-        num_key_value_heads: key and value heads of attention (default: as many as query heads).
-        head_dim: channels of one attention head (default: `hidden_size // num_attention_heads`).
-        hidden_act: activation of the gated MLPs and of the mixers' short convolutions.
-        rms_norm_eps: epsilon of the RMSNorms.
-        rope_parameters: of the attention blocks; recurrent blocks have no positions. Types `default`, `linear`,
-            `llama3`, `yarn`.
-        max_position_embeddings: a hint for tools that need a length; the model itself reads any length.
-        sliding_window: keys that a query of a `sliding_attention` block sees, itself included.
         mixer_types: per block `"sliding_attention"`, `"full_attention"`, `"mamba2"` or `"gated_delta_net"`, at least
             one of them attention (default: three `gated_delta_net`, then one `sliding_attention`, and so on).
-        attention_bias: biases on the four attention projections.
         attention_dropout: dropout of the attention weights while training.
-        post_norm: a second RMSNorm after each mixer and each MLP, before the residual addition.
         mamba_expand: channels of a Mamba 2 mixer, as a multiple of `hidden_size`.
         mamba_head_dim: channels of one of its heads.
         mamba_state_size: state per channel.
@@ -45,10 +36,6 @@ class RecurrentHybridConfig(MixerConfig):
         linear_value_head_dim: channels of a value head (default: twice those of a key head).
         linear_conv_kernel_dim: width of its short convolution.
         linear_allow_neg_eigval: let the state's transition have negative eigenvalues (not in the paper).
-
-    Raises:
-        ValueError: a value is out of range or contradicts another one.
-        StrictDataclassFieldValidationError: a value has the wrong type.
     """
 
     model_type = "recurrent_hybrid"

@@ -16,23 +16,13 @@ META_GRADIENTS = ("second_order", "first_order")
 class TTTE2EConfig(DecoderConfig):
     """Sizes and test-time-training settings of a [`TTTE2EModel`]. `TTTE2EConfig()` is the 125M model of the paper.
 
+    The arguments of [`DecoderConfig`], and:
+
     Args:
-        vocab_size: number of token ids.
-        hidden_size, num_hidden_layers, num_attention_heads: the usual sizes of a decoder.
-        intermediate_size: width of the ordinary MLPs.
-        num_key_value_heads: key and value heads (default: as many as query heads).
-        head_dim: channels of one head (default: `hidden_size // num_attention_heads`).
-        hidden_act: activation of the gated MLPs.
-        rms_norm_eps: epsilon of every RMSNorm.
-        rope_parameters: `{"rope_type": ..., "rope_theta": ...}`; types `default`, `linear`, `llama3`, `yarn`.
-        max_position_embeddings: a hint for tools that need a length; the model itself reads any length.
-        sliding_window: keys that a query of a `sliding_attention` layer sees, itself included.
         layer_types: per block `"sliding_attention"` or `"full_attention"` (default: all sliding).
         use_attention: `False` leaves the attention out of every block, as in the paper's toy example (Appendix A): a
             token then sees others through the fast weights alone, and windows and layer types mean nothing.
-        attention_bias: biases on the four attention projections.
         qk_norm: RMSNorm over the channels of each query and key head, before RoPE.
-        post_norm: a second RMSNorm after attention and after each MLP, before the residual addition.
         num_suffix_layers: blocks, counted from the end, that the inner loop updates (default: a quarter).
         use_prime_mlp: suffix blocks hold a second MLP, the prime MLP, whose weights the inner loop updates. `False`
             makes their ordinary MLPs the inner weights.
@@ -48,10 +38,6 @@ class TTTE2EConfig(DecoderConfig):
             gradient checkpointing (None: about the square root of their number).
         inner_checkpoint_offload: keep the fast weights stored at the beginning of each such group in CPU memory.
         test_time_training: learn while reading, unless a call says otherwise.
-
-    Raises:
-        ValueError: a value is out of range or contradicts another one.
-        StrictDataclassFieldValidationError: a value has the wrong type.
     """
 
     model_type = "ttt_e2e"

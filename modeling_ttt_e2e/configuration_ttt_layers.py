@@ -23,23 +23,15 @@ class TTTLayersConfig(MixerConfig):
     text, `ttt_token_scale=False`, `ttt_use_bias=False` and `ttt_base_learning_rate` equal to the size of a head,
     TTT-Linear is causal linear attention without normalisation.
 
+    `head_dim` is of attention blocks; heads of TTT blocks have `hidden_size / num_attention_heads` channels. Their
+    LayerNorms have an epsilon of 1e-6.
+
+    The arguments of [`DecoderConfig`], and:
+
     Args:
-        vocab_size: number of token ids.
-        hidden_size, num_hidden_layers, num_attention_heads: the usual sizes of a decoder. Heads of TTT blocks have
-            `hidden_size / num_attention_heads` channels.
-        intermediate_size: width of the gated MLPs.
         mixer_types: per block `"ttt_linear"`, `"ttt_mlp"`, `"ttt_kvb"`, `"sliding_attention"` or `"full_attention"`
             (default: all `ttt_linear`).
-        num_key_value_heads, head_dim: of attention blocks (default: as many as query heads; `hidden_size` divided by
-            `num_attention_heads`).
-        hidden_act: activation of the gated MLPs.
-        rms_norm_eps: epsilon of every RMSNorm; LayerNorms of TTT blocks have 1e-6.
-        rope_parameters: of attention blocks; types `default`, `linear`, `llama3`, `yarn`.
-        max_position_embeddings: a hint for tools that need a length; the model itself reads any length.
-        sliding_window: keys that a query of a `sliding_attention` block sees, itself included.
-        attention_bias: biases on the four attention projections.
         qk_norm: RMSNorm over the channels of each query and key head of attention blocks, before RoPE.
-        post_norm: a second RMSNorm after each mixer and each MLP, before the residual addition.
         mini_batch_size: tokens of one inner step; their gradients are taken at the same weights.
         ttt_base_learning_rate: inner learning rate before its division by the size of a head (None: 1.0 for
             `ttt_linear`, 0.1 for `ttt_mlp`). 0 leaves the initial weights as they are.
@@ -63,10 +55,6 @@ class TTTLayersConfig(MixerConfig):
         ttt_kvb_momentum: steps with momentum.
         inner_checkpoint_every: mini-batches in one group of checkpointing through time, which is active together with
             activation checkpointing (None: about the square root of their number).
-
-    Raises:
-        ValueError: a value is out of range or contradicts another one.
-        StrictDataclassFieldValidationError: a value has the wrong type.
     """
 
     model_type = "ttt_layers"
