@@ -10,6 +10,7 @@ segment either fills up begun mini-batches or begins new ones (`tokens.Tokens.se
 rows begin at equal places of it.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -225,7 +226,7 @@ class Suffix:
             The outputs without losses, the histories with this mini-batch's keys and values, and the logits [B, T, V].
         """
         reader, memory = self.reader, StepMemory(self, batch, histories)
-        x, states, weights = run_blocks(reader.inner_parts, batch.inputs, fast, memory, _call)
+        x, states, weights = run_blocks(reader.inner_parts, batch.inputs, fast, memory, operator.call)
         wanted = reader.want_hidden or reader.want_layers or with_logits
         hidden = reader.model.norm(x) if wanted else None
         output = StepOutput(
@@ -253,10 +254,6 @@ class Suffix:
         if key not in self.masks:
             self.masks[key] = attention_mask(implementation, window, columns, tokens, rows, None, device)
         return self.masks[key]
-
-
-def _call(layer: torch.nn.Module, *args, **kwargs):
-    return layer(*args, **kwargs)
 
 
 class StepMemory:

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Literal, NamedTuple, Protocol
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import AttentionInputs, BlockMasks, segment_masks
 from .causal_lm_loss import hidden_nll
@@ -165,7 +166,8 @@ class Reader:
         """`run_blocks` over a whole segment; a suffix block is checkpointed as prefix blocks checkpoint themselves."""
 
         def call(layer, *args, **kwargs):
-            if not self.checkpointing or not torch.is_grad_enabled() or hasattr(layer, "gradient_checkpointing"):
+            own = isinstance(layer, GradientCheckpointingLayer)
+            if own or not self.checkpointing or not torch.is_grad_enabled():
                 return layer(*args, **kwargs)
             return self.model._gradient_checkpointing_func(partial(layer, **kwargs), *args)
 
