@@ -16,7 +16,6 @@ from functools import partial
 from typing import Literal, NamedTuple, Protocol
 
 import torch
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import AttentionInputs, BlockMasks, segment_masks
 from .causal_lm_loss import hidden_nll
@@ -165,9 +164,10 @@ class Reader:
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """`run_blocks` over a whole segment; a suffix block is checkpointed as prefix blocks checkpoint themselves."""
 
+        suffix = self.suffix_layers
+
         def call(layer, *args, **kwargs):
-            own = isinstance(layer, GradientCheckpointingLayer)
-            if own or not self.checkpointing or not torch.is_grad_enabled():
+            if layer not in suffix or not self.checkpointing or not torch.is_grad_enabled():
                 return layer(*args, **kwargs)
             return self.model._gradient_checkpointing_func(partial(layer, **kwargs), *args)
 
