@@ -14,6 +14,7 @@ PACKAGE_FOLDERS = {
     "ttt_e2e.configuration": "configuration",
     "ttt_e2e.storage": "storage",
     "ttt_e2e.data": "data",
+    "ttt_e2e.loading": "loading",
     "ttt_e2e.conversion": "conversion",
     "ttt_e2e.training": "training",
     "ttt_e2e.evaluation": "evaluation",

@@ -19,7 +19,7 @@ from .contexts import (
     TopPOption,
     say_loading,
 )
-from .errors import refuse
+from .errors import refusals
 
 if TYPE_CHECKING:
     from ttt_e2e.serving import Conversation
@@ -58,13 +58,11 @@ def chat(
 
     from ttt_e2e.serving import Conversation, load_text_model, open_context, writing_arguments
 
-    try:
+    with refusals():
         arguments = writing_arguments(temperature, top_p, learn_from)
         text_model = load_text_model(model, dtype=dtype, device=device, split_special_tokens=split_special_tokens)
         start = None if context is None else open_context(context, text_model.model)
         conversation = Conversation(text_model, start, max_new_tokens=max_new_tokens, **arguments)
-    except (ValueError, OSError) as error:
-        refuse(error)
     if seed is not None:
         set_seed(seed)
     read_before = f"{start.tokens:,} tokens read before" if start is not None else "nothing read before"

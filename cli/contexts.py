@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import refuse
+from .errors import refusals, refuse
 
 ModelOption = Annotated[
     str, typer.Option(help="A saved model's folder, the folder of a run of `ttt-e2e train`, or an id of the Hub.")
@@ -77,7 +77,7 @@ def read(
     from ttt_e2e.storage.claims import claimed
     from ttt_e2e.storage.record import check_output
 
-    try:
+    with refusals("Interrupted; nothing was written."):
         check_output(output, resume=False)
         texts = [(document_name(path), document_text(path)) for path in documents]
         with claimed(output):
@@ -91,11 +91,6 @@ def read(
             learned = read_documents(text_model, start, tokens)
             seconds = time.perf_counter() - started
             write_context(output, learned)
-    except (ValueError, OSError) as error:
-        refuse(error)
-    except KeyboardInterrupt:
-        typer.echo("Interrupted; nothing was written.", err=True)
-        raise typer.Exit(130) from None
     count = learned.tokens - start.tokens
     before = f" after {start.tokens:,} read before" if start.tokens else ""
     typer.echo(f"{output}: {count:,} tokens{before}, {count / seconds:,.0f} a second; {learned.cache.nbytes:,} bytes.")
@@ -128,10 +123,8 @@ def generate(
 
     Try it: `ttt-e2e generate --model runs/tiny --context book.context --prompt "In the last chapter"`
     """
-    try:
+    with refusals():
         text = given_prompt(prompt, prompt_file)
-    except ValueError as error:
-        refuse(error)
     say_loading(model)
     from contextlib import nullcontext
     from dataclasses import replace

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import refuse
+from .errors import refusals
 
 TOLERANCE = 5e-5
 
@@ -71,7 +71,7 @@ def official(
     from ttt_e2e.conversion.verification import largest_difference, load_reference
     from ttt_e2e.storage.claims import claimed
 
-    try:
+    with refusals():
         if tolerance is not None and verify is None:
             raise ValueError(f"--tolerance {tolerance} is of --verify: name the file of reference numbers as well")
         output = output.expanduser()
@@ -86,8 +86,6 @@ def official(
                 max_shard_size=max_shard_size,
                 project=project,
             )
-    except (ImportError, OSError, ValueError) as error:
-        refuse(error)
     typer.echo(f"{output}: converted from {weights}; load it with AutoModelForCausalLM.from_pretrained")
     if reference is None:
         return
@@ -113,11 +111,8 @@ def to_official(
     from ttt_e2e.conversion import export_official
     from ttt_e2e.storage.claims import claimed
 
-    try:
-        with claimed(output):
-            export_official(model, output)
-    except (ImportError, OSError, ValueError) as error:
-        refuse(error)
+    with refusals(), claimed(output):
+        export_official(model, output)
     typer.echo(f"{output}: step 0 holds model_weights; its configuration is {output / 'config.json'}")
 
 
@@ -139,9 +134,6 @@ def ttt_layers(
     from ttt_e2e.conversion import convert_ttt_layers
     from ttt_e2e.storage.claims import claimed
 
-    try:
-        with claimed(output):
-            parameters = convert_ttt_layers(checkpoint, output, tokenizer=tokenizer, dtype=dtype)
-    except (OSError, ValueError) as error:
-        refuse(error)
+    with refusals(), claimed(output):
+        parameters = convert_ttt_layers(checkpoint, output, tokenizer=tokenizer, dtype=dtype)
     typer.echo(f"{output}: {parameters:,} parameters; load it with AutoModelForCausalLM.from_pretrained")

@@ -1,5 +1,7 @@
 """How a command ends when something is wrong."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import typer
@@ -11,6 +13,20 @@ def refuse(error: Exception) -> NoReturn:
         raise error  # typer ends the process without a word
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     raise typer.BadParameter(f"{error}{notes}") from error
+
+
+@contextmanager
+def refusals(interrupted: str | None = None) -> Iterator[None]:
+    """Stop with what is wrong within the block; with a sentence of one's own where it is interrupted."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        refuse(error)
+    except KeyboardInterrupt:
+        if interrupted is None:
+            raise
+        typer.echo(interrupted, err=True)
+        raise typer.Exit(130) from None
 
 
 def output_is_cut() -> bool:

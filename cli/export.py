@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import refuse
+from .errors import refusals
 
 
 def export(
@@ -47,7 +47,7 @@ def export(
     from ttt_e2e.storage.claims import claimed
 
     request = ExportRequest(model, output, dtype, tuple(results or ()), name, license)
-    try:
+    with refusals():
         for option, given in {"--private": private, "--commit-message": commit_message}.items():
             if given and push is None:
                 raise ValueError(f"{option} is for an upload: name a repository with --push, or leave it out")
@@ -59,5 +59,3 @@ def export(
         typer.echo(f"{folder}: {size / 2**20:.1f} MiB; load it with trust_remote_code=True, where ttt_e2e is missing")
         if push is not None:
             typer.echo(f"Uploaded: {push_folder(folder, push, private or None, commit_message)}")
-    except (ValueError, OSError) as error:
-        refuse(error)

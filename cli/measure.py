@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .contexts import SplitOption
-from .errors import refuse
+from .errors import refusals
 from .train import DEFAULT_CACHE
 
 # Of `ttt_e2e.evaluation.tasks`, which is not imported before it is needed, because that takes seconds.
@@ -70,7 +70,7 @@ def measure(
 
     from ttt_e2e.evaluation.runs import EvaluationRequest, measure_missing, prepare_evaluation, write_comparison
 
-    try:
+    with refusals("Interrupted. The same command goes on after the last point that was measured."):
         if output is None:
             raise ValueError("--output is missing: give it, as in --output results/first")
         request = EvaluationRequest(
@@ -99,11 +99,6 @@ def measure(
             found, longest = len(evaluation.data.texts), max(request.lengths)
             typer.echo(f"{found} documents of at least {longest:,} bytes ({documents} were asked for)")
         measured = measure_missing(evaluation)
-    except (ValueError, OSError, ImportError) as error:
-        refuse(error)
-    except KeyboardInterrupt:
-        typer.echo("Interrupted. The same command goes on after the last point that was measured.", err=True)
-        raise typer.Exit(130) from None
     if not measured:
         typer.echo("All points were measured before; nothing was measured again.")
     tables, files = write_comparison(evaluation)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import refuse
+from .errors import refusals
 
 
 def merge(
@@ -19,9 +19,6 @@ def merge(
     from ttt_e2e.storage.claims import claimed
     from ttt_e2e.training.lora import merge_lora
 
-    try:
-        with claimed(output):
-            merge_lora(adapter, output)
-    except (ImportError, OSError, ValueError) as error:
-        refuse(error)
+    with refusals(), claimed(output):
+        merge_lora(adapter, output)
     typer.echo(f"{output}: load it with AutoModelForCausalLM.from_pretrained")

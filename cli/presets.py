@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import refuse
+from .errors import refusals
 
 
 def presets(
@@ -28,7 +28,7 @@ def presets(
         _list_all()
         return
     heading = ""
-    try:
+    with refusals():
         if name in recipe_names():
             load_preset(model)  # a misspelt model would get the numbers of another one
             fields = dataclasses.asdict(load_recipe(name, model))
@@ -36,8 +36,6 @@ def presets(
             heading = f"# {fields.pop('description')}\n# {fields.pop('name')}, as it is for {model}.\n"
         else:
             fields = load_preset(name)
-    except ValueError as error:
-        refuse(error)
     typer.echo(heading + yaml.safe_dump(fields, sort_keys=False), nl=False)
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import refuse
+from .errors import refusals
 from .train import DEFAULT_CACHE
 
 
@@ -38,8 +38,6 @@ def reproduce(
         for name in experiment_names():
             typer.echo(f"{name:28}{experiment_description(name)}")
         return
-    try:
+    with refusals():
         chosen = load_experiment(experiment)
-    except ValueError as error:
-        refuse(error)
     run_experiment(chosen, output or Path("runs") / chosen.name, models, cache, Console())

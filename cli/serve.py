@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .contexts import DeviceOption, DtypeOption, ModelOption, SplitOption, say_loading
-from .errors import refuse
+from .errors import refusals
 
 MEBIBYTE = 2**20
 EVERYWHERE = ("", "0.0.0.0", "::")  # hosts that stand for all addresses of this machine
@@ -60,15 +60,15 @@ def serve(
         raise typer.BadParameter(
             f"The server needs further packages ({error}); install them: pip install 'ttt-e2e[serve]'"
         ) from error
-    from ttt_e2e.evaluation.subject import default_label
+    from ttt_e2e.loading import model_label
     from ttt_e2e.serving import ContextFolder, load_text_model
 
-    try:
+    with refusals():
         limits = server_module.TokenLimits(default_max_tokens, max_tokens)
         with bound_socket(host, port) as listening:
             text_model = load_text_model(model, dtype=dtype, device=device, split_special_tokens=split_special_tokens)
             named = ContextFolder(contexts, text_model.model, kept=contexts_in_memory)
-            name = name or default_label(str(Path(model).resolve()) if Path(model).is_dir() else model, None)
+            name = name or model_label(Path(model).resolve() if Path(model).is_dir() else model)
             app = server_module.build_app(
                 name,
                 text_model,
@@ -82,8 +82,6 @@ def serve(
             shown = f"[{host}]" if ":" in host else host
             typer.echo(f"{name} with {len(named.names())} learned contexts at http://{shown}:{port}/v1 (Ctrl-C ends)")
             uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
-    except (ValueError, OSError) as error:
-        refuse(error)
 
 
 def bound_socket(host: str, port: int) -> socket.socket:

@@ -67,9 +67,10 @@ def train(
     """
     from ttt_e2e.configuration import load_recipe
     from ttt_e2e.data.tokenizer import load_tokenizer
+    from ttt_e2e.loading import find_model
     from ttt_e2e.training.estimates import estimate_run
     from ttt_e2e.training.lora import check_lora
-    from ttt_e2e.training.models import changed_config, find_model, fit_to_tokenizer
+    from ttt_e2e.training.models import changed_config, fit_to_tokenizer
     from ttt_e2e.training.run import Adapter, TrainingRequest
 
     try:

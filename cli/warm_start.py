@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .contexts import SplitOption
-from .errors import refuse
+from .errors import refusals
 from .train import DEFAULT_CACHE
 
 
@@ -59,22 +59,16 @@ def transformer(
         inner_learning_rate=inner_lr,
         inner_max_grad_norm=inner_clip,
     )
-    try:
-        with claimed(output):
-            start = prepare_warm_start(WarmStartRequest(model, output, settings, dtype, seed, max_shard_size))
-            config = start.config
-            typer.echo(
-                f"{start.parameters:,} parameters, {start.new_parameters:,} of them new; "
-                f"{start.total_bytes / 2**20:,.0f} MiB. Window {config.sliding_window:,}, mini-batch "
-                f"{config.mini_batch_size:,}, the last {config.num_suffix_layers} of {config.num_hidden_layers} blocks "
-                "learn."
-            )
-            write_warm_start(start)
-    except (ValueError, OSError, ImportError) as error:
-        refuse(error)
-    except KeyboardInterrupt:
-        typer.echo("Interrupted. Nothing was left behind.", err=True)
-        raise typer.Exit(130) from None
+    with refusals("Interrupted. Nothing was left behind."), claimed(output):
+        start = prepare_warm_start(WarmStartRequest(model, output, settings, dtype, seed, max_shard_size))
+        config = start.config
+        typer.echo(
+            f"{start.parameters:,} parameters, {start.new_parameters:,} of them new; "
+            f"{start.total_bytes / 2**20:,.0f} MiB. Window {config.sliding_window:,}, mini-batch "
+            f"{config.mini_batch_size:,}, the last {config.num_suffix_layers} of {config.num_hidden_layers} blocks "
+            "learn."
+        )
+        write_warm_start(start)
     if start.tokenizer is None:
         typer.echo("The source has no tokenizer: name one with --tokenizer from here on.")
     typer.echo(
@@ -128,7 +122,7 @@ def tune_inner_lr(
 
     from ttt_e2e.evaluation.inner_learning_rate import SweepRequest, measure_sweep, prepare_sweep, write_sweep
 
-    try:
+    with refusals("Interrupted. The same command goes on after the last point that was measured."):
         request = SweepRequest(
             model=model,
             data=data,
@@ -151,11 +145,6 @@ def tune_inner_lr(
         if not measure_sweep(sweep):
             typer.echo("All points were measured before; nothing was measured again.")
         verdict, table, files = write_sweep(sweep)
-    except (ValueError, OSError, ImportError) as error:
-        refuse(error)
-    except KeyboardInterrupt:
-        typer.echo("Interrupted. The same command goes on after the last point that was measured.", err=True)
-        raise typer.Exit(130) from None
     Console().print(table.rich())
     for line in verdict.lines():
         typer.echo(line)

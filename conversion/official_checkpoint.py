@@ -15,12 +15,13 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .. import TTTE2EConfig
 from ..configuration import load_config, preset_names
-from ..data.tokenizer import fitting_tokenizer
+from ..data.tokenizer import check_vocabulary, load_tokenizer
+from ..loading import dtype_named, find_saved_model
 from ..storage.disk import check_disk_space, folder_written_whole
 from ..storage.record import check_output
 from .official_layout import (
@@ -90,10 +91,9 @@ def convert_official(
     output = Path(output).expanduser()
     check_output(output, resume=False)
     config = official_config(size)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    torch_dtype = dtype_named(dtype, DTYPES)
     own_tokenizer = None if tokenizer is None else _own_tokenizer(tokenizer, config)
-    split = _split_into_shards(config, DTYPES[dtype], max_shard_size)
+    split = _split_into_shards(config, torch_dtype, max_shard_size)
     filesystem, path, is_local = open_folder(checkpoint, project)
     weights = find_weights(filesystem, path)
     if is_local:
@@ -106,7 +106,7 @@ def convert_official(
         local = Path(weights) if is_local else download(filesystem, weights, part / WEIGHTS)
         reader = OrbaxReader(local)
         _check_fits(reader.shapes, config, size)
-        write_shards(part, split, converted_tensors(reader, config, DTYPES[dtype]))
+        write_shards(part, split, converted_tensors(reader, config, torch_dtype))
         if not is_local:
             shutil.rmtree(local)
         _write_settings(part, config, dtype, own_tokenizer)
@@ -129,8 +129,8 @@ def export_official(model: str | Path, output: str | Path) -> None:
     import_tensorstore()
     output = Path(output).expanduser()
     check_output(output, resume=False)
-    folder = _saved_model(model)
-    config = AutoConfig.from_pretrained(folder)
+    source = find_saved_model(Path(model))
+    folder, config = Path(source.folder), source.config
     if not isinstance(config, TTTE2EConfig):
         raise ValueError(f"model={str(model)!r} is a {config.model_type} model; only ttt_e2e has an official layout")
     official = config_to_official(config)
@@ -233,7 +233,8 @@ def _fits(shapes: Mapping[str, tuple[int, ...]], size: str) -> bool:
 
 
 def _own_tokenizer(source: str, config: TTTE2EConfig) -> PreTrainedTokenizerBase:
-    tokenizer = fitting_tokenizer(source, config.vocab_size)
+    tokenizer = load_tokenizer(source)
+    check_vocabulary(tokenizer, config.vocab_size)
     if tokenizer.bos_token_id != config.bos_token_id:
         logger.warning(
             f"tokenizer={source!r}: its bos_token_id is {tokenizer.bos_token_id}, but the checkpoint was trained with "
@@ -262,17 +263,6 @@ def _write_settings(folder: Path, config: TTTE2EConfig, dtype: str, tokenizer: P
         tokenizer.save_pretrained(folder)
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
-
-
-def _saved_model(model: str | Path) -> Path:
-    asked = Path(model).expanduser()
-    for folder in (asked, asked / "model"):
-        if (folder / "config.json").is_file():
-            return folder
-    raise FileNotFoundError(
-        f"model={str(model)!r}: no config.json in it or in its folder model; name a folder that save_pretrained has "
-        "written"
-    )
 
 
 def _checked_weights(folder: Path, config: TTTE2EConfig) -> StoredWeights:

@@ -6,12 +6,12 @@ import torch
 from safetensors.torch import load_file
 
 from .. import TTTLayersForCausalLM
-from ..data.tokenizer import fitting_tokenizer
+from ..data.tokenizer import check_vocabulary, load_tokenizer
+from ..loading import DTYPES, dtype_named
 from ..storage.disk import check_disk_space, folder_written_whole, read_json
 from ..storage.record import check_output
 from .ttt_layers_layout import config_from_official, convert_parameters
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROOM_FOR_SMALL_FILES = 2**24  # bytes for configuration and tokenizer
 # Of a tied model, and tables that the official code computes from its configuration.
 DERIVED = ("lm_head.weight", "rotary_emb.inv_freq", "seq_modeling_block.token_idx")
@@ -40,13 +40,14 @@ def convert_ttt_layers(
     """
     output = Path(output).expanduser()
     check_output(output, resume=False)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    torch_dtype = dtype_named(dtype, tuple(DTYPES)[1:])
     folder = Path(checkpoint).expanduser()
     config = config_from_official(official_settings(folder))
-    own_tokenizer = None if tokenizer is None else fitting_tokenizer(tokenizer, config.vocab_size)
+    own_tokenizer = None if tokenizer is None else load_tokenizer(tokenizer)
+    if own_tokenizer is not None:
+        check_vocabulary(own_tokenizer, config.vocab_size)
     official = official_parameters(folder, config.tie_word_embeddings)
-    parameters = {name: tensor.to(DTYPES[dtype]) for name, tensor in convert_parameters(official, config).items()}
+    parameters = {name: tensor.to(torch_dtype) for name, tensor in convert_parameters(official, config).items()}
     del official
     needed = sum(tensor.nbytes for tensor in parameters.values())
     check_disk_space(output, needed + ROOM_FOR_SMALL_FILES, "the converted model")
@@ -54,7 +55,7 @@ def convert_ttt_layers(
         model = TTTLayersForCausalLM(config)
     model.load_state_dict(parameters, assign=True, strict=False)  # convert_parameters is strict; a tied head is left
     model.tie_weights()
-    model.config.dtype = DTYPES[dtype]
+    model.config.dtype = torch_dtype
     with folder_written_whole(output) as part:
         model.save_pretrained(part)
         if own_tokenizer is not None:

@@ -16,8 +16,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .. import TTTE2EConfig
-from ..data.sources import looks_like_path
-from ..data.tokenizer import load_tokenizer
+from ..data.sources import path_or_id
+from ..data.tokenizer import find_tokenizer, load_tokenizer
+from ..loading import DTYPES, dtype_named
 from ..storage.disk import check_disk_space, folder_written_whole
 from ..storage.record import check_output
 from .transformer_layout import (
@@ -32,7 +33,6 @@ from .transformer_layout import (
 )
 from .weight_files import StoredWeights, stored_weights, write_shards
 
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GENERATION = "generation_config.json"
 SHARDS = "model{suffix}.safetensors"
 # A tokenizer that was changed by saving would cut one of these into other tokens.
@@ -124,24 +124,19 @@ def prepare_warm_start(request: WarmStartRequest) -> WarmStart:
         ValueError: the source cannot be converted, `settings` do not fit it, or `output` is not empty.
         OSError: a model of the Hub cannot be fetched, or the disk has no room.
     """
-    if request.dtype not in DTYPES:
-        raise ValueError(f"dtype={request.dtype!r}: choose one of {', '.join(DTYPES)}")
+    dtype_named(request.dtype)
     request = replace(request, output=request.output.expanduser())
     check_output(request.output, resume=False)
-    source = source_config(request.model)
+    folder = path_or_id(request.model, "model")
+    source = source_config(folder or request.model)
     config = config_from_transformer(source, request.settings)
-    folder = Path(request.model).expanduser()
-    if not folder.is_dir():
+    if folder is None:
         folder = Path(snapshot_download(request.model, allow_patterns=DOWNLOADED))
     weights = stored_weights(folder)
     if config.tie_word_embeddings and _has_own_head(weights):
         config.tie_word_embeddings = False
     plans = plan_tensors(config, source.model_type, weights.shapes)
-    try:
-        tokenizer = load_tokenizer(folder)
-    except FileNotFoundError:
-        tokenizer = None
-    start = WarmStart(request, config, plans, weights, folder, tokenizer)
+    start = WarmStart(request, config, plans, weights, folder, find_tokenizer(folder))
     try:
         start.shards()
     except ValueError as error:
@@ -171,28 +166,24 @@ def write_warm_start(start: WarmStart) -> None:
         write_shards(part, split, ((name, _tensor(start, plans[name])) for name in names))
 
 
-def source_config(model: str) -> PreTrainedConfig:
-    """The configuration of a source.
+def source_config(model: Path | str) -> PreTrainedConfig:
+    """The configuration of a source: a folder, or an id of the Hub.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no config.json in it.
+        FileNotFoundError: there is no config.json in the folder.
         ValueError: another architecture, or quantised weights.
         OSError: it cannot be fetched from the Hub.
     """
-    folder = Path(model).expanduser()
-    if not folder.exists() and looks_like_path(model):
-        raise FileNotFoundError(f"model={model!r}: there is no such folder; correct the path, or give an id of the Hub")
-    if folder.exists() and not (folder / "config.json").is_file():
+    if isinstance(model, Path) and not (model / "config.json").is_file():
         raise FileNotFoundError(
-            f"model={model!r}: no config.json in it; name a folder that save_pretrained has written, or an id of the "
-            "Hub"
+            f"model={str(model)!r}: no config.json in it; name a folder that save_pretrained has written, or an id of "
+            "the Hub"
         )
-    where = folder if folder.exists() else model
-    check_supported(PreTrainedConfig.get_config_dict(where)[0])
+    check_supported(PreTrainedConfig.get_config_dict(model)[0])
     try:
-        return AutoConfig.from_pretrained(where)
+        return AutoConfig.from_pretrained(model)
     except (StrictDataclassError, KeyError, TypeError) as error:
-        raise ValueError(f"model={model!r}: its config.json cannot be read ({error})") from error
+        raise ValueError(f"model={str(model)!r}: its config.json cannot be read ({error})") from error
 
 
 def _has_own_head(weights: StoredWeights) -> bool:

@@ -97,6 +97,24 @@ def check_no_address(source: str | Path) -> None:
     raise ValueError(f"source={str(source)!r}: addresses are not supported; {remedy}")
 
 
+def path_or_id(name: str | Path, argument: str) -> Path | None:
+    """The path of a model or tokenizer that is here; None for an id of the Hub.
+
+    Args:
+        argument: what the caller calls it, for the message.
+
+    Raises:
+        FileNotFoundError: the name looks like a path, and there is nothing.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if looks_like_path(name):
+        remedy = "correct the path" + ("" if isinstance(name, Path) else ", or give an id of the Hub")
+        raise FileNotFoundError(f"{argument}={name}: there is no such folder; {remedy}")
+    return None
+
+
 def looks_like_path(source: str | Path) -> bool:
     """Whether a name that is not there is meant as a path: datasets and models are called `name` or `owner/name`."""
     name = str(source)

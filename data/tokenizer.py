@@ -10,11 +10,14 @@ from pathlib import Path
 from datasets import Dataset
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from ..storage.cached_folder import cached_folder
 from ..storage.digests import digest
-from .sources import looks_like_path
+from .sources import path_or_id
 from .texts import text_batches, text_totals
+
+logger = logging.get_logger(__name__)
 
 BEGIN, END, PADDING = "<|begin|>", "<|end|>", "<|padding|>"
 # Turns of a model that was never taught any, as a text; an answer ends with its paragraph.
@@ -34,21 +37,38 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         FileNotFoundError: there is no such folder, or it holds no file of a tokenizer.
         ValueError: the tokenizer cannot be loaded.
     """
-    folder = Path(source).expanduser()
-    if folder.exists() and not any((folder / name).is_file() for name in FILES):
+    folder = path_or_id(source, "source")
+    if folder is not None and not any((folder / name).is_file() for name in FILES):
         raise FileNotFoundError(
             f"source={source}: no tokenizer in it (none of {', '.join(FILES)}); name a folder that "
             "`tokenizer.save_pretrained` has written"
         )
-    if not folder.exists() and looks_like_path(source):
-        raise FileNotFoundError(f"source={source}: there is no such folder; correct the path, or give an id of the Hub")
     try:
-        return AutoTokenizer.from_pretrained(folder if folder.exists() else source)
+        return AutoTokenizer.from_pretrained(folder or source)
     except Exception as error:
         raise ValueError(
             f"source={source}: the tokenizer cannot be loaded ({error}); name a folder that "
             "`tokenizer.save_pretrained` has written, or an id of the Hub"
         ) from error
+
+
+def find_tokenizer(*sources: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the first source that has one; None where there is none.
+
+    Raises:
+        ValueError: the one in a folder cannot be loaded. (What the Hub has beside a model may be of any kind: only a
+            warning says so.)
+    """
+    for source in sources:
+        try:
+            return load_tokenizer(source)
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            if Path(source).is_dir():
+                raise
+            logger.warning(f"{source}: no tokenizer is taken from it ({error})")
+    return None
 
 
 def trained_tokenizer(documents: Dataset, vocabulary_size: int, cache_folder: Path) -> PreTrainedTokenizerBase:
@@ -223,17 +243,16 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{separator_id(tokenizer)} {tokenizer.split_special_tokens} ".encode() + data).hexdigest()
 
 
-def fitting_tokenizer(source: str, vocabulary_size: int) -> PreTrainedTokenizerBase:
-    """A tokenizer whose ids all fit the vocabulary.
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> None:
+    """Check that a model knows all ids of a tokenizer.
 
     Raises:
-        ValueError: one does not.
+        ValueError: it does not.
     """
-    tokenizer = load_tokenizer(source)
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocabulary_size:
         raise ValueError(
-            f"tokenizer={source!r}: its ids go up to {largest}, but the model knows only 0 to {vocabulary_size - 1}; "
-            "name the tokenizer that the checkpoint was trained with"
+            f"tokenizer={tokenizer.name_or_path!r}: its ids go up to {largest}, but the model knows only "
+            f"{vocabulary_size}, and so only 0 to {vocabulary_size - 1}; name, or save with the model, the tokenizer "
+            "that it was trained with"
         )
-    return tokenizer

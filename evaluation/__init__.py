@@ -1,6 +1,7 @@
 """Evaluation of any causal language model against context length, learning while it reads or not."""
 
 from .bits_per_byte import bits_per_byte
+from .candidates import load_subject
 from .decoding_loss import decoding_loss
 from .latency import latency
 from .loss_by_context_length import loss_by_context_length
@@ -11,7 +12,7 @@ from .perplexity import perplexity
 from .plots import plot_loss_by_position
 from .reading import read_tokens
 from .runs import EvaluationRequest, measure_missing, prepare_evaluation, write_comparison
-from .subject import Subject, load_subject, token_losses
+from .subject import Subject, token_losses
 from .tables import Table, loss_table
 
 __all__ = [

@@ -16,17 +16,17 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from ..data.tokenizer import tokenizer_digest
+from ..loading import check_saved, weight_files
 from ..storage.claims import claimed
 from ..storage.digests import digest, file_digest
 from ..storage.disk import read_json, write_json, write_text
 from ..training.checkpoints import MANIFEST
-from ..training.models import ModelSource, find_model
-from .candidates import Candidate, find_candidate, load_candidate
+from .candidates import Candidate, find_candidate, load_candidate, with_tokenizer
 from .comparison import difference_to, measured, standard_errors
 from .plots import Panel, plot_panels
 from .results import Point, ResultsFile, environment
 from .runs import RESULTS, EvaluationRequest, check_numbers, open_results, read_data
-from .subject import Subject, split_spec
+from .subject import Subject
 from .tables import Table
 from .tasks import TASKS, TaskData
 
@@ -147,12 +147,12 @@ def prepare_sweep(request: SweepRequest) -> Sweep:
     Raises:
         ValueError, OSError: something does not fit.
     """
-    if split_spec(request.model)[1] is not None:
+    candidate = find_candidate(request.model, None, needs_tokenizer=False)
+    if candidate.learning is not None:
         raise ValueError(f"model={request.model!r}: leave the suffix out; learning on and off are both measured")
-    source = find_model(request.model)
-    check_model(source, request.write)
-    grid = sweep_grid(source, request.learning_rates, request.mini_batch_sizes)
-    candidate = find_candidate(request.model, request.tokenizer, needs_tokenizer=True)
+    check_model(candidate, request.write)
+    grid = sweep_grid(candidate, request.learning_rates, request.mini_batch_sizes)
+    candidate = with_tokenizer(candidate, request.tokenizer)
     largest = max(setting.mini_batch_size for setting in grid[1:])
     length = DEFAULT_MINI_BATCHES * largest if request.length is None else request.length
     if length < largest + 2:
@@ -219,18 +219,17 @@ def write_sweep(sweep: Sweep) -> tuple[Verdict, Table, list[Path]]:
     write_json(request.output / BEST, report)
     files.append(request.output / BEST)
     if report["written"]:
-        files.append(write_settings(Path(sweep.candidate.source.folder), verdict.best))
+        files.append(write_settings(Path(sweep.candidate.folder), verdict.best))
     return verdict, table, files
 
 
-def check_model(source: ModelSource, write: bool) -> None:
+def check_model(source: Candidate, write: bool) -> None:
     """Check that a model can learn, has weights and, to be written to, is a folder that no run goes on from.
 
     Raises:
         ValueError: it does not.
     """
-    if source.folder is None:
-        raise ValueError(f"model={source.name!r} is a preset with random weights: name a saved model")
+    check_saved(source)
     if not hasattr(source.config_class, "check_can_learn"):
         raise ValueError(
             f"model={source.folder!r}: a {source.config_class.model_type} model has no inner learning rate; make a "
@@ -250,7 +249,7 @@ def check_model(source: ModelSource, write: bool) -> None:
         raise ValueError(f"--write: {folder} cannot be written to; copy the model, or leave --write out")
 
 
-def sweep_grid(source: ModelSource, learning_rates: Sequence[float], mini_batch_sizes: Sequence[int]) -> list[Setting]:
+def sweep_grid(source: Candidate, learning_rates: Sequence[float], mini_batch_sizes: Sequence[int]) -> list[Setting]:
     """Learning off, then every learning rate under every mini-batch size, in order.
 
     Raises:
@@ -271,14 +270,13 @@ def sweep_grid(source: ModelSource, learning_rates: Sequence[float], mini_batch_
 
 def model_digest(candidate: Candidate) -> str:
     """SHA-256 of all that decides the numbers, but what is swept: a sweep goes on after its result was written."""
-    source = candidate.source
-    folder = Path(source.folder)
+    folder = Path(candidate.folder)
     if folder.is_dir():
-        weights = [file_digest(path) for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])]
+        weights = [file_digest(path) for path in weight_files(folder)]
     else:  # on the Hub, where a commit names the contents
-        weights = [source.folder, AutoConfig.from_pretrained(source.folder)._commit_hash]
+        weights = [candidate.folder, AutoConfig.from_pretrained(candidate.folder)._commit_hash]
     swept = ("inner_learning_rate", "mini_batch_size", "_name_or_path")
-    fields = {name: value for name, value in source.fields.items() if name not in swept}
+    fields = {name: value for name, value in candidate.fields.items() if name not in swept}
     return digest([weights, fields, tokenizer_digest(candidate.tokenizer)])
 
 

@@ -20,14 +20,15 @@ import transformers
 from filelock import FileLock, Timeout
 from transformers.utils import logging
 
+from ..loading import weight_files
 from ..storage.digests import digest, file_digest
 from ..storage.disk import flush_to_disk
 from ..storage.record import first_difference
 
 logger = logging.get_logger(__name__)
 
-# What decides the numbers of a saved model: its configuration, code and weights, also those of an adapter.
-MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json", "*.py", "*.safetensors", "*.bin")
+# What decides the numbers of a saved model besides its weights: its configuration, also an adapter's, and its code.
+MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json", "*.py")
 
 
 @dataclass(frozen=True)
@@ -175,9 +176,7 @@ def folder_digest(folder: Path) -> str:
     Raises:
         ValueError: there are no weights in the folder.
     """
-    files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
-    if not any(path.suffix in (".safetensors", ".bin") for path in files):
-        raise ValueError(f"model={str(folder)!r}: there are no weights in it (*.safetensors); save the model again")
+    files = [*weight_files(folder), *(path for pattern in MODEL_FILES for path in folder.glob(pattern))]
     return digest({path.name: file_digest(path) for path in files})
 
 

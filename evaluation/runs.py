@@ -20,11 +20,12 @@ from ..data.rows import document_prefixes
 from ..data.sources import load_documents
 from ..data.texts import text_batches
 from ..data.token_store import tokenize_documents
+from ..loading import dtype_named
 from ..storage.digests import digest
 from ..storage.disk import write_text
 from ..storage.record import check_output
 from .bits_per_byte import first_bytes
-from .candidates import DTYPES, Candidate, find_candidates, find_judge, load_candidate
+from .candidates import Candidate, find_candidates, find_judge, load_candidate
 from .comparison import comparison_panels, comparison_tables
 from .needle_data import documentation_texts, ruler_essays
 from .plots import plot_panels
@@ -191,8 +192,7 @@ def check_numbers(request: EvaluationRequest, task: Task) -> None:
     for name in ("documents", "batch_size"):
         if getattr(request, name) < 1:
             raise ValueError(f"{name}={getattr(request, name)}: must be at least 1")
-    if request.dtype not in DTYPES:
-        raise ValueError(f"dtype={request.dtype!r}: choose one of {', '.join(DTYPES)}")
+    dtype_named(request.dtype)
 
 
 def open_results(folder: Path, task: Task) -> ResultsFile:
@@ -243,7 +243,7 @@ def read_data(request: EvaluationRequest, task: Task, candidates: Sequence[Candi
         return TaskData(texts=texts), digest(texts)
     documents = read_documents(request, candidates[0].tokenizer)
     for candidate in candidates:
-        known, highest = candidate.source.fields.get("vocab_size"), int(documents.max())
+        known, highest = candidate.fields.get("vocab_size"), int(documents.max())
         if known is not None and highest >= known:
             raise ValueError(
                 f"model={candidate.spec!r} knows {known} tokens, but the data has token {highest}: its tokenizer is "

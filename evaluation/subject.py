@@ -1,18 +1,12 @@
 """What is evaluated: a causal language model with a name, and the loss of every token under it."""
 
-import difflib
 import inspect
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-logger = logging.get_logger(__name__)
-
-LEARNING = {"learning-on": True, "learning-off": False}
 # Positions whose logits exist at once, over all rows, and the most entries that these logits may have (1 GiB).
 SEGMENT_TOKENS, SEGMENT_LOGITS = 2048, 2**28
 
@@ -42,47 +36,6 @@ class Subject:
     def vocabulary_size(self) -> int:
         """Ids that the model can read."""
         return self.model.config.get_text_config().vocab_size
-
-
-def load_subject(
-    spec: str,
-    label: str | None = None,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> Subject:
-    """Load a model, and its tokenizer where there is one.
-
-    Args:
-        spec: a folder with a saved model, the folder of a run of `ttt-e2e train`, an id of the Hub, or a preset or
-            YAML file (random weights, enough to measure latency). `@learning-on` or `@learning-off` behind it says
-            whether the model learns while it reads; without it the model's configuration does.
-        label: for tables and pictures (default: the name in `spec`).
-        device: default: CUDA where there is one.
-        dtype: of the weights (default: as they were saved; float32 for random ones).
-
-    Raises:
-        FileNotFoundError: there is no such file or folder.
-        ValueError: nothing that can be loaded, an unknown suffix, or one for a model that cannot learn.
-    """
-    from ..training.models import find_model  # brings the data libraries, which only loading needs
-
-    name, learning = split_spec(spec)
-    source = find_model(name)
-    config = source.config_class.from_dict(source.fields)
-    if learning is not None:
-        check_can_learn(config, spec, name)
-    if source.folder is None:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype or "auto")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Subject(
-        label=label or default_label(name, learning),
-        model=model.to(device),
-        tokenizer=None if source.folder is None else _tokenizer_of(source.folder),
-        arguments={} if learning is None else {"test_time_training": learning},
-    )
 
 
 @torch.no_grad()
@@ -187,46 +140,3 @@ def _check_ids(subject: Subject, ids: torch.Tensor) -> None:
             "the text with the model's own tokenizer"
         )
     check_positions(subject.model, ids.shape[1])
-
-
-def split_spec(spec: str) -> tuple[str, bool | None]:
-    """`spec` without its suffix, and whether the suffix says to learn; None without one."""
-    name, separator, suffix = spec.rpartition("@")
-    if not separator or Path(spec).expanduser().exists():
-        return spec, None
-    if suffix not in LEARNING:
-        nearest = difflib.get_close_matches(suffix, LEARNING, n=1, cutoff=0.0)[0]
-        raise ValueError(f"spec={spec!r}: unknown suffix '@{suffix}'; did you mean '@{nearest}'?")
-    return name, LEARNING[suffix]
-
-
-def check_can_learn(config: PreTrainedConfig, spec: str, name: str) -> None:
-    remedy = f"leave the suffix out, as in {name!r}"
-    if not hasattr(config, "check_can_learn"):
-        raise ValueError(f"spec={spec!r}: a {config.model_type} model has no test-time training; {remedy}")
-    try:
-        config.check_can_learn()
-    except ValueError as error:
-        raise ValueError(f"spec={spec!r}: this model has no test-time training ({error}); {remedy}") from error
-
-
-def default_label(name: str, learning: bool | None) -> str:
-    path = Path(name)
-    # In the folder of a run the model lies in `model/`, which says nothing.
-    label = path.parent.name if path.name == "model" and path.parent.name else path.name
-    return label if learning is None else f"{label}, learning {'on' if learning else 'off'}"
-
-
-def _tokenizer_of(folder: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that was saved beside a model; None where there is none."""
-    from ..data.tokenizer import load_tokenizer
-
-    try:
-        return load_tokenizer(folder)
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        if Path(folder).is_dir():
-            raise
-        logger.warning(f"{folder}: evaluated without a tokenizer ({error})")
-        return None

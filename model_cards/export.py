@@ -16,7 +16,6 @@ import transformers
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
-    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -25,16 +24,16 @@ from transformers import (
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import CHAT_TEMPLATE_FILE
 
-from ..data.tokenizer import PLAIN_TEMPLATE, load_tokenizer
+from ..data.tokenizer import PLAIN_TEMPLATE, check_vocabulary, find_tokenizer, load_tokenizer
+from ..loading import ModelSource, dtype_named, find_saved_model, load_saved, model_label, weight_files
 from ..storage.disk import check_disk_space, folder_written_whole, read_json, write_text
 from ..storage.record import check_output
-from ..training.models import ModelSource, find_model
 from .card import ModelCardContents, TrainingHistory, refresh_model_card, write_model_card
 from .history import training_history
 from .measured import MeasuredResults, model_identities, read_results
 
 PACKAGE = __package__.partition(".")[0]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "bfloat16")
 LONGEST_UNKNOWN = 8192  # rows of pre-training in the paper
 ROOM_FOR_SMALL_FILES = 2**25  # tokenizer, code and card
 # Where transformers keeps the classes with a head, by the Auto class that finds them.
@@ -103,16 +102,14 @@ def prepare_export(request: ExportRequest) -> Export:
             its disk too small, or results are of another model.
     """
     request = replace(request, output=request.output.expanduser())
-    if request.dtype not in (None, *DTYPES):
-        raise ValueError(f"dtype={request.dtype!r}: choose one of {', '.join(DTYPES)}, or leave it out (as saved)")
-    source = find_saved_model(request.model)
-    classes = auto_classes(source)
-    folder = Path(source.folder)
+    wanted = None if request.dtype is None else dtype_named(request.dtype, DTYPES)
+    source = find_saved_model(Path(request.model))
+    folder, classes = Path(source.folder), auto_classes(source)
     check_output(request.output, resume=False)
-    tokenizer = find_tokenizer(folder, source.fields["vocab_size"])
+    tokenizer = padded_tokenizer(folder, source.fields["vocab_size"])
     check_generation_settings(folder)
     saved_dtype = getattr(torch, source.fields.get("dtype") or "float32")
-    dtype = DTYPES.get(request.dtype, saved_dtype)
+    dtype = wanted or saved_dtype
     weights = sum(path.stat().st_size for path in weight_files(folder))
     needed = int(weights * max(1, dtype.itemsize / saved_dtype.itemsize)) + ROOM_FOR_SMALL_FILES
     check_disk_space(request.output, needed, "the exported model")
@@ -159,26 +156,6 @@ def length_for_tools(config: PreTrainedConfig, training: TrainingHistory | None)
     if training is not None and training.row_length is not None:
         return training.row_length
     return min(known, LONGEST_UNKNOWN)
-
-
-def find_saved_model(model: str) -> ModelSource:
-    """The model of a folder.
-
-    Raises:
-        ValueError: there is no such folder, or no whole model in it.
-    """
-    if not Path(model).expanduser().is_dir():
-        raise ValueError(
-            f"model={model!r}: there is no such folder; name one that save_pretrained or ttt-e2e train has written"
-        )
-    source = find_model(str(Path(model).expanduser().absolute()))  # absolute: never taken for a preset
-    if not weight_files(Path(source.folder)):
-        raise ValueError(f"model={model!r}: there are no weights in it (*.safetensors); save the model again")
-    return source
-
-
-def weight_files(folder: Path) -> list[Path]:
-    return [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
 
 
 def auto_classes(source: ModelSource) -> dict[str, type]:
@@ -237,7 +214,7 @@ def refresh_export(folder: str | Path) -> None:
     Raises:
         ValueError: there is no whole model of this package in it.
     """
-    folder, source = Path(folder), find_saved_model(str(folder))
+    folder, source = Path(folder), find_saved_model(Path(folder))
     classes, settings = auto_classes(source), folder / "config.json"
     write_code(folder, classes)
     write_chat_template(folder, load_tokenizer(folder))
@@ -248,24 +225,19 @@ def refresh_export(folder: str | Path) -> None:
     refresh_model_card(folder / "README.md", contents)
 
 
-def find_tokenizer(folder: Path, vocabulary_size: int) -> PreTrainedTokenizerBase:
+def padded_tokenizer(folder: Path, vocabulary_size: int) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model, padding on the left, where a language model that writes needs it.
 
     Raises:
         ValueError: there is none, or it has ids that the model does not know.
     """
-    try:
-        tokenizer = load_tokenizer(folder)
-    except FileNotFoundError as error:
+    tokenizer = find_tokenizer(folder)
+    if tokenizer is None:
         raise ValueError(
             f"model={str(folder)!r}: there is no tokenizer in it, and without one nobody can use the model; save it "
             "there with tokenizer.save_pretrained"
-        ) from error
-    if len(tokenizer) > vocabulary_size:
-        raise ValueError(
-            f"model={str(folder)!r}: its tokenizer has {len(tokenizer)} tokens, but the model knows only "
-            f"{vocabulary_size}; save the tokenizer that it was trained with"
         )
+    check_vocabulary(tokenizer, vocabulary_size)
     tokenizer.padding_side = "left"
     return tokenizer
 
@@ -289,10 +261,7 @@ def load_whole(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         ValueError: a weight is missing, is not finite, or belongs to another class.
     """
-    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    if missing:
-        raise ValueError(f"model={str(folder)!r}: {missing[0]} is missing from its weights; save the model again")
+    model, unexpected = load_saved(folder, dtype=dtype)
     if unexpected:
         raise ValueError(
             f"model={str(folder)!r}: {unexpected[0]} among its weights is not of a {type(model).__name__} and would be "
@@ -307,9 +276,8 @@ def load_whole(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 def card_contents(export: Export, model: PreTrainedModel) -> ModelCardContents:
     """What the card says about an exported model."""
     request = export.request
-    folder = export.folder.parent if export.folder.name == "model" else export.folder
     return ModelCardContents(
-        name=request.name or folder.name,
+        name=request.name or model_label(export.folder),
         config=model.config,
         parameters=model.num_parameters(),
         dtype=export.dtype,

@@ -6,10 +6,11 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from ..loading.sources import MODEL, model_label
 from ..storage.disk import read_json
 from ..storage.record import RECORD, first_difference
 from ..training.checkpoints import NOT_COMPARED
-from ..training.run import LOG, MODEL
+from ..training.run import LOG
 from .card import TrainingHistory
 
 logger = logging.get_logger(__name__)
@@ -69,7 +70,7 @@ def _sentence(record: dict) -> str:
     if record["start"] is None:
         start = f"From random weights (`{_shown(asked['model'])}`)"
     else:
-        start = f"From the saved model `{_model_name(asked['model'])}`"
+        start = f"From the saved model `{model_label(asked['model'])}`"
     how = f", as adapters of rank {adapter['rank']} on `{adapter['targets']}`" if adapter else ""
     configuration = record["recipe"]["data"].get("configuration")
     part = f" (`{configuration}`)" if configuration else ""
@@ -80,11 +81,6 @@ def _shown(source: str) -> str:
     """A source's name; where it lay on the machine that trained says nothing to others."""
     path = Path(source).expanduser()
     return path.name if path.is_absolute() or path.exists() else source
-
-
-def _model_name(asked: str) -> str:
-    path = Path(asked)
-    return path.parent.name if path.name == MODEL and path.parent.name else path.name
 
 
 def _facts(record: dict, log: list[dict]) -> dict[str, str]:

@@ -9,9 +9,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import find_tokenizer
+from ..loading import saved_folder
 from ..storage.disk import check_disk_space, folder_written_whole
 from .checkpoints import ADAPTER_CONFIG, BASE_CONFIG
 
@@ -109,12 +110,17 @@ def merge_lora(adapter_folder: str | Path, output: str | Path) -> None:
     output = Path(output).expanduser()
     if output.exists():
         raise FileExistsError(f"output={str(output)!r} exists: name a new folder. Nothing was overwritten.")
-    folder = _adapter_folder(Path(adapter_folder).expanduser())
+    folder = saved_folder(Path(adapter_folder).expanduser(), ADAPTER_CONFIG)
+    if folder is None:
+        raise ValueError(
+            f"adapter_folder={str(adapter_folder)!r}: no {ADAPTER_CONFIG} in it; name a folder that a PeftModel, or a "
+            "trainer of one, has saved."
+        )
     settings = peft.PeftConfig.from_pretrained(folder)
     if settings.peft_type != peft.PeftType.LORA:
         raise ValueError(f"adapter_folder={str(folder)!r} holds a {settings.peft_type.value} adapter, not a LoRA.")
     model = _load_base(folder, settings)
-    tokenizer = _find_tokenizer(folder, settings.base_model_name_or_path)
+    tokenizer = find_tokenizer(folder, settings.base_model_name_or_path)
     # safe_merge refuses adapters whose values are not finite.
     merged = peft.PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True)
     check_disk_space(output, sum(p.numel() * p.element_size() for p in merged.parameters()), "the merged model")
@@ -122,16 +128,6 @@ def merge_lora(adapter_folder: str | Path, output: str | Path) -> None:
         merged.save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
-
-
-def _adapter_folder(asked: Path) -> Path:
-    for folder in (asked, asked / "model"):
-        if (folder / ADAPTER_CONFIG).is_file():
-            return folder
-    raise ValueError(
-        f"adapter_folder={str(asked)!r}: no {ADAPTER_CONFIG} in it; name a folder that a PeftModel, or a trainer of "
-        "one, has saved."
-    )
 
 
 def _load_base(folder: Path, settings) -> PreTrainedModel:
@@ -149,16 +145,6 @@ def _load_base(folder: Path, settings) -> PreTrainedModel:
         raise ValueError(
             f"adapter_folder={str(folder)!r} belongs to the model {name!r}, which cannot be loaded ({error}): {remedy}"
         ) from error
-
-
-def _find_tokenizer(*sources: str | Path) -> PreTrainedTokenizerBase | None:
-    """The first one that there is; None where no folder holds one."""
-    for source in sources:
-        try:
-            return load_tokenizer(source)
-        except FileNotFoundError:
-            continue
-    return None
 
 
 def _import_peft():

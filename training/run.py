@@ -19,6 +19,8 @@ from transformers import PreTrainedConfig, set_seed
 from ..configuration import Recipe
 from ..data.rows import collate_rows
 from ..data.run_data import DataRequest, TrainingData, prepare_data
+from ..loading import ModelSource, find_model, load_model
+from ..loading.sources import MODEL
 from ..storage.claims import RUN_LOCK, claimed_run
 from ..storage.disk import check_disk_space, follow_umask, write_json, written_whole
 from ..storage.record import check_output, check_record, write_record
@@ -27,10 +29,10 @@ from .arguments import MetaTrainingArguments
 from .checkpoints import NOT_COMPARED, checkpoint_bytes
 from .lora import add_lora, check_lora
 from .meta_trainer import MetaTrainer
-from .models import ModelSource, build_model, changed_config, find_model, fit_to_tokenizer
+from .models import changed_config, fit_to_tokenizer
 from .pictures import plot_training
 
-LOG, PICTURE, MODEL = "training_log.json", "training.png", "model"
+LOG, PICTURE = "training_log.json", "training.png"
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def prepare_run(request: TrainingRequest) -> MetaTrainer:
     if request.resume:
         check_record(request.output, record)
     set_seed(arguments.seed)
-    model = build_model(source, config)
+    model = load_model(source, config, torch.float32)
     if request.adapter is not None:
         model = add_lora(model, request.adapter.targets, request.adapter.rank, request.adapter.alpha)
     trainer = MetaTrainer(

@@ -92,7 +92,7 @@ def test_another_broken_pipe_is_an_error_like_others(capsys, monkeypatch):
     def fail(*arguments):
         raise BrokenPipeError(32, "a worker is gone")
 
-    monkeypatch.setattr("ttt_e2e.training.models.find_model", fail)
+    monkeypatch.setattr("ttt_e2e.loading.find_model", fail)
     refused = run("train", "--dry-run")
     assert refused.exit_code == 2 and "a worker is gone" in refused.output
 

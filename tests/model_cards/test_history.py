@@ -6,9 +6,9 @@ import pytest
 
 from ttt_e2e.configuration import load_recipe
 from ttt_e2e.data.run_data import TrainingData
+from ttt_e2e.loading import find_model
 from ttt_e2e.model_cards.history import training_history
 from ttt_e2e.storage.record import write_record
-from ttt_e2e.training.models import find_model
 from ttt_e2e.training.run import Adapter, TrainingRequest, run_record
 
 from .saved import model_of

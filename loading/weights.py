@@ -1,0 +1,80 @@
+"""Models from where they were found: weights, their dtype, and their device."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from .sources import ModelSource
+
+# By the name that commands take; "auto" is the dtype that the weights were saved in.
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_named(name: str, choices: Collection[str] = tuple(DTYPES)) -> torch.dtype | None:
+    """The dtype of a name; None for "auto".
+
+    Args:
+        choices: those keys of `DTYPES` that will do.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name not in choices:
+        raise ValueError(f"dtype={name!r}: choose one of {', '.join(choices)}")
+    return DTYPES[name]
+
+
+def chosen_device(name: torch.device | str | None) -> torch.device:
+    """The device of a name, tried out; CUDA, where there is one, for None.
+
+    Raises:
+        ValueError: it cannot be used.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={str(name)!r} cannot be used ({reason}); name another one, as cpu") from error
+
+
+def load_model(
+    source: ModelSource, config: PreTrainedConfig | None = None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The causal language model of a source, on the CPU.
+
+    Args:
+        config: instead of the source's own.
+        dtype: of the weights (default: as they were saved; float32 for random ones).
+
+    Raises:
+        ValueError: its files cannot be read, or a weight is missing.
+    """
+    if source.folder is None:
+        return AutoModelForCausalLM.from_config(config or source.config, dtype=dtype or torch.float32)
+    return load_saved(source.folder, config, dtype)[0]
+
+
+def load_saved(
+    folder: str | Path, config: PreTrainedConfig | None = None, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, list[str]]:
+    """As `load_model`, from a folder or an id of the Hub.
+
+    Returns:
+        The model, and names of saved weights that it has no place for.
+    """
+    arguments = {"dtype": dtype or "auto"} | ({} if config is None else {"config": config})
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"model={str(folder)!r} cannot be loaded ({error}); train or save it again") from error
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would make them up
+        raise ValueError(
+            f"model={str(folder)!r}: {missing[0]} is missing from its weights; train or save the model again"
+        )
+    return model, sorted(report["unexpected_keys"])
