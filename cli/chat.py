@@ -8,17 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .contexts import (
-    DeviceOption,
-    DtypeOption,
-    LearnFromOption,
-    ModelOption,
-    SeedOption,
-    SplitOption,
-    TemperatureOption,
-    TopPOption,
-    say_loading,
-)
+from . import options
+from .contexts import say_loading
 from .errors import refusals
 
 if TYPE_CHECKING:
@@ -33,18 +24,18 @@ Ctrl-C        ends an answer; pressed twice, the whole turn is forgotten"""
 
 
 def chat(
-    model: ModelOption,
+    model: options.Model,
     context: Annotated[
         Path | None, typer.Option(help="A learned context to begin with; it stays as it is.", file_okay=False)
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer.", min=1)] = 512,
-    temperature: TemperatureOption = 0.7,
-    top_p: TopPOption = 0.95,
-    seed: SeedOption = None,
-    learn_from: LearnFromOption = "context",
-    split_special_tokens: SplitOption = True,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = None,
+    temperature: options.Temperature = 0.7,
+    top_p: options.TopP = 0.95,
+    seed: options.Seed = None,
+    learn_from: options.LearnFrom = "context",
+    split_special_tokens: options.SplitSpecialTokens = True,
+    dtype: options.ContextDtype = "auto",
+    device: options.Device = None,
 ) -> None:
     """Talk with a model. It learns from all turns; each one costs its own tokens only, however long the talk is.
 

@@ -5,30 +5,8 @@ from typing import Annotated
 
 import typer
 
+from . import options
 from .errors import refusals, refuse
-
-ModelOption = Annotated[
-    str, typer.Option(help="A saved model's folder, the folder of a run of `ttt-e2e train`, or an id of the Hub.")
-]
-DtypeOption = Annotated[
-    str, typer.Option(help="Of the weights: auto (as saved), float32, bfloat16, float16. Contexts belong to one.")
-]
-DeviceOption = Annotated[str | None, typer.Option(help="As torch names it. [default: CUDA where there is one]")]
-LearnFromOption = Annotated[
-    str, typer.Option(help="context: learn from all that is read and written; prompt: only from what is read; none.")
-]
-TemperatureOption = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
-TopPOption = Annotated[float, typer.Option(help="Sample among the likeliest tokens that share this probability.")]
-SeedOption = Annotated[int | None, typer.Option(help="Of sampling: the same seed writes the same text.")]
-
-
-SplitOption = Annotated[
-    bool,
-    typer.Option(
-        "--split-special-tokens/--no-split-special-tokens",
-        help="Read special tokens that a text spells out, as <|end|>, as these letters, or as the tokens.",
-    ),
-]
 
 
 def say_loading(model: str) -> None:
@@ -37,7 +15,7 @@ def say_loading(model: str) -> None:
 
 
 def read(
-    model: ModelOption,
+    model: options.Model,
     documents: Annotated[
         list[Path],
         typer.Option(
@@ -49,9 +27,9 @@ def read(
     context: Annotated[
         Path | None, typer.Option(help="A learned context to read on from; it stays as it is.", file_okay=False)
     ] = None,
-    split_special_tokens: SplitOption = True,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = None,
+    split_special_tokens: options.SplitSpecialTokens = True,
+    dtype: options.ContextDtype = "auto",
+    device: options.Device = None,
 ) -> None:
     """Read documents once and keep what was learned as a folder.
 
@@ -97,7 +75,7 @@ def read(
 
 
 def generate(
-    model: ModelOption,
+    model: options.Model,
     prompt: Annotated[str | None, typer.Option(help="The text to write on from.")] = None,
     prompt_file: Annotated[
         typer.FileText | None, typer.Option(help="A file (UTF-8) with it, or - for standard input.", encoding="utf-8")
@@ -111,13 +89,13 @@ def generate(
         typer.Option(help="Folder for the learned context after all that was read and written.", file_okay=False),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The longest text that is written.", min=1)] = 256,
-    temperature: TemperatureOption = 0.7,
-    top_p: TopPOption = 0.95,
-    seed: SeedOption = None,
-    learn_from: LearnFromOption = "context",
-    split_special_tokens: SplitOption = True,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = None,
+    temperature: options.Temperature = 0.7,
+    top_p: options.TopP = 0.95,
+    seed: options.Seed = None,
+    learn_from: options.LearnFrom = "context",
+    split_special_tokens: options.SplitSpecialTokens = True,
+    dtype: options.ContextDtype = "auto",
+    device: options.Device = None,
 ) -> None:
     """Write on from a prompt, after a learned context if wanted; the text appears as it is written.
 

@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from .contexts import SplitOption
+from . import options
 from .errors import refusals
-from .train import DEFAULT_CACHE
 
 # Of `ttt_e2e.evaluation.tasks`, which is not imported before it is needed, because that takes seconds.
 TASK_LINES = {
@@ -44,26 +43,24 @@ def measure(
             "needles: the text around them, or ruler-essays."
         ),
     ] = None,
-    documents: Annotated[int, typer.Option(help="Documents that are read, of those that are long enough.")] = 16,
-    batch_size: Annotated[int, typer.Option(help="Documents side by side; changes only speed and memory.")] = 1,
+    documents: options.Documents = 16,
+    batch_size: options.BatchSize = 1,
     baseline: Annotated[
         str | None, typer.Option(metavar="LABEL", help="Show the difference to this model as well.")
     ] = None,
     judge: Annotated[
         str | None, typer.Option(metavar="SPEC", help="For decoding: the model that scores what the others write.")
     ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="A folder or an id of the Hub, for models that have none of their own.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: auto (as saved), float32, bfloat16, float16.")] = "auto",
-    split: Annotated[str, typer.Option(help="Of a data set.")] = "train",
-    text_column: Annotated[str, typer.Option(help="Of the records of --data.")] = "text",
-    split_special_tokens: SplitOption = True,
+    tokenizer: options.Tokenizer = None,
+    dtype: options.Dtype = "auto",
+    split: options.Split = "train",
+    text_column: options.TextColumn = "text",
+    split_special_tokens: options.SplitSpecialTokens = True,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Override a setting of the task, as new_tokens=64."),
     ] = None,
-    cache: Annotated[Path, typer.Option(help="Where prepared data is kept.", file_okay=False)] = DEFAULT_CACHE,
+    cache: options.Cache = options.DEFAULT_CACHE,
 ) -> None:
     # The docstring of the command is put together below, because it names the tasks.
     from rich.console import Console
@@ -76,7 +73,7 @@ def measure(
         request = EvaluationRequest(
             task=task,
             models=models or (),
-            lengths=parse_lengths(lengths),
+            lengths=options.parse_numbers(lengths, "--lengths", int),
             output=output,
             cache=cache,
             data=data,
@@ -122,18 +119,3 @@ with lengths up to the longest, adds to what is there. All points in the folder 
 
 Written to the folder: `results.jsonl`, `results.md`, `results.png`, `results.svg`.
 """
-
-
-def parse_lengths(text: str) -> list[int]:
-    """Numbers of tokens from "1024,4096".
-
-    Raises:
-        ValueError: a part is no number.
-    """
-    lengths = []
-    for part in text.split(","):
-        try:
-            lengths.append(int(part))
-        except ValueError as error:
-            raise ValueError(f"--lengths {text!r}: {part!r} is no number of tokens; give some, as 1024,4096") from error
-    return lengths

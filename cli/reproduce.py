@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
+from . import options
 from .errors import refusals
-from .train import DEFAULT_CACHE
 
 
 def reproduce(
@@ -19,7 +19,7 @@ def reproduce(
     models: Annotated[
         Path, typer.Option(help="Where trained models are kept; experiments share them.", file_okay=False)
     ] = Path("runs/models"),
-    cache: Annotated[Path, typer.Option(help="Where prepared data is kept.", file_okay=False)] = DEFAULT_CACHE,
+    cache: options.Cache = options.DEFAULT_CACHE,
 ) -> None:
     """Train the systems of an experiment, measure them, and compare with what the paper found.
 

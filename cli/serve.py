@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .contexts import DeviceOption, DtypeOption, ModelOption, SplitOption, say_loading
+from . import options
+from .contexts import say_loading
 from .errors import refusals
 
 MEBIBYTE = 2**20
@@ -15,7 +16,7 @@ EVERYWHERE = ("", "0.0.0.0", "::")  # hosts that stand for all addresses of this
 
 
 def serve(
-    model: ModelOption,
+    model: options.Model,
     contexts: Annotated[
         Path | None,
         typer.Option(help="Folder with learned contexts (of `ttt-e2e read`), which requests name.", file_okay=False),
@@ -37,9 +38,9 @@ def serve(
         ),
     ] = None,
     contexts_in_memory: Annotated[int, typer.Option(help="The last used ones stay loaded.", min=1)] = 4,
-    split_special_tokens: SplitOption = True,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = None,
+    split_special_tokens: options.SplitSpecialTokens = True,
+    dtype: options.ContextDtype = "auto",
+    device: options.Device = None,
 ) -> None:
     """Serve a model to OpenAI's clients: `/v1/completions`, `/v1/chat/completions` and `/v1/models`.
 

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import options
 from .errors import refuse
 
 if TYPE_CHECKING:
     from ttt_e2e.training.run import TrainingRequest
-
-DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ttt-e2e"
 
 
 def train(
@@ -51,7 +50,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print sizes, steps and an estimate of the memory, and stop.")
     ] = False,
-    cache: Annotated[Path, typer.Option(help="Where prepared data is kept.", file_okay=False)] = DEFAULT_CACHE,
+    cache: options.Cache = options.DEFAULT_CACHE,
 ) -> None:
     """Meta-train a model: from scratch, from a saved one, or adapters on it.
 

@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from .contexts import SplitOption
+from . import options
 from .errors import refusals
-from .train import DEFAULT_CACHE
 
 
 def transformer(
@@ -33,7 +32,7 @@ def transformer(
     ] = True,
     inner_lr: Annotated[float, typer.Option(help="inner_learning_rate; see ttt-e2e tune-inner-lr.")] = 1.0,
     inner_clip: Annotated[float, typer.Option(help="inner_max_grad_norm: the inner gradient's largest norm.")] = 1.0,
-    dtype: Annotated[str, typer.Option(help="Of the weights: auto (as saved), float32, bfloat16, float16.")] = "auto",
+    dtype: options.Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Of the prime MLPs' random weights.")] = 0,
     max_shard_size: Annotated[
         str, typer.Option(help="Of a file of weights; the memory that is needed follows it.")
@@ -97,19 +96,17 @@ def tune_inner_lr(
     length: Annotated[
         int | None, typer.Option(help="Tokens of each document. [default: 8 of the largest mini-batches]")
     ] = None,
-    documents: Annotated[int, typer.Option(help="Documents that are read, of those that are long enough.")] = 16,
-    batch_size: Annotated[int, typer.Option(help="Documents side by side; changes only speed and memory.")] = 1,
+    documents: options.Documents = 16,
+    batch_size: options.BatchSize = 1,
     write: Annotated[
         bool, typer.Option("--write", help="Write the best into the model's config.json, where it beats learning off.")
     ] = False,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="A folder or an id of the Hub, for a model that has none of its own.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: auto (as saved), float32, bfloat16, float16.")] = "auto",
-    split: Annotated[str, typer.Option(help="Of a data set.")] = "train",
-    text_column: Annotated[str, typer.Option(help="Of the records of --data.")] = "text",
-    split_special_tokens: SplitOption = True,
-    cache: Annotated[Path, typer.Option(help="Where prepared data is kept.", file_okay=False)] = DEFAULT_CACHE,
+    tokenizer: options.Tokenizer = None,
+    dtype: options.Dtype = "auto",
+    split: options.Split = "train",
+    text_column: options.TextColumn = "text",
+    split_special_tokens: options.SplitSpecialTokens = True,
+    cache: options.Cache = options.DEFAULT_CACHE,
 ) -> None:
     """Choose a model's inner learning rate by measurement: its loss on your text, for a grid of them.
 
@@ -128,8 +125,8 @@ def tune_inner_lr(
             data=data,
             output=output,
             cache=cache,
-            learning_rates=parse_numbers(learning_rates, "--learning-rates", float),
-            mini_batch_sizes=[] if mini_batches is None else parse_numbers(mini_batches, "--mini-batches", int),
+            learning_rates=options.parse_numbers(learning_rates, "--learning-rates", float),
+            mini_batch_sizes=[] if mini_batches is None else options.parse_numbers(mini_batches, "--mini-batches", int),
             length=length,
             documents=documents,
             batch_size=batch_size,
@@ -151,18 +148,3 @@ def tune_inner_lr(
     if write and not verdict.helps:
         typer.echo("config.json was left as it is.")
     typer.echo(f"Look at {', '.join(map(str, files))}; the numbers are in {sweep.results.path}.")
-
-
-def parse_numbers(text: str, option: str, kind: type) -> list:
-    """Numbers from "0.1,1".
-
-    Args:
-        kind: int or float.
-
-    Raises:
-        ValueError: a part is no such number.
-    """
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"{option} {text!r}: give numbers with commas between them ({error})") from error

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -20,7 +19,7 @@ from transformers.utils import logging
 
 from .. import TTTE2EConfig
 from ..configuration import load_config, preset_names
-from ..data.tokenizer import check_vocabulary, load_tokenizer
+from ..data.tokenizer import load_tokenizer
 from ..loading import dtype_named, find_saved_model
 from ..storage.disk import check_disk_space, folder_written_whole
 from ..storage.record import check_output
@@ -46,7 +45,7 @@ from .orbax import (
     write_metadata,
 )
 from .remote_folder import download, open_folder
-from .weight_files import StoredWeights, stored_weights, write_shards
+from .weight_files import StoredWeights, split_into_shards, stored_weights, write_shards
 
 logger = logging.get_logger(__name__)
 
@@ -93,7 +92,12 @@ def convert_official(
     config = official_config(size)
     torch_dtype = dtype_named(dtype, DTYPES)
     own_tokenizer = None if tokenizer is None else _own_tokenizer(tokenizer, config)
-    split = _split_into_shards(config, torch_dtype, max_shard_size)
+    sizes = {
+        target: math.prod(tensor.target_shape) * torch_dtype.itemsize
+        for tensor in expected_tensors(config)
+        for target in tensor.targets
+    }
+    split = split_into_shards(sizes, max_shard_size)
     filesystem, path, is_local = open_folder(checkpoint, project)
     weights = find_weights(filesystem, path)
     if is_local:
@@ -233,27 +237,13 @@ def _fits(shapes: Mapping[str, tuple[int, ...]], size: str) -> bool:
 
 
 def _own_tokenizer(source: str, config: TTTE2EConfig) -> PreTrainedTokenizerBase:
-    tokenizer = load_tokenizer(source)
-    check_vocabulary(tokenizer, config.vocab_size)
+    tokenizer = load_tokenizer(source, config.vocab_size)
     if tokenizer.bos_token_id != config.bos_token_id:
         logger.warning(
             f"tokenizer={source!r}: its bos_token_id is {tokenizer.bos_token_id}, but the checkpoint was trained with "
             f"{config.bos_token_id}: it may not be the checkpoint's own tokenizer."
         )
     return tokenizer
-
-
-def _split_into_shards(config: TTTE2EConfig, dtype: torch.dtype, max_shard_size: int | str):
-    """Which tensor goes into which file, without a tensor."""
-    empty = {
-        target: torch.empty(tensor.target_shape, dtype=dtype, device="meta")
-        for tensor in expected_tensors(config)
-        for target in tensor.targets
-    }
-    try:
-        return split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_size)
-    except ValueError as error:
-        raise ValueError(f"max_shard_size={max_shard_size!r}: {error}") from error
 
 
 def _write_settings(folder: Path, config: TTTE2EConfig, dtype: str, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from .. import TTTLayersForCausalLM
-from ..data.tokenizer import check_vocabulary, load_tokenizer
+from ..data.tokenizer import load_tokenizer
 from ..loading import DTYPES, dtype_named
 from ..storage.disk import check_disk_space, folder_written_whole, read_json
 from ..storage.record import check_output
@@ -43,9 +43,7 @@ def convert_ttt_layers(
     torch_dtype = dtype_named(dtype, tuple(DTYPES)[1:])
     folder = Path(checkpoint).expanduser()
     config = config_from_official(official_settings(folder))
-    own_tokenizer = None if tokenizer is None else load_tokenizer(tokenizer)
-    if own_tokenizer is not None:
-        check_vocabulary(own_tokenizer, config.vocab_size)
+    own_tokenizer = None if tokenizer is None else load_tokenizer(tokenizer, config.vocab_size)
     official = official_parameters(folder, config.tie_word_embeddings)
     parameters = {name: tensor.to(torch_dtype) for name, tensor in convert_parameters(official, config).items()}
     del official

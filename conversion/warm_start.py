@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 
 import torch
-from huggingface_hub import StateDictSplit, snapshot_download, split_state_dict_into_shards_factory
+from huggingface_hub import StateDictSplit, snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -31,10 +31,9 @@ from .transformer_layout import (
     new_tensor,
     plan_tensors,
 )
-from .weight_files import StoredWeights, stored_weights, write_shards
+from .weight_files import StoredWeights, split_into_shards, stored_weights, write_shards
 
 GENERATION = "generation_config.json"
-SHARDS = "model{suffix}.safetensors"
 # A tokenizer that was changed by saving would cut one of these into other tokens.
 PROBES = ("The old mill, 1853:\n\n  naïve façade — 水车.", " leading and trailing ", "")
 # What is fetched of a model on the Hub: weights, configuration, and every kind of tokenizer.
@@ -108,12 +107,7 @@ class WarmStart:
         Raises:
             ValueError: `max_shard_size` is no size.
         """
-        return split_state_dict_into_shards_factory(
-            {plan.name: plan for plan in self.plans},
-            get_storage_size=self.bytes_of,
-            filename_pattern=SHARDS,
-            max_shard_size=self.request.max_shard_size,
-        )
+        return split_into_shards({plan.name: self.bytes_of(plan) for plan in self.plans}, self.request.max_shard_size)
 
 
 def prepare_warm_start(request: WarmStartRequest) -> WarmStart:
@@ -137,10 +131,7 @@ def prepare_warm_start(request: WarmStartRequest) -> WarmStart:
         config.tie_word_embeddings = False
     plans = plan_tensors(config, source.model_type, weights.shapes)
     start = WarmStart(request, config, plans, weights, folder, find_tokenizer(folder))
-    try:
-        start.shards()
-    except ValueError as error:
-        raise ValueError(f"max_shard_size={request.max_shard_size!r}: {error}; give it as in 5GB") from error
+    start.shards()
     check_disk_space(request.output, start.total_bytes, "the converted model")
     return start
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import StateDictSplit
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
 from transformers.utils import SAFE_WEIGHTS_NAME as WEIGHTS
 
+SHARDS = "model{suffix}.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -59,6 +60,24 @@ def stored_weights(folder: Path) -> StoredWeights:
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); fetch or save the model again") from error
     return StoredWeights(places, shapes, dtypes)
+
+
+def split_into_shards(sizes: Mapping[str, int], max_shard_size: int | str) -> StateDictSplit:
+    """Which file holds which tensors.
+
+    Args:
+        sizes: bytes of each tensor, in the order in which they are written.
+        max_shard_size: bytes, or a text as "5GB".
+
+    Raises:
+        ValueError: `max_shard_size` is no size.
+    """
+    try:
+        return split_state_dict_into_shards_factory(
+            sizes, get_storage_size=lambda size: size, filename_pattern=SHARDS, max_shard_size=max_shard_size
+        )
+    except ValueError as error:
+        raise ValueError(f"max_shard_size={max_shard_size!r}: {error}; give it as in 5GB") from error
 
 
 def write_shards(folder: Path, split: StateDictSplit, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

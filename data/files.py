@@ -42,7 +42,7 @@ def file_texts(path: Path, text_column: str) -> Iterator[str]:
     """The documents of one file: the file itself, or the texts of its records."""
     kind = file_kind(path)
     if kind == TEXT:
-        yield _decoded(path.read_bytes(), path)
+        yield decoded(path.read_bytes(), path)
         return
     read = _json_records if kind == JSON else _parquet_records
     for where, record in read(path, text_column):
@@ -69,14 +69,19 @@ def _check_text(text: object, where: str, text_column: str) -> None:
         raise ValueError(f"{where}: text_column={text_column!r} is not Unicode ({error}); repair the record") from error
 
 
-def _decoded(data: bytes, path: Path) -> str:
+def decoded(data: bytes, source: object) -> str:
+    """Bytes as text in UTF-8; a byte order mark at the beginning is left out.
+
+    Raises:
+        ValueError: they are none; the message names the source.
+    """
     remedy = "convert it to UTF-8, or take it out of the source"
     if b"\0" in data:
-        raise ValueError(f"{path}: is not UTF-8 text (it has NUL bytes); {remedy}")
+        raise ValueError(f"{source}: is not UTF-8 text (it has NUL bytes); {remedy}")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 text ({error}); {remedy}") from error
+        raise ValueError(f"{source}: is not UTF-8 text ({error}); {remedy}") from error
 
 
 def _json_records(path: Path, text_column: str) -> Iterator[tuple[str, object]]:
@@ -99,7 +104,7 @@ def _json_records(path: Path, text_column: str) -> Iterator[tuple[str, object]]:
 
 def _parsed(data: bytes, where: object, path: Path) -> object:
     try:
-        return json.loads(_decoded(data, path))
+        return json.loads(decoded(data, path))
     except json.JSONDecodeError as error:
         remedy = "repair it (one JSON object per line, or one list of them) or leave it out"
         raise ValueError(f"{where}: is not JSON ({error}); {remedy}") from error

@@ -30,12 +30,15 @@ FORMAT, MANIFEST = 1, "manifest.json"
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
-def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str | Path, vocabulary_size: int | None = None) -> PreTrainedTokenizerBase:
     """A tokenizer from a folder, or from the Hub by its id.
+
+    Args:
+        vocabulary_size: of the model that it is for, if there is one.
 
     Raises:
         FileNotFoundError: there is no such folder, or it holds no file of a tokenizer.
-        ValueError: the tokenizer cannot be loaded.
+        ValueError: the tokenizer cannot be loaded, or has ids that the model does not know.
     """
     folder = path_or_id(source, "source")
     if folder is not None and not any((folder / name).is_file() for name in FILES):
@@ -44,12 +47,15 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
             "`tokenizer.save_pretrained` has written"
         )
     try:
-        return AutoTokenizer.from_pretrained(folder or source)
+        tokenizer = AutoTokenizer.from_pretrained(folder or source)
     except Exception as error:
         raise ValueError(
             f"source={source}: the tokenizer cannot be loaded ({error}); name a folder that "
             "`tokenizer.save_pretrained` has written, or an id of the Hub"
         ) from error
+    if vocabulary_size is not None:
+        check_vocabulary(tokenizer, vocabulary_size)
+    return tokenizer
 
 
 def find_tokenizer(*sources: str | Path) -> PreTrainedTokenizerBase | None:

@@ -25,7 +25,7 @@ from .candidates import Candidate, find_candidate, load_candidate, with_tokenize
 from .comparison import difference_to, measured, standard_errors
 from .plots import Panel, plot_panels
 from .results import Point, ResultsFile, environment
-from .runs import RESULTS, EvaluationRequest, check_numbers, open_results, read_data
+from .runs import RESULTS, EvaluationRequest, Measurement, check_numbers, open_results, read_data
 from .subject import Subject
 from .tables import Table
 from .tasks import TASKS, TaskData
@@ -39,38 +39,22 @@ DEFAULT_MINI_BATCHES = 8  # of a document, where no length is given
 CERTAIN = 2.0
 
 
-@dataclass(frozen=True)
-class SweepRequest:
-    """What to measure, on what, and where to write.
+@dataclass(frozen=True, kw_only=True)
+class SweepRequest(Measurement):
+    """What to sweep over.
 
     Attributes:
         model: a saved model's folder, that of a run or of one of its checkpoints, or an id of the Hub.
-        data: as `load_documents` takes it; `text_column` and `split` of it.
-        output: the folder of the results, new or of the same sweep; cache: where prepared data is kept.
         learning_rates: 0 among them is learning off, which is always measured.
         mini_batch_sizes: to combine with each learning rate (default: the model's own).
         length: tokens of each document (default: 8 of the largest mini-batches).
-        documents: how many of those that are long enough; batch_size: read side by side.
-        tokenizer: a folder or an id of the Hub, for a model that has none of its own.
-        dtype: of the weights; "auto" is the one they were saved in.
-        split_special_tokens: as in `encode_texts`.
         write: write the best into the model's config.json.
     """
 
     model: str
-    data: str
-    output: Path
-    cache: Path
     learning_rates: Sequence[float] = DEFAULT_GRID
     mini_batch_sizes: Sequence[int] = ()
     length: int | None = None
-    documents: int = 16
-    batch_size: int = 1
-    tokenizer: str | None = None
-    dtype: str = "auto"
-    text_column: str = "text"
-    split: str = "train"
-    split_special_tokens: bool = True
     write: bool = False
 
 
@@ -160,20 +144,8 @@ def prepare_sweep(request: SweepRequest) -> Sweep:
             f"length={length}: no token would be predicted after an inner step, because a mini-batch has {largest} "
             f"tokens; give at least {largest + 2}, better several mini-batches"
         )
-    evaluation = EvaluationRequest(
-        task=SWEEP.name,
-        models=[request.model],
-        lengths=[length],
-        output=request.output,
-        cache=request.cache,
-        data=request.data,
-        documents=request.documents,
-        batch_size=request.batch_size,
-        dtype=request.dtype,
-        text_column=request.text_column,
-        split=request.split,
-        split_special_tokens=request.split_special_tokens,
-    )
+    shared = {field.name: getattr(request, field.name) for field in dataclasses.fields(Measurement)}
+    evaluation = EvaluationRequest(task=SWEEP.name, models=[request.model], lengths=[length], **shared)
     check_numbers(evaluation, SWEEP)
     results = open_results(request.output, SWEEP)
     data, data_digest = read_data(evaluation, SWEEP, [candidate])

@@ -37,41 +37,48 @@ from .tasks import Task, TaskData, find_task, task_settings
 RESULTS, RULER_ESSAYS = "results", "ruler-essays"
 
 
-@dataclass(frozen=True)
-class EvaluationRequest:
-    """What to measure, of what, and where to write.
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """On what to measure, how, and where to write.
 
     Attributes:
-        task: a name out of `TASKS`.
-        models: each as `load_subject` takes it, or "LABEL=SPEC".
-        lengths: tokens of context.
-        output: the folder, new or of the same run.
-        cache: where prepared data is kept.
+        output: the folder, new or of the same run; cache: where prepared data is kept.
         data: as `load_documents` takes it; `text_column` and `split` of it. "ruler-essays" for a haystack of RULER.
-        documents: how many of those that have the longest length; batch_size: read side by side.
-        baseline: the label to which differences are shown.
-        judge: scores what the models write; as a model.
+        documents: how many of those that are long enough; batch_size: read side by side.
         tokenizer: a folder or an id of the Hub, for models that have none of their own.
         dtype: of the weights; "auto" is the one they were saved in.
         split_special_tokens: as in `encode_texts`.
-        settings: of the task, each "FIELD=VALUE".
     """
 
-    task: str
-    models: Sequence[str]
-    lengths: Sequence[int]
     output: Path
     cache: Path
     data: str | None = None
     documents: int = 16
     batch_size: int = 1
-    baseline: str | None = None
-    judge: str | None = None
     tokenizer: str | None = None
     dtype: str = "auto"
     text_column: str = "text"
     split: str = "train"
     split_special_tokens: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRequest(Measurement):
+    """What to measure, of what.
+
+    Attributes:
+        task: a name out of `TASKS`; settings: of it, each "FIELD=VALUE".
+        models: each as `load_subject` takes it, or "LABEL=SPEC".
+        lengths: tokens of context.
+        baseline: the label to which differences are shown.
+        judge: scores what the models write; as a model.
+    """
+
+    task: str
+    models: Sequence[str]
+    lengths: Sequence[int]
+    baseline: str | None = None
+    judge: str | None = None
     settings: Sequence[str] = ()
 
 

@@ -1,6 +1,5 @@
 """How a model was trained, read from what its run has written beside it."""
 
-import json
 from pathlib import Path
 
 from transformers import PreTrainedConfig
@@ -9,7 +8,7 @@ from transformers.utils import logging
 from ..loading.sources import MODEL, model_label
 from ..storage.disk import read_json
 from ..storage.record import RECORD, first_difference
-from ..training.checkpoints import NOT_COMPARED
+from ..training.checkpoints import compared_settings
 from ..training.run import LOG
 from .card import TrainingHistory
 
@@ -46,8 +45,8 @@ def training_history(folder: Path, config: PreTrainedConfig) -> TrainingHistory 
     if not path.is_file() or not (folder.name == MODEL or folder.name.startswith("checkpoint-")):
         return None
     record = read_json(path, REMEDY)
-    settings = json.loads(config.to_json_string(use_diff=False))
-    compared = (record["model"].keys() & settings.keys()) - NOT_COMPARED
+    settings = compared_settings(config)
+    compared = record["model"].keys() & settings.keys()
     difference = first_difference({n: record["model"][n] for n in compared}, {n: settings[n] for n in compared})
     if difference is not None:
         name, before, now = difference

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..data.files import decoded
 from ..data.tokenizer import encode_texts, separator_id
 from ..evaluation.reading import read_tokens
 from .contexts import ReadDocument, StoredContext
@@ -35,21 +36,16 @@ def document_text(path: Path) -> str:
         ValueError: it is not text, or empty.
     """
     if path == STANDARD_INPUT:
-        return _decoded(sys.stdin.buffer.read(), path)
+        return _some_text(sys.stdin.buffer.read(), path)
     if not path.exists():
         raise FileNotFoundError(f"document={str(path)!r}: there is no such file; correct the path")
     if not path.is_file() and not path.is_fifo():
         raise ValueError(f"document={str(path)!r} is not a file; name the files in it one by one")
-    return _decoded(path.read_bytes(), path)
+    return _some_text(path.read_bytes(), path)
 
 
-def _decoded(data: bytes, path: Path) -> str:
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"document={str(path)!r} is not UTF-8 text ({error}); convert it") from error
-    if "\0" in text:
-        raise ValueError(f"document={str(path)!r} is not text (it has NUL characters); convert it to text in UTF-8")
+def _some_text(data: bytes, path: Path) -> str:
+    text = decoded(data, f"document={str(path)!r}")
     if not text.strip():
         raise ValueError(f"document={str(path)!r} is empty: there is nothing to read")
     return text

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from .. import TTTE2EConfig, TTTE2EForCausalLM
-from ..data.tokenizer import check_vocabulary, load_tokenizer
+from ..data.tokenizer import load_tokenizer
 from ..loading import chosen_device, dtype_named, find_saved_model, load_model
 
 
@@ -45,7 +45,6 @@ def load_text_model(
             f"model={model!r} is a {source.config_class.model_type} model, which has no learned context; name a "
             "TTT-E2E model"
         )
-    tokenizer = load_tokenizer(source.folder)
-    check_vocabulary(tokenizer, source.fields["vocab_size"])
+    tokenizer = load_tokenizer(source.folder, source.fields["vocab_size"])
     tokenizer.model_max_length = VERY_LARGE_INTEGER  # the model reads any length: no warning about it
     return TextModel(load_model(source, dtype=torch_dtype).to(device).eval(), tokenizer, split_special_tokens)

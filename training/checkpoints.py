@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..storage.disk import follow_umask
@@ -28,6 +29,12 @@ NOT_COMPARED = {
     "transformers_version", "dtype", "use_cache", "architectures", "_name_or_path", "auto_map",
     "inner_checkpoint_every", "inner_checkpoint_offload",
 }  # fmt: skip
+
+
+def compared_settings(config: PreTrainedConfig) -> dict:
+    """The fields of a configuration that tell whether two models are the same, as plain values."""
+    settings = json.loads(config.to_json_string(use_diff=False))
+    return {name: value for name, value in settings.items() if name not in NOT_COMPARED}
 
 
 def complete_checkpoint(folder: Path) -> None:
@@ -132,8 +139,8 @@ def _configuration_differences(folder: Path, model: torch.nn.Module) -> Iterator
     file, config = next((file for file in files if file.is_file()), None), getattr(model, "config", None)
     if file is None or config is None:
         return
-    saved, own = json.loads(file.read_text(encoding="utf-8")), json.loads(config.to_json_string(use_diff=False))
-    for name in sorted(saved.keys() & own.keys() - NOT_COMPARED):
+    saved, own = json.loads(file.read_text(encoding="utf-8")), compared_settings(config)
+    for name in sorted(saved.keys() & own.keys()):
         if saved[name] != own[name]:
             yield name, saved[name], own[name]
 

@@ -4,7 +4,6 @@ A run has a folder: `run.json` says what was asked for, `checkpoint-N/` are its 
 holds the model with its tokenizer, `training_log.json` the log, and `training.png` its picture.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from ..storage.disk import check_disk_space, follow_umask, write_json, written_w
 from ..storage.record import check_output, check_record, write_record
 from .agreement import of_one_process
 from .arguments import MetaTrainingArguments
-from .checkpoints import NOT_COMPARED, checkpoint_bytes
+from .checkpoints import checkpoint_bytes, compared_settings
 from .lora import add_lora, check_lora
 from .meta_trainer import MetaTrainer
 from .models import changed_config, fit_to_tokenizer
@@ -216,11 +215,10 @@ def training_arguments(request: TrainingRequest, processes: int) -> MetaTraining
 
 def run_record(request: TrainingRequest, source: ModelSource, config: PreTrainedConfig, data: TrainingData) -> dict:
     """All that decides what a run computes, as plain values."""
-    settings = json.loads(config.to_json_string(use_diff=False))
     recipe = asdict(request.recipe)
     del recipe["description"]
     return {
-        "model": {name: value for name, value in settings.items() if name not in NOT_COMPARED},
+        "model": compared_settings(config),
         "start": source.folder,
         "recipe": recipe,
         "adapter": None if request.adapter is None else asdict(request.adapter),

@@ -1,0 +1,55 @@
+"""Options that several commands share."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ttt-e2e"
+
+Model = Annotated[
+    str, typer.Option(help="A saved model's folder, the folder of a run of `ttt-e2e train`, or an id of the Hub.")
+]
+ContextDtype = Annotated[
+    str, typer.Option(help="Of the weights: auto (as saved), float32, bfloat16, float16. Contexts belong to one.")
+]
+Device = Annotated[str | None, typer.Option(help="As torch names it. [default: CUDA where there is one]")]
+LearnFrom = Annotated[
+    str, typer.Option(help="context: learn from all that is read and written; prompt: only from what is read; none.")
+]
+Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
+TopP = Annotated[float, typer.Option(help="Sample among the likeliest tokens that share this probability.")]
+Seed = Annotated[int | None, typer.Option(help="Of sampling: the same seed writes the same text.")]
+SplitSpecialTokens = Annotated[
+    bool,
+    typer.Option(
+        "--split-special-tokens/--no-split-special-tokens",
+        help="Read special tokens that a text spells out, as <|end|>, as these letters, or as the tokens.",
+    ),
+]
+# Of commands that measure.
+Documents = Annotated[int, typer.Option(help="Documents that are read, of those that are long enough.")]
+BatchSize = Annotated[int, typer.Option(help="Documents side by side; changes only speed and memory.")]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="A folder or an id of the Hub, for models that have none of their own.")
+]
+Dtype = Annotated[str, typer.Option(help="Of the weights: auto (as saved), float32, bfloat16, float16.")]
+Split = Annotated[str, typer.Option(help="Of a data set.")]
+TextColumn = Annotated[str, typer.Option(help="Of the records of --data.")]
+Cache = Annotated[Path, typer.Option(help="Where prepared data is kept.", file_okay=False)]
+
+
+def parse_numbers(text: str, option: str, kind: type) -> list:
+    """Numbers from "0.1,1".
+
+    Args:
+        kind: int or float.
+
+    Raises:
+        ValueError: a part is no such number.
+    """
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option} {text!r}: give numbers with commas between them ({error})") from error
