@@ -168,7 +168,7 @@ def test_saved_model_needs_a_recipe_and_its_own_tokenizer(place):
     (place / "larger.yaml").write_text("# larger\n" + yaml.safe_dump(larger))
     assert train(place, "--model", place / "larger.yaml", output="larger").exit_code == 0
     refused = refusal(train(place, "--model", place / "run", "--tokenizer", place / "larger" / "model", output="other"))
-    assert "but the model only 300" in refused
+    assert "but the model knows only 300" in refused
 
 
 def test_finished_run_is_evaluated_again_and_not_trained_further(place):
