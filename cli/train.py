@@ -69,8 +69,8 @@ def train(
     from ttt_e2e.loading import find_model
     from ttt_e2e.training.estimates import estimate_run
     from ttt_e2e.training.lora import check_lora
-    from ttt_e2e.training.models import changed_config, fit_to_tokenizer
     from ttt_e2e.training.run import Adapter, TrainingRequest
+    from ttt_e2e.training.run_model import changed_config, fit_to_tokenizer
 
     try:
         source = find_model(model)

@@ -28,8 +28,8 @@ from .arguments import MetaTrainingArguments
 from .checkpoints import checkpoint_bytes, compared_settings
 from .lora import add_lora, check_lora
 from .meta_trainer import MetaTrainer
-from .models import changed_config, fit_to_tokenizer
 from .pictures import plot_training
+from .run_model import changed_config, fit_to_tokenizer
 
 LOG, PICTURE = "training_log.json", "training.png"
 
