@@ -49,7 +49,11 @@ def parse_numbers(text: str, option: str, kind: type) -> list:
     Raises:
         ValueError: a part is no such number.
     """
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"{option} {text!r}: give numbers with commas between them ({error})") from error
+    numbers = []
+    for part in text.split(","):
+        try:
+            numbers.append(kind(part))
+        except ValueError as error:
+            wrong = f"{part!r} is no number" + (" of tokens" if kind is int else "")
+            raise ValueError(f"{option} {text!r}: give numbers with commas between them ({wrong})") from error
+    return numbers
