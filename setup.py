@@ -28,6 +28,10 @@ PACKAGE_FOLDERS = {
 
 # An upper bound stands at the next minor version of a package of which more is used than it documents.
 PEFT = "peft<0.22"
+# The site of `make docs`; mkdocs 2 drops the plugins that it is built with.
+DOCS = ["mkdocs<2", "mkdocs-material", "mkdocstrings[python]"]
+# What `make types`, `make release` and the notebook run.
+TOOLS = ["build", "ipykernel", "mypy", "nbclient", "nbformat", "twine"]
 
 FACE = Path(__file__).with_name("modeling_ttt_e2e") / "__init__.py"
 VERSION = re.search(r'^__version__ = "(.+)"', FACE.read_text(encoding="utf-8"), re.MULTILINE).group(1)
@@ -72,7 +76,19 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-xdist", "ruff", "tensorstore", PEFT, "trl", "openai", "transformers[serving]"],
+        "dev": [
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "tensorstore",
+            PEFT,
+            "trl",
+            "openai",
+            "transformers[serving]",
+            *DOCS,
+            *TOOLS,
+        ],
+        "docs": DOCS,
         "evaluation": ["lm_eval<0.5"],
         "flash": ["flash-attn"],
         "jax": ["tensorstore", "gcsfs"],
