@@ -29,9 +29,9 @@ from .official_layout import (
     config_to_official,
     empty_leaves,
     expected_tensors,
-    from_official,
     sizes_of_shapes,
-    to_official,
+    tensor_from_official,
+    tensor_to_official,
 )
 from .orbax import (
     DTYPES,
@@ -148,7 +148,9 @@ def export_official(model: str | Path, output: str | Path) -> None:
         weights = part / "0" / WEIGHTS
         weights.mkdir(parents=True)
         for tensor in tqdm(tensors, desc="Writing", unit=" tensors"):
-            slices = (to_official(stored.read(target), tensor.layout, config.head_dim) for target in tensor.targets)
+            slices = (
+                tensor_to_official(stored.read(target), tensor.layout, config.head_dim) for target in tensor.targets
+            )
             write_array(weights, tensor.name, tensor.shape, dtype, slices, stacked=tensor.stacked)
         write_metadata(weights, {tensor.name: tensor.shape for tensor in tensors}, empty_leaves(config))
         (part / "config.json").write_text(json.dumps(official, indent=2) + "\n", encoding="utf-8")
@@ -202,7 +204,7 @@ def converted_tensors(
     for official in expected_tensors(config):
         slices = reader.slices(official.name) if official.stacked else [reader.read(official.name)]
         for target, one in zip(official.targets, slices, strict=True):
-            yield target, from_official(one, official.layout, config.head_dim).to(dtype)
+            yield target, tensor_from_official(one, official.layout, config.head_dim).to(dtype)
 
 
 def _check_names(names: Iterable[str], config: TTTE2EConfig, size: str) -> None:

@@ -9,46 +9,43 @@
 Values are permuted and transposed but never scaled, so gradients convert by the same functions.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from .. import TTTE2EConfig
-from .checks import check_settings, check_tensors
+from .. import TTTE2EConfig, TTTE2EForCausalLM
+from .strictness import check_settings, check_tensors, model_shapes
 
 ROOT = "language_model."
 BLOCKS = ROOT + "model.h.blocks."
 PRIME = ROOT + "model.h.prime_storage."
-
-# official name in a block -> (name here, how the tensor is laid out)
-BLOCK_TENSORS = {
-    "seq_modeling_block.wq.weight": ("self_attn.q_proj.weight", "rotated"),
-    "seq_modeling_block.wk.weight": ("self_attn.k_proj.weight", "rotated"),
-    "seq_modeling_block.wv.weight": ("self_attn.v_proj.weight", "linear"),
-    "seq_modeling_block.wo.weight": ("self_attn.o_proj.weight", "linear"),
-    "seq_norm.weight": ("input_layernorm.weight", "plain"),
-    "feed_forward.w1.weight": ("mlp.gate_proj.weight", "linear"),
-    "feed_forward.w3.weight": ("mlp.up_proj.weight", "linear"),
-    "feed_forward.w2.weight": ("mlp.down_proj.weight", "linear"),
-    "ffn_norm.weight": ("pre_feedforward_layernorm.weight", "plain"),
+# name here, within a block -> (official name, how the tensor is laid out)
+TENSORS = {
+    "model.embed_tokens.weight": (ROOT + "model.wte.weight", "plain"),
+    "model.norm.weight": (ROOT + "model.ln_f.weight", "plain"),
+    "model.lm_head.weight": (ROOT + "lm_head.weight", "linear"),
+    "self_attn.q_proj.weight": (BLOCKS + "seq_modeling_block.wq.weight", "rotated"),
+    "self_attn.k_proj.weight": (BLOCKS + "seq_modeling_block.wk.weight", "rotated"),
+    "self_attn.v_proj.weight": (BLOCKS + "seq_modeling_block.wv.weight", "linear"),
+    "self_attn.o_proj.weight": (BLOCKS + "seq_modeling_block.wo.weight", "linear"),
+    "self_attn.q_norm.weight": (BLOCKS + "seq_modeling_block.q_norm.weight", "rotated"),
+    "self_attn.k_norm.weight": (BLOCKS + "seq_modeling_block.k_norm.weight", "rotated"),
+    "input_layernorm.weight": (BLOCKS + "seq_norm.weight", "plain"),
+    "post_attention_layernorm.weight": (BLOCKS + "seq_post_norm.weight", "plain"),
+    "mlp.gate_proj.weight": (BLOCKS + "feed_forward.w1.weight", "linear"),
+    "mlp.up_proj.weight": (BLOCKS + "feed_forward.w3.weight", "linear"),
+    "mlp.down_proj.weight": (BLOCKS + "feed_forward.w2.weight", "linear"),
+    "pre_feedforward_layernorm.weight": (BLOCKS + "ffn_norm.weight", "plain"),
+    "post_feedforward_layernorm.weight": (BLOCKS + "ffn_post_norm.weight", "plain"),
+    "prime_mlp.gate_proj.weight": (PRIME + "feed_forward_prime.w1.weight", "linear"),
+    "prime_mlp.up_proj.weight": (PRIME + "feed_forward_prime.w3.weight", "linear"),
+    "prime_mlp.down_proj.weight": (PRIME + "feed_forward_prime.w2.weight", "linear"),
+    "pre_prime_layernorm.weight": (PRIME + "ffn_prime_norm.weight", "plain"),
+    "post_prime_layernorm.weight": (PRIME + "ffn_prime_post_norm.weight", "plain"),
 }
-QK_NORM_TENSORS = {
-    "seq_modeling_block.q_norm.weight": ("self_attn.q_norm.weight", "rotated"),
-    "seq_modeling_block.k_norm.weight": ("self_attn.k_norm.weight", "rotated"),
-}
-POST_NORM_TENSORS = {
-    "seq_post_norm.weight": ("post_attention_layernorm.weight", "plain"),
-    "ffn_post_norm.weight": ("post_feedforward_layernorm.weight", "plain"),
-}
-PRIME_TENSORS = {
-    "feed_forward_prime.w1.weight": ("prime_mlp.gate_proj.weight", "linear"),
-    "feed_forward_prime.w3.weight": ("prime_mlp.up_proj.weight", "linear"),
-    "feed_forward_prime.w2.weight": ("prime_mlp.down_proj.weight", "linear"),
-    "ffn_prime_norm.weight": ("pre_prime_layernorm.weight", "plain"),
-}
-PRIME_POST_NORM_TENSORS = {"ffn_prime_post_norm.weight": ("post_prime_layernorm.weight", "plain")}
 
 
 @dataclass(frozen=True)
@@ -207,7 +204,7 @@ def convert_parameters(parameters: Mapping[str, np.ndarray], config: TTTE2EConfi
         whole = torch.from_numpy(np.array(parameters[official.name]))
         slices = whole if official.stacked else [whole]
         for target, one in zip(official.targets, slices, strict=True):
-            converted[target] = from_official(one.clone(), official.layout, config.head_dim)
+            converted[target] = tensor_from_official(one.clone(), official.layout, config.head_dim)
     return converted
 
 
@@ -241,23 +238,14 @@ def sizes_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
 
 def expected_tensors(config: TTTE2EConfig) -> Iterator[OfficialTensor]:
     """Every official tensor of a configuration; a tied head is none."""
-    hidden, layers, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size
-    yield OfficialTensor(ROOT + "model.wte.weight", (vocabulary, hidden), ["model.embed_tokens.weight"], "plain")
-    yield OfficialTensor(ROOT + "model.ln_f.weight", (hidden,), ["model.norm.weight"], "plain")
-    if not config.tie_word_embeddings:
-        yield OfficialTensor(ROOT + "lm_head.weight", (hidden, vocabulary), ["model.lm_head.weight"], "linear")
-    tensors = (
-        BLOCK_TENSORS | (QK_NORM_TENSORS if config.qk_norm else {}) | (POST_NORM_TENSORS if config.post_norm else {})
-    )
-    for name, (target, layout) in tensors.items():
-        targets = [f"model.layers.{index}.{target}" for index in range(layers)]
-        yield OfficialTensor(BLOCKS + name, (layers, *_shape(name, config, config.intermediate_size)), targets, layout)
-    if config.use_prime_mlp and config.num_suffix_layers:
-        tensors = PRIME_TENSORS | (PRIME_POST_NORM_TENSORS if config.post_norm else {})
-        for name, (target, layout) in tensors.items():
-            targets = [f"model.layers.{index}.{target}" for index in range(config.num_prefix_layers, layers)]
-            shape = (config.num_suffix_layers, *_shape(name, config, config.prime_intermediate_size))
-            yield OfficialTensor(PRIME + name, shape, targets, layout)
+    shapes = model_shapes(TTTE2EForCausalLM, config)
+    targets: dict[tuple[str, str], list[str]] = {}
+    for target in shapes:
+        targets.setdefault(TENSORS[re.sub(r"^model\.layers\.\d+\.", "", target)], []).append(target)
+    for (name, layout), own in targets.items():
+        one = shapes[own[0]] if layout == "plain" else shapes[own[0]][::-1]
+        stacked = name.startswith((BLOCKS, PRIME))
+        yield OfficialTensor(name, (len(own), *one) if stacked else one, own, layout)
 
 
 def empty_leaves(config: TTTE2EConfig) -> list[str]:
@@ -277,7 +265,7 @@ def empty_leaves(config: TTTE2EConfig) -> list[str]:
     return [*leaves, PRIME + "ffn_prime_norm.bias", PRIME + "ffn_prime_post_norm" + (".bias" if post_norms else "")]
 
 
-def from_official(one: torch.Tensor, layout: str, head_dim: int) -> torch.Tensor:
+def tensor_from_official(one: torch.Tensor, layout: str, head_dim: int) -> torch.Tensor:
     """An official tensor, of one block, in the layout that it has here: contiguous, and a copy only where it changes.
 
     Args:
@@ -290,8 +278,8 @@ def from_official(one: torch.Tensor, layout: str, head_dim: int) -> torch.Tensor
     return matrix.contiguous()
 
 
-def to_official(one: torch.Tensor, layout: str, head_dim: int) -> torch.Tensor:
-    """The inverse of `from_official`."""
+def tensor_to_official(one: torch.Tensor, layout: str, head_dim: int) -> torch.Tensor:
+    """The inverse of `tensor_from_official`."""
     matrix = one
     if layout == "rotated":
         order = _half_split(head_dim).argsort()
@@ -303,20 +291,3 @@ def to_official(one: torch.Tensor, layout: str, head_dim: int) -> torch.Tensor:
 def _half_split(head_dim: int) -> torch.Tensor:
     """Interleaved pairs (0, 1), (2, 3), ... of a head become halves (0, 2, ...), (1, 3, ...)."""
     return torch.cat([torch.arange(0, head_dim, 2), torch.arange(1, head_dim, 2)])
-
-
-def _shape(name: str, config: TTTE2EConfig, width: int) -> tuple[int, ...]:
-    hidden = config.hidden_size
-    queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    shapes = {
-        "wq": (hidden, queries),
-        "wk": (hidden, keys),
-        "wv": (hidden, keys),
-        "wo": (queries, hidden),
-        "q_norm": (config.head_dim,),
-        "k_norm": (config.head_dim,),
-        "w1": (hidden, width),
-        "w3": (hidden, width),
-        "w2": (width, hidden),
-    }
-    return shapes.get(name.split(".")[-2], (hidden,))

@@ -27,6 +27,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import TTTE2EConfig, TTTE2EForCausalLM
 from ..configuration_decoder import ATTENTION_TYPES, ROPE_KEYS
+from .strictness import model_shapes
 
 SUPPORTED_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -66,7 +67,7 @@ class TensorPlan:
     source: str | None
 
 
-def check_supported(fields: Mapping) -> None:
+def check_convertible(fields: Mapping) -> None:
     """Check that a source can be converted, from the fields of its config.json.
 
     Raises:
@@ -99,7 +100,7 @@ def config_from_transformer(source: PreTrainedConfig, settings: WarmStartSetting
         ValueError: the source has a setting that this model does not have, or `settings` do not fit together or to it;
             the message names the field.
     """
-    check_supported(source.to_dict())
+    check_convertible(source.to_dict())
     _check_source(source)
     window = _window(source, settings.sliding_window)
     layers, suffix = source.num_hidden_layers, settings.num_suffix_layers
@@ -145,10 +146,7 @@ def plan_tensors(config: TTTE2EConfig, model_type: str, available: Mapping[str, 
     Raises:
         ValueError: naming the tensor that the source lacks, that has no place here, or that has another shape.
     """
-    with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in TTTE2EForCausalLM(config).state_dict().items()}
-    if config.tie_word_embeddings:
-        del shapes["model.lm_head.weight"]
+    shapes = model_shapes(TTTE2EForCausalLM, config)
     plans = [TensorPlan(name, shape, _source_name(name, model_type)) for name, shape in shapes.items()]
     used = {plan.source: plan for plan in plans if plan.source is not None}
     # Kept by old versions of transformers, and computed from the configuration.

@@ -10,7 +10,7 @@ from ..data.tokenizer import load_tokenizer
 from ..loading import DTYPES, dtype_named
 from ..storage.disk import check_disk_space, folder_written_whole, read_json
 from ..storage.record import check_output
-from .ttt_layers_layout import config_from_official, convert_parameters
+from .ttt_layers_layout import ttt_layers_config_from_official, ttt_layers_from_official
 
 ROOM_FOR_SMALL_FILES = 2**24  # bytes for configuration and tokenizer
 # Of a tied model, and tables that the official code computes from its configuration.
@@ -42,16 +42,18 @@ def convert_ttt_layers(
     check_output(output, resume=False)
     torch_dtype = dtype_named(dtype, tuple(DTYPES)[1:])
     folder = Path(checkpoint).expanduser()
-    config = config_from_official(official_settings(folder))
+    config = ttt_layers_config_from_official(official_settings(folder))
     own_tokenizer = None if tokenizer is None else load_tokenizer(tokenizer, config.vocab_size)
     official = official_parameters(folder, config.tie_word_embeddings)
-    parameters = {name: tensor.to(torch_dtype) for name, tensor in convert_parameters(official, config).items()}
+    parameters = {name: tensor.to(torch_dtype) for name, tensor in ttt_layers_from_official(official, config).items()}
     del official
     needed = sum(tensor.nbytes for tensor in parameters.values())
     check_disk_space(output, needed + ROOM_FOR_SMALL_FILES, "the converted model")
     with torch.device("meta"):
         model = TTTLayersForCausalLM(config)
-    model.load_state_dict(parameters, assign=True, strict=False)  # convert_parameters is strict; a tied head is left
+    model.load_state_dict(
+        parameters, assign=True, strict=False
+    )  # ttt_layers_from_official is strict; a tied head is left
     model.tie_weights()
     model.config.dtype = torch_dtype
     with folder_written_whole(output) as part:

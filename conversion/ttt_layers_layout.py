@@ -9,16 +9,33 @@ Every tensor keeps its values and their order; only names differ, and the learni
 so gradients convert by the same functions.
 """
 
+import re
 from collections.abc import Mapping
-from itertools import pairwise
 
 import torch
 
-from .. import TTTLayersConfig
+from .. import TTTLayersConfig, TTTLayersForCausalLM
 from ..configuration_ttt_layers import INNER_LEARNERS
-from .checks import check_settings, check_tensors
+from .strictness import check_settings, check_tensors, model_shapes
 
-LAYERS = "model.layers."
+MIXER = "seq_modeling_block."
+# name here, in a block -> official name; the others are the same but for `ttt.`, which is `seq_modeling_block.`
+RENAMED_TENSORS = {
+    "input_layernorm.weight": "seq_norm.weight",
+    "pre_feedforward_layernorm.weight": "ffn_norm.weight",
+    "conv_norm.weight": "conv.norm.weight",
+    "conv.weight": "conv.conv.weight",
+    "conv.bias": "conv.conv.bias",
+    "ttt.token_scale_offset": MIXER + "learnable_token_idx",
+    "ttt.learning_rate_gate.weight": MIXER + "learnable_ttt_lr_weight",
+    "ttt.learning_rate_gate.bias": MIXER + "learnable_ttt_lr_bias",
+    "ttt.inner_norm.weight": MIXER + "ttt_norm_weight",
+    "ttt.inner_norm.bias": MIXER + "ttt_norm_bias",
+    "ttt.initial_weight_1": MIXER + "W1",
+    "ttt.initial_weight_2": MIXER + "W2",
+    "ttt.initial_bias_1": MIXER + "b1",
+    "ttt.initial_bias_2": MIXER + "b2",
+}
 MIXERS = {"linear": "ttt_linear", "mlp": "ttt_mlp"}
 SAME_FIELDS = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads rms_norm_eps initializer_range "
@@ -36,7 +53,7 @@ RENAMED_FIELDS = {
 TOKEN_FIELDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
-def config_from_official(config: Mapping) -> TTTLayersConfig:
+def ttt_layers_config_from_official(config: Mapping) -> TTTLayersConfig:
     """The configuration of an official checkpoint, from its `config.json`; fields left out have official defaults.
 
     Raises:
@@ -56,13 +73,13 @@ def config_from_official(config: Mapping) -> TTTLayersConfig:
     return TTTLayersConfig(**fields, mixer_types=[MIXERS[kind]] * layers)
 
 
-def config_to_official(config: TTTLayersConfig) -> dict:
-    """The official configuration of a model, which `config_from_official` reads back.
+def ttt_layers_config_to_official(config: TTTLayersConfig) -> dict:
+    """The official configuration of a model, which `ttt_layers_config_from_official` reads back.
 
     Raises:
         ValueError: a setting that the official code does not have, with its name and value.
     """
-    _check_is_official(config)
+    _check_ttt_layers(config)
     mixer = config.mixer_types[0]
     fields = {name: getattr(config, name) for name in (*SAME_FIELDS, *TOKEN_FIELDS)}
     fields |= {name: getattr(config, here) for name, (here, _) in RENAMED_FIELDS.items()}
@@ -70,7 +87,9 @@ def config_to_official(config: TTTLayersConfig) -> dict:
     return fields | {"ttt_layer_type": kind, "ttt_base_lr": config.base_learning_rate(mixer)}
 
 
-def convert_parameters(parameters: Mapping[str, torch.Tensor], config: TTTLayersConfig) -> dict[str, torch.Tensor]:
+def ttt_layers_from_official(
+    parameters: Mapping[str, torch.Tensor], config: TTTLayersConfig
+) -> dict[str, torch.Tensor]:
     """Official parameters (or gradients) under the names of `TTTLayersForCausalLM.state_dict()`.
 
     Args:
@@ -91,11 +110,11 @@ def convert_parameters(parameters: Mapping[str, torch.Tensor], config: TTTLayers
     return {here: parameters[name].reshape(shape).clone() for name, (here, _, shape) in names.items()}
 
 
-def parameters_to_official(parameters: Mapping[str, torch.Tensor], config: TTTLayersConfig) -> dict[str, torch.Tensor]:
-    """The inverse of `convert_parameters`; a tied head may be there or not, and is left out.
+def ttt_layers_to_official(parameters: Mapping[str, torch.Tensor], config: TTTLayersConfig) -> dict[str, torch.Tensor]:
+    """The inverse of `ttt_layers_from_official`; a tied head may be there or not, and is left out.
 
     Raises:
-        ValueError: as `convert_parameters`, or a setting that the official code does not have.
+        ValueError: as `ttt_layers_from_official`, or a setting that the official code does not have.
     """
     names = official_names(config)
     if config.tie_word_embeddings:
@@ -112,62 +131,20 @@ def official_names(config: TTTLayersConfig) -> dict[str, tuple[str, tuple[int, .
     Raises:
         ValueError: a setting that the official code does not have.
     """
-    _check_is_official(config)
-    size = config.hidden_size
-    embedding = (config.vocab_size, size)
-    found = {
-        "model.embed_tokens.weight": ("model.embed_tokens.weight", embedding, embedding),
-        "model.norm.weight": ("model.norm.weight", (size,), (size,)),
-    }
-    if not config.tie_word_embeddings:
-        found["lm_head.weight"] = ("lm_head.weight", embedding, embedding)
-    block = _block_names(config)
-    for index in range(config.num_hidden_layers):
-        prefix = f"{LAYERS}{index}."
-        found |= {prefix + name: (prefix + here, *shapes) for name, (here, *shapes) in block.items()}
-    return found
-
-
-def _block_names(config: TTTLayersConfig) -> dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    size, width, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    channels, taps, mixer = size // heads, config.ttt_conv_kernel, "seq_modeling_block."
+    _check_ttt_layers(config)
     found = {}
-
-    def add(official: str, here: str, shape: tuple[int, ...], shape_here: tuple[int, ...] | None = None) -> None:
-        found[official] = (here, shape, shape if shape_here is None else shape_here)
-
-    def add_convolution(official: str, here: str) -> None:
-        add(f"{official}.weight", f"{here}.weight", (size, 1, taps))
-        add(f"{official}.bias", f"{here}.bias", (size,))
-
-    add("seq_norm.weight", "input_layernorm.weight", (size,))
-    add("ffn_norm.weight", "pre_feedforward_layernorm.weight", (size,))
-    for name, shape in {"gate": (width, size), "up": (width, size), "down": (size, width)}.items():
-        add(f"mlp.{name}_proj.weight", f"mlp.{name}_proj.weight", shape)
-    for name in ("q", "v", "o", *([] if config.ttt_share_qk else ["k"]), *(["g"] if config.ttt_use_gate else [])):
-        add(f"{mixer}{name}_proj.weight", f"ttt.{name}_proj.weight", (size, size))
-    if config.ttt_share_qk:
-        add_convolution(mixer + "conv_q", "ttt.conv_q")
-        add_convolution(mixer + "conv_k", "ttt.conv_k")
-    if config.ttt_pre_conv:
-        add("conv.norm.weight", "conv_norm.weight", (size,))
-        add_convolution("conv.conv", "conv")
-    add(mixer + "learnable_token_idx", "ttt.token_scale_offset", (config.mini_batch_size,))
-    add(mixer + "learnable_ttt_lr_weight", "ttt.learning_rate_gate.weight", (heads, 1, size), (heads, size))
-    add(mixer + "learnable_ttt_lr_bias", "ttt.learning_rate_gate.bias", (heads, 1), (heads,))
-    for part in ("weight", "bias"):
-        add(f"{mixer}ttt_norm_{part}", f"ttt.inner_norm.{part}", (heads, channels))
-        add(f"{mixer}post_norm.{part}", f"ttt.post_norm.{part}", (size,))
-    sizes = [channels, channels]
-    if config.mixer_types[0] == "ttt_mlp":
-        sizes.insert(1, config.ttt_intermediate_ratio * channels)
-    for index, (ins, outs) in enumerate(pairwise(sizes), start=1):
-        add(f"{mixer}W{index}", f"ttt.initial_weight_{index}", (heads, ins, outs))
-        add(f"{mixer}b{index}", f"ttt.initial_bias_{index}", (heads, 1, outs))
+    for here, shape in model_shapes(TTTLayersForCausalLM, config).items():
+        official_shape = (shape[0], 1, *shape[1:]) if "learning_rate_gate" in here else shape
+        found[_official_name(here)] = (here, official_shape, shape)
     return found
 
 
-def _check_is_official(config: TTTLayersConfig) -> None:
+def _official_name(here: str) -> str:
+    block, part = re.fullmatch(r"(model\.layers\.\d+\.)?(.+)", here).groups(default="")
+    return block + RENAMED_TENSORS.get(part, re.sub(r"^ttt\.", MIXER, part))
+
+
+def _check_ttt_layers(config: TTTLayersConfig) -> None:
     kinds = set(config.mixer_types)
     always = "ttt_use_bias ttt_learn_initial_weights ttt_layer_norm_residual ttt_learn_learning_rate ttt_token_scale"
     check_settings(

@@ -26,7 +26,7 @@ from .transformer_layout import (
     HEAD,
     TensorPlan,
     WarmStartSettings,
-    check_supported,
+    check_convertible,
     config_from_transformer,
     new_tensor,
     plan_tensors,
@@ -170,7 +170,7 @@ def source_config(model: Path | str) -> PreTrainedConfig:
             f"model={str(model)!r}: no config.json in it; name a folder that save_pretrained has written, or an id of "
             "the Hub"
         )
-    check_supported(PreTrainedConfig.get_config_dict(model)[0])
+    check_convertible(PreTrainedConfig.get_config_dict(model)[0])
     try:
         return AutoConfig.from_pretrained(model)
     except (StrictDataclassError, KeyError, TypeError) as error:

@@ -90,7 +90,7 @@ def test_shards_load_and_hold_no_more_than_asked_for(tiny, tmp_path):
 
 def test_no_read_is_larger_than_a_layers_tensor_and_no_more_than_a_shard_is_held(tmp_path, monkeypatch):
     reads, held, written = [], [0], []
-    read, save, convert = OrbaxReader._read, weight_files.save_file, official_checkpoint.from_official
+    read, save, convert = OrbaxReader._read, weight_files.save_file, official_checkpoint.tensor_from_official
 
     def counted_read(self, part, name):
         reads.append((name, part.size))
@@ -108,7 +108,7 @@ def test_no_read_is_larger_than_a_layers_tensor_and_no_more_than_a_shard_is_held
         return save(tensors, *arguments, **settings)
 
     monkeypatch.setattr(OrbaxReader, "_read", counted_read)
-    monkeypatch.setattr(official_checkpoint, "from_official", counted_convert)
+    monkeypatch.setattr(official_checkpoint, "tensor_from_official", counted_convert)
     monkeypatch.setattr(weight_files, "save_file", counted_save)
     converted(tmp_path, max_shard_size="5KB")
     layers = {name: shape for name, shape in OrbaxReader(WEIGHTS).shapes.items() if ".h." in name}

@@ -16,7 +16,7 @@ from ttt_e2e.conversion.official_layout import (
     empty_leaves,
     expected_tensors,
     sizes_of_shapes,
-    to_official,
+    tensor_to_official,
 )
 
 from ..modeling.helpers import small_config, small_model
@@ -208,7 +208,7 @@ def test_the_way_back_gives_the_same_bits(changes):
     arrays = numbered(config)
     converted = convert_parameters(arrays, config)
     for tensor in expected_tensors(config):
-        back = [to_official(converted[target], tensor.layout, config.head_dim) for target in tensor.targets]
+        back = [tensor_to_official(converted[target], tensor.layout, config.head_dim) for target in tensor.targets]
         assert all(converted[target].shape == tensor.target_shape for target in tensor.targets)
         expected = torch.from_numpy(arrays[tensor.name])
         assert torch.equal(torch.stack(back) if tensor.stacked else back[0], expected), tensor.name

@@ -5,10 +5,10 @@ import torch
 
 from ttt_e2e import TTTLayersConfig, TTTLayersForCausalLM
 from ttt_e2e.conversion.ttt_layers_layout import (
-    config_from_official,
-    config_to_official,
-    convert_parameters,
-    parameters_to_official,
+    ttt_layers_config_from_official,
+    ttt_layers_config_to_official,
+    ttt_layers_from_official,
+    ttt_layers_to_official,
 )
 
 from ..modeling.ttt_layers_golden import VARIANTS, OfficialRun
@@ -43,48 +43,48 @@ def run(request):
 
 def test_every_parameter_goes_there_and_back(run):
     official = run.under("param.")
-    here = convert_parameters(official, run.config)
+    here = ttt_layers_from_official(official, run.config)
     own = {name for name, _ in run.model.named_parameters()}
     assert here.keys() == own
-    back = parameters_to_official(here, run.config)
+    back = ttt_layers_to_official(here, run.config)
     assert back.keys() == official.keys()
     assert all(torch.equal(back[name], official[name]) for name in official)
 
 
 def test_a_whole_state_dict_goes_back(run):
     """With the head of a tied model, which the official layout does not hold."""
-    back = parameters_to_official(run.model.state_dict(), run.config)
+    back = ttt_layers_to_official(run.model.state_dict(), run.config)
     assert all(torch.equal(back[name], tensor) for name, tensor in run.under("param.").items())
 
 
 def test_configuration_goes_there_and_back(run):
     given = run.description["config"]
-    official = config_to_official(run.config)
+    official = ttt_layers_config_to_official(run.config)
     ignored = {"scan_checkpoint_group_size", "pretraining_tp", "use_cache"}  # change no output
     assert {name: official[name] for name in given.keys() - ignored} == {n: given[n] for n in given.keys() - ignored}
-    assert config_from_official(official).to_dict() == run.config.to_dict()
+    assert ttt_layers_config_from_official(official).to_dict() == run.config.to_dict()
 
 
 def test_all_switches_and_sizes():
-    config = config_from_official(OFFICIAL)
+    config = ttt_layers_config_from_official(OFFICIAL)
     assert config.mixer_types == ["ttt_mlp"] * 2 and config.ttt_rope_theta == 100.0
     model = TTTLayersForCausalLM(config)
-    official = parameters_to_official(model.state_dict(), config)
+    official = ttt_layers_to_official(model.state_dict(), config)
     assert official["model.layers.1.seq_modeling_block.W1"].shape == (3, 4, 16)
     assert official["model.layers.1.seq_modeling_block.learnable_ttt_lr_weight"].shape == (3, 1, 12)
     assert official["model.layers.0.conv.conv.weight"].shape == (12, 1, 3)
     assert "model.layers.0.seq_modeling_block.k_proj.weight" not in official
     again = TTTLayersForCausalLM(config)
-    assert not any(again.load_state_dict(convert_parameters(official, config)))
+    assert not any(again.load_state_dict(ttt_layers_from_official(official, config)))
     ids = torch.arange(3, 14)[None]
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def test_fields_left_out_have_official_defaults():
-    config = config_from_official({})
+    config = ttt_layers_config_from_official({})
     assert (config.vocab_size, config.num_hidden_layers, config.mini_batch_size) == (32000, 24, 16)
     assert config.mixer_types == ["ttt_linear"] * 24 and config.ttt_base_learning_rate == 1.0
-    assert config_from_official({"ttt_layer_type": "mlp"}).base_learning_rate("ttt_mlp") == 1.0
+    assert ttt_layers_config_from_official({"ttt_layer_type": "mlp"}).base_learning_rate("ttt_mlp") == 1.0
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_fields_left_out_have_official_defaults():
 )
 def test_official_settings_that_cannot_be_read(changes, message):
     with pytest.raises(ValueError, match=message):
-        config_from_official(OFFICIAL | changes)
+        ttt_layers_config_from_official(OFFICIAL | changes)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_official_settings_that_cannot_be_read(changes, message):
 def test_models_that_the_official_code_cannot_hold(changes):
     fields = {"hidden_size": 12, "num_attention_heads": 3, "num_hidden_layers": 2, "mixer_types": ["ttt_mlp"] * 2}
     config = TTTLayersConfig(**fields | changes)
-    for convert in (lambda: config_to_official(config), lambda: parameters_to_official({}, config)):
+    for convert in (lambda: ttt_layers_config_to_official(config), lambda: ttt_layers_to_official({}, config)):
         with pytest.raises(ValueError, match=f"`{next(iter(changes))}` is .* the official model needs"):
             convert()
 
@@ -128,24 +128,24 @@ class TestStrictness:
         official = run.under("param.")
         del official["model.layers.1.seq_modeling_block.b1"]
         with pytest.raises(ValueError, match=r"lack \['model.layers.1.seq_modeling_block.b1'\]"):
-            convert_parameters(official, run.config)
+            ttt_layers_from_official(official, run.config)
 
     def test_superfluous(self):
         run = OfficialRun("linear_tied")
         official = run.under("param.") | {"lm_head.weight": torch.zeros(61, 32)}
         with pytest.raises(ValueError, match=r"hold \['lm_head.weight'\], which this configuration has no place for"):
-            convert_parameters(official, run.config)
+            ttt_layers_from_official(official, run.config)
 
     def test_another_shape(self):
         run = OfficialRun("linear_tied")
         official = run.under("param.")
         official["model.layers.0.seq_modeling_block.learnable_token_idx"] = torch.zeros(5)
         with pytest.raises(ValueError, match=r"`model.layers.0.*token_idx` has shape \(5,\).*needs \(4,\)"):
-            convert_parameters(official, run.config)
+            ttt_layers_from_official(official, run.config)
 
     def test_the_way_back(self):
         run = OfficialRun("mlp_tied")
         state = run.model.state_dict()
         del state["model.layers.0.ttt.initial_bias_2"]
         with pytest.raises(ValueError, match=r"lack \['model.layers.0.ttt.initial_bias_2'\]"):
-            parameters_to_official(state, run.config)
+            ttt_layers_to_official(state, run.config)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from ttt_e2e import TTTLayersCache, TTTLayersForCausalLM
-from ttt_e2e.conversion.ttt_layers_layout import config_from_official, convert_parameters
+from ttt_e2e.conversion.ttt_layers_layout import ttt_layers_config_from_official, ttt_layers_from_official
 
 FOLDER = Path(__file__).parents[1] / "golden" / "ttt_layers"
 VARIANTS = sorted(path.stem for path in FOLDER.glob("*.safetensors"))
@@ -19,7 +19,7 @@ class OfficialRun:
     def __init__(self, name: str):
         self.description = json.loads((FOLDER / f"{name}.json").read_text())
         self.tensors = load_file(FOLDER / f"{name}.safetensors")
-        self.config = config_from_official(self.description["config"])
+        self.config = ttt_layers_config_from_official(self.description["config"])
         self.model = TTTLayersForCausalLM(self.config).eval()
         keys = self.model.load_state_dict(self.converted("param."), strict=False)
         assert not keys.unexpected_keys and keys.missing_keys in ([], ["lm_head.weight"])
@@ -33,7 +33,7 @@ class OfficialRun:
         return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
 
     def converted(self, prefix: str) -> dict[str, torch.Tensor]:
-        return convert_parameters(self.under(prefix), self.config)
+        return ttt_layers_from_official(self.under(prefix), self.config)
 
     @property
     def prefills(self) -> list[int]:

@@ -1,6 +1,17 @@
-"""What every official layout is checked for."""
+"""What every layout is checked for: that no tensor and no setting is lost, on either side."""
 
 from collections.abc import Mapping
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def model_shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors of a model by name, in the order of its modules; a tied head is left out."""
+    with torch.device("meta"):
+        model = model_class(config)
+    tied = model.all_tied_weights_keys if config.tie_word_embeddings else ()
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def check_tensors(given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
