@@ -31,7 +31,7 @@ CHECKPOINT_STEPS ?= 1200
 # Threads that wait for one another by spinning bring torch to a crawl on a machine that does other work besides.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-all test-newest lint bench checkpoint checkpoint-code install install-dev lock
+.PHONY: help demo test test-all test-newest lint bench checkpoint checkpoint-code install install-dev lock docs types release
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -80,6 +80,15 @@ checkpoint-code: $(INSTALLED) ## write the code of the small model, and what els
 
 install: $(INSTALLED) ## only the set-up
 install-dev: $(INSTALLED_DEV) ## only the set-up, with what the tests need
+
+docs: $(INSTALLED_DEV) ## the documentation as a site, in site/; a broken link or name fails
+	$(BIN)/python tools/package_path.py build/package
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "site/index.html"
+
+types: $(INSTALLED_DEV) ## types of the whole package, across its folders
+	$(BIN)/python tools/package_path.py build/package
+	$(BIN)/mypy build/package
 
 lock: $(BIN)/python ## renew requirements.lock: the newest versions that setup.py admits
 	$(BIN)/python tools/lock.py --torch "$(TORCH)"

@@ -19,6 +19,7 @@ from ttt_e2e import TTTE2ECache, TTTE2EForCausalLM
 MODEL = Path(__file__).parents[1] / "model_cards" / "checkpoints" / "tiny-standard-library"
 
 
+# --8<-- [start:method]
 class ReadingByHand:
     """One sequence, read token by token by a copy of `model`, whose prime MLPs learn; `steps` counts inner steps."""
 
@@ -58,6 +59,7 @@ class ReadingByHand:
         self.steps += 1
 
 
+# --8<-- [end:method]
 def main() -> None:
     text = Path(sys.argv[1] if len(sys.argv) > 1 else copy.__file__).read_text(encoding="utf-8")
     model = TTTE2EForCausalLM.from_pretrained(MODEL, dtype=torch.float32)

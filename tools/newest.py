@@ -7,7 +7,6 @@ The tables are also written to `runs/test-newest.md`. The exit status is 1 where
 """
 
 import argparse
-import importlib
 import subprocess
 import sys
 import tempfile
@@ -50,16 +49,10 @@ def without_upper_bounds(requirements: list[str]) -> list[str]:
     return [str(requirement) for requirement in parsed]
 
 
-def described():
-    """The distribution as setup.py describes it, with its bounds."""
-    importlib.import_module("setuptools")  # brings distutils where Python has none
-    from distutils.core import run_setup
-
-    return run_setup(str(ROOT / "setup.py"), stop_after="init")
-
-
 def required() -> list[str]:
     """What setup.py asks for, with the extra `dev`."""
+    from package_path import described
+
     return [*described().install_requires, *described().extras_require["dev"]]
 
 

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-DESCRIBED = runpy.run_path(str(ROOT / "tools" / "newest.py"))["described"]()
+DESCRIBED = runpy.run_path(str(ROOT / "tools" / "package_path.py"))["described"]()
 LEFT_OUT = ("__pycache__", "checkpoints")
 
 
