@@ -40,10 +40,10 @@ help: ## show this list
 demo: $(INSTALLED) ## train, compare, generate, save a learned context (6 to 12 minutes on 2 cores)
 	$(BIN)/ttt-e2e demo $(ARGS)
 
-test: lint ## linter and tests without the slow ones (at most 10 minutes on 2 cores)
+test: lint types ## linter, types, and tests without the slow ones (at most 10 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-test-all: lint ## linter and all tests, the slow ones included
+test-all: lint types ## linter, types and all tests, the slow ones included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "" $(ARGS)
 
 test-newest: $(NEWEST)/bin/python ## tests with the newest releases, torch excepted; ends in a table of what broke
@@ -88,7 +88,7 @@ docs: $(INSTALLED_DEV) ## the documentation as a site, in site/; a broken link o
 
 types: $(INSTALLED_DEV) ## types of the whole package, across its folders
 	$(BIN)/python tools/package_path.py build/package
-	$(BIN)/mypy build/package
+	$(BIN)/mypy build/package/ttt_e2e
 
 lock: $(BIN)/python ## renew requirements.lock: the newest versions that setup.py admits
 	$(BIN)/python tools/lock.py --torch "$(TORCH)"

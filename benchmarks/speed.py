@@ -5,7 +5,7 @@ turns, so that a busy machine slows them alike.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -36,12 +36,12 @@ class SpeedSizes:
         torch.manual_seed(0)
         sizes = {name: value for name, value in vars(self).items() if name not in ("length", "batch_size")}
         special = {"bos_token_id": None, "eos_token_id": None}
-        return TTTE2EForCausalLM(TTTE2EConfig(**sizes, **special)).to(device)
+        return TTTE2EForCausalLM(TTTE2EConfig(**sizes, **special)).to(device)  # type: ignore[arg-type]  # a wrapped method
 
     def input_ids(self, device: str) -> torch.Tensor:
         """Random token ids [batch_size, length]."""
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(self.vocab_size, (self.batch_size, self.length), generator=generator).to(device)
+        return torch.randint(self.vocab_size, (self.batch_size, self.length), generator=generator).to(device)  # type: ignore[arg-type]  # a wrapped method
 
 
 def measure_passes(sizes: SpeedSizes, rounds: int, device: str = "cpu") -> dict[str, float]:
@@ -80,7 +80,7 @@ def measure_decoding(
     return {name: value / sizes.mini_batch_size for name, value in seconds.items()}
 
 
-def median_seconds(variants: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, float]:
+def median_seconds(variants: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
     """Median time of each variant over `rounds` rounds of all of them, after one round to warm up."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -96,7 +96,7 @@ def median_seconds(variants: dict[str, Callable[[], None]], rounds: int, device:
     return {name: median(values) for name, values in times.items()}
 
 
-def elapsed(run: Callable[[], None], device: str) -> float:
+def elapsed(run: Callable[[], object], device: str) -> float:
     """Seconds that one call takes: CPU time of this process, or wall-clock time until the GPU is done."""
     if device == "cpu":
         start = time.process_time()

@@ -6,12 +6,21 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer, pipeline, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    pipeline,
+    set_seed,
+)
 
 from ttt_e2e import TTTE2ECache, TTTE2EForCausalLM
 from ttt_e2e.configuration import DataRecipe, DemoRecipe, Recipe, load_preset
@@ -162,7 +171,7 @@ def prepare_demo_data(recipe: DemoRecipe, cache_folder: Path) -> DemoData:
 
 def train_all(
     recipe: DemoRecipe, folder: Path, console: Console
-) -> tuple[dict[str, TTTE2EForCausalLM], dict[str, TrainingFacts]]:
+) -> tuple[dict[str, PreTrainedModel], dict[str, TrainingFacts]]:
     """Step 2: train TTT-E2E and the baselines on the same rows in the same order, each as `ttt-e2e train` does."""
     models, runs = {}, {}
     for name, preset in {"TTT-E2E": recipe.test_time_training, **recipe.baselines}.items():
@@ -269,7 +278,7 @@ def continue_document(recipe: DemoRecipe, data: DemoData, model_folder: Path, co
     names, documents = document_prefixes(data.validation, settings.prompt_tokens + settings.new_tokens, 1)
     prompt = tokenizer.decode(documents[0, : settings.prompt_tokens], skip_special_tokens=True)
     set_seed(recipe.seed)
-    written = generator(prompt, max_new_tokens=settings.new_tokens, return_full_text=False, **SAMPLING)
+    written: Any = generator(prompt, max_new_tokens=settings.new_tokens, return_full_text=False, **SAMPLING)
     show_continuation(console, names[0], prompt, written[0]["generated_text"])
 
 
@@ -301,7 +310,7 @@ def read_and_continue(recipe: DemoRecipe, data: DemoData, folder: Path, console:
     return {"files": paths, "bytes_after_tokens": sizes}
 
 
-def show_continuation(console: Console, title: str, prompt: str, continuation: str) -> None:
-    """Show the last lines of a prompt and, in another colour, what the model wrote after it."""
+def show_continuation(console: Console, title: str, prompt: Any, continuation: Any) -> None:
+    """Show the last lines of a prompt and, in another colour, what the model wrote after it (texts)."""
     text = Text("".join(prompt.splitlines(keepends=True)[-6:])).append(continuation, style="bold cyan")
     console.print(Panel(text, title=title))

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from rich.console import Console
@@ -67,7 +68,7 @@ def train_row(experiment: Experiment, row: Trained, models_folder: Path, cache: 
     """
     preset = system_preset(row.system, experiment.size)
     model, recipes = preset, row_recipes(experiment, row, preset)
-    identity = [preset, experiment.data, source_state(experiment.data)]
+    identity: list[Any] = [preset, experiment.data, source_state(experiment.data)]
     for recipe in recipes:
         identity.append(dataclasses.asdict(recipe))
         run = models_folder / f"{preset}-{recipe.name}-{digest(identity)[:8]}"

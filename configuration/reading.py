@@ -163,10 +163,10 @@ def build_strictly(kind: type, fields: object, source: str):
     check_field_names(fields, declared, source=source, required=required)
     values = {}
     for name, value in fields.items():
-        nested = dataclasses.is_dataclass(declared[name].type)
-        values[name] = (
-            build_strictly(declared[name].type, value, source=f"{source}, section {name}") if nested else value
-        )
+        kind_of_field = declared[name].type
+        if isinstance(kind_of_field, type) and dataclasses.is_dataclass(kind_of_field):
+            value = build_strictly(kind_of_field, value, source=f"{source}, section {name}")
+        values[name] = value
     try:
         return kind(**values)
     except StrictDataclassError as error:

@@ -10,6 +10,7 @@ import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -175,7 +176,7 @@ def official_config(size: str) -> TTTE2EConfig:
     if not size.endswith(".json"):
         sizes = official_sizes()
         if size in sizes:
-            return load_config(size)
+            return cast(TTTE2EConfig, load_config(size))
         near = difflib.get_close_matches(size, sizes, n=1, cutoff=0.0)[0]
         known = ", ".join(name for name in sizes if "-" not in name)
         raise ValueError(
@@ -232,7 +233,7 @@ def _check_fits(shapes: Mapping[str, tuple[int, ...]], config: TTTE2EConfig, siz
 
 def _fits(shapes: Mapping[str, tuple[int, ...]], size: str) -> bool:
     try:
-        check_shapes(shapes, load_config(size))
+        check_shapes(shapes, cast(TTTE2EConfig, load_config(size)))
     except ValueError:
         return False
     return True

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -219,7 +220,7 @@ def write_metadata(folder: Path, shapes: Mapping[str, tuple[int, ...]], empty: I
     fields = {"tree_metadata": tree, "use_zarr3": False, "store_array_data_equal_to_fill_value": True}
     (folder / METADATA).write_text(json.dumps(fields | {"custom_metadata": None}), encoding="utf-8")
     # Where arrays go if whoever restores them does not say: whole, onto the first device.
-    sharding = {"sharding_type": "NamedSharding", "shape": [1, 1], "axis_names": ["data", "state"]}
+    sharding: dict[str, Any] = {"sharding_type": "NamedSharding", "shape": [1, 1], "axis_names": ["data", "state"]}
     sharding |= {"partition_spec": [], "device_mesh": {"mesh": [[{"id": 0}]]}}
     placed = {base64.b64encode(name.encode()).decode(): json.dumps(sharding) for name in shapes}
     (folder / "_sharding").write_text(json.dumps(placed), encoding="utf-8")

@@ -74,7 +74,7 @@ def split_into_shards(sizes: Mapping[str, int], max_shard_size: int | str) -> St
     """
     try:
         return split_state_dict_into_shards_factory(
-            sizes, get_storage_size=lambda size: size, filename_pattern=SHARDS, max_shard_size=max_shard_size
+            dict(sizes), get_storage_size=lambda size: size, filename_pattern=SHARDS, max_shard_size=max_shard_size
         )
     except ValueError as error:
         raise ValueError(f"max_shard_size={max_shard_size!r}: {error}; give it as in 5GB") from error

@@ -5,8 +5,9 @@ import gzip
 import json
 import lzma
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -54,7 +55,7 @@ def file_texts(path: Path, text_column: str) -> Iterator[str]:
         yield record[text_column]
 
 
-def missing_column(text_column: str, columns: Sequence[str]) -> str:
+def missing_column(text_column: str, columns: Iterable[str]) -> str:
     """The sentence that names the columns that there are."""
     return f"there is no text_column={text_column!r}; name one of {', '.join(map(repr, columns)) or 'no columns'}"
 
@@ -102,7 +103,7 @@ def _json_records(path: Path, text_column: str) -> Iterator[tuple[str, object]]:
         raise ValueError(f"{path}: cannot be read ({error}); write the file again") from error
 
 
-def _parsed(data: bytes, where: object, path: Path) -> object:
+def _parsed(data: bytes, where: object, path: Path) -> Any:
     try:
         return json.loads(decoded(data, path))
     except json.JSONDecodeError as error:

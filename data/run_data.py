@@ -77,7 +77,7 @@ def check_data_request(request: DataRequest) -> None:
         )
 
 
-def prepare_data(request: DataRequest, check_tokenizer: Callable[[PreTrainedTokenizerBase], None]) -> TrainingData:
+def prepare_data(request: DataRequest, check_tokenizer: Callable[[PreTrainedTokenizerBase], object]) -> TrainingData:
     """Documents, tokenizer and rows of a run; from the cache what is there already.
 
     Args:
@@ -124,11 +124,11 @@ def _load(request: DataRequest, source: str, split: str, streaming: bool) -> Doc
     )
 
 
-def _rows(store: TokenStore, recipe: DataRecipe) -> Dataset:
+def _rows(store: TokenStore, recipe: DataRecipe) -> PackedRows | DocumentRows:
     return (DocumentRows if recipe.one_document_per_row else PackedRows)(store, recipe.sequence_length)
 
 
-def _some(rows: Dataset, most: int | None) -> Dataset:
+def _some(rows: PackedRows | DocumentRows, most: int | None) -> Dataset:
     """At most so many rows, evenly spread over all."""
     if most is None or len(rows) <= most:
         return rows

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets import Dataset, Features, IterableDataset, Value
@@ -134,7 +135,7 @@ def _load_files(path: Path, text_column: str, streaming: bool, cache_folder: Pat
         if file_kind(file) != TEXT:
             next(file_texts(file, text_column), None)  # a file of another make is found before all others are read
     whole_files = all(file_kind(file) == TEXT for file in files)
-    arguments = {"files": files, "root": root, "text_column": text_column, "with_paths": whole_files}
+    arguments: dict[str, Any] = {"files": files, "root": root, "text_column": text_column, "with_paths": whole_files}
     _check_some_text((document["text"] for document in documents_of_files(**arguments)), path)
     # Offsets of 64 bits: a batch of long documents may have more than 2 GiB.
     features = Features({column: Value("large_string") for column in (["path"] if whole_files else []) + ["text"]})

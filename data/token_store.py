@@ -73,7 +73,7 @@ class TokenStore:
         """`[length]`: the tokens of one document, still on the disk."""
         return self.tokens[self.starts[number] : self.starts[number + 1]]
 
-    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
+    def __reduce__(self) -> tuple:
         return TokenStore, (self.folder,)
 
 

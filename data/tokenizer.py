@@ -193,7 +193,7 @@ def encode_texts(
 
 def encode_with_offsets(
     texts: list[str],
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     split_special_tokens: bool = True,
     add_special_tokens: bool = False,
 ) -> list[Encoding]:
@@ -216,7 +216,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return added - {tokenizer.unk_token_id}
 
 
-def _without_special_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+def _without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """The same vocabulary under the same ids, in which no text is a special token."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     special = {tokenizer.convert_ids_to_tokens(index) for index in special_ids(tokenizer)}

@@ -90,7 +90,7 @@ def _loaded(
 ) -> Subject:
     return Subject(
         label=candidate.label,
-        model=load_model(candidate, dtype=dtype).to(chosen_device(device)),
+        model=load_model(candidate, dtype=dtype).to(chosen_device(device)),  # type: ignore[arg-type]  # a wrapped method
         tokenizer=candidate.tokenizer,
         arguments={} if candidate.learning is None else {"test_time_training": candidate.learning},
         split_special_tokens=split_special_tokens,

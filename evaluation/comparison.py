@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,8 +16,8 @@ CURVE_POINTS = 64  # of a curve over positions; more cannot be told apart in a p
 BUCKETS = 6  # of a table over positions
 MISSING, NOT_FINITE = "", "not finite"
 
-# By label, what was measured at each length.
-Series = dict[str, dict[int, float | list[float] | None]]
+# By label, what was measured at each length: a number, one per position or document, or None (not finite).
+Series = dict[str, dict[int, Any]]
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def position_means(values: Sequence[float], first: int, bounds: Sequence[tuple[i
     return [tensor[max(start - first, 0) : max(end - first, 0)].mean().item() for start, end in bounds]
 
 
-def _minus(value: float | list | None, reference: float | list | None) -> float | list | None:
+def _minus(value: Any, reference: Any) -> Any:
     if value is None or reference is None:
         return None
     if isinstance(value, list):

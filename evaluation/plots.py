@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -33,7 +34,7 @@ class Panel:
     x_label: str
     y_label: str
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
-    ticks: Sequence[int] = field(default=())
+    ticks: Sequence[float] = field(default=())
 
 
 def plot_loss_by_position(
@@ -87,7 +88,7 @@ def plot_panels(rows: Sequence[Sequence[Panel]], path: Path, title: str = "") ->
         len(rows), len(rows[0]), figsize=(6.5 * len(rows[0]), 4.2 * len(rows)), layout="constrained", squeeze=False
     )
     names = dict.fromkeys(name for row in rows for panel in row for name in panel.curves)
-    styles = {
+    styles: dict[str, dict[str, Any]] = {
         name: {"color": COLOURS[n % len(COLOURS)], "linestyle": LINES[n // len(COLOURS) % len(LINES)]}
         for n, name in enumerate(names)
     }

@@ -124,7 +124,7 @@ def prepare_evaluation(request: EvaluationRequest) -> Evaluation:
     if judge is not None:
         recorded["judge"] = judge.digest()
     digests = {candidate.label: candidate.digest() for candidate in candidates}
-    device = environment()["device"] if task.depends_on_device else None
+    device = str(environment()["device"]) if task.depends_on_device else None
     results.check(task.name, recorded, data_digest, digests, device)
     return Evaluation(request, task, settings, recorded, candidates, digests, judge, data, data_digest, results)
 

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -111,7 +112,7 @@ class Task:
     name: str
     settings: type
     quantities: tuple[Quantity, ...]
-    measure: Callable[[Subject, TaskData, int, object], dict]
+    measure: Callable[[Subject, TaskData, int, Any], dict]
     needs_data: bool = True
     own_tokens: bool = False
     takes_haystack: bool = False

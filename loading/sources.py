@@ -62,7 +62,7 @@ def find_model(model: str | Path) -> ModelSource:
             f"model={model!r}: neither a folder nor a model of the Hub that can be loaded ({error}); presets are "
             f"{', '.join(preset_names())}"
         ) from error
-    return ModelSource(model.rpartition("/")[2], model, type(config), config.to_dict())
+    return ModelSource(file.rpartition("/")[2], file, type(config), config.to_dict())
 
 
 def find_saved_model(model: str | Path) -> ModelSource:

@@ -7,7 +7,7 @@ the model, so that `from_pretrained(..., trust_remote_code=True)` needs nothing 
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -184,7 +184,7 @@ def auto_map(classes: dict[str, type]) -> dict[str, str]:
     return {name: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for name, cls in classes.items()}
 
 
-def code_files(classes: Sequence[type]) -> list[Path]:
+def code_files(classes: Iterable[type]) -> list[Path]:
     """The source files that classes need: their own, and those that these import, found as transformers finds them."""
     entries = {Path(sys.modules[cls.__module__].__file__) for cls in classes}
     return sorted(entries | {Path(needed) for entry in entries for needed in get_relative_import_files(entry)})

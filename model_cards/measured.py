@@ -121,10 +121,10 @@ def read_results(text: str, saved_dtype: torch.dtype) -> MeasuredResults:
     Raises:
         ValueError: the folder holds no results, damaged ones, or those of a task that is not known here.
     """
-    data, separator, folder = text.partition("=")
+    data, separator, named = text.partition("=")
     if not separator or Path(text).expanduser().is_dir():
-        data, folder = Path(text).name, text
-    folder = Path(folder).expanduser()
+        data, named = Path(text).name, text
+    folder = Path(named).expanduser()
     path = folder / f"{RESULTS}.jsonl"
     if not data or not path.is_file():
         raise ValueError(

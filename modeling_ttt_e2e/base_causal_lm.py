@@ -85,7 +85,7 @@ class BaselineCausalLM:
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config):
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[call-arg]  # PreTrainedModel's: it stands behind this class
         self.model = self.decoder_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -119,9 +119,9 @@ def make_call(
     check_learning_span(learning_span)
     shape = check_inputs(input_ids, inputs_embeds, config)
     ids, embeddings = _out_of_inference_mode(input_ids), _out_of_inference_mode(inputs_embeds)
-    has_prefix = isinstance(cache, DynamicCache) and cache.get_seq_length() > 0
-    if has_prefix:
-        cache = TTTE2ECache.of_prefix(cache, config)
+    has_prefix = False
+    if isinstance(cache, DynamicCache) and cache.get_seq_length() > 0:
+        has_prefix, cache = True, TTTE2ECache.of_prefix(cache, config)
     check_cache(cache, TTTE2ECache, shape[0], config)
     context = cache.context if cache is not None and cache.context is not None else None
     context = context or LearnedContext.start(shape[0], config.num_hidden_layers)
@@ -316,7 +316,8 @@ def check_inputs(ids: torch.Tensor | None, embeddings: torch.Tensor | None, conf
             f"`inputs_embeds` {tuple(embeddings.shape)} and `input_ids` {tuple(ids.shape)} must describe the same "
             "tokens."
         )
-    return tuple((ids if ids is not None else embeddings).shape[:2])
+    given = ids if ids is not None else embeddings
+    return given.shape[0], given.shape[1]
 
 
 def _check_learning(

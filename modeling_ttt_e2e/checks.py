@@ -84,7 +84,7 @@ def one_input(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
     check_tensor(name, given)
     if given.dim() < 2:
         raise ValueError(f"`{name}` must have a row for each text, [batch, length, ...], got {tuple(given.shape)}.")
-    return tuple(given.shape[:2])
+    return given.shape[0], given.shape[1]
 
 
 def check_labels(labels: torch.Tensor, shape: tuple[int, int], vocab_size: int, name: str = "labels") -> None:

@@ -62,7 +62,8 @@ class FastWeights:
 
     def of_layer(self, index: int) -> tuple[Delta, Delta, Delta]:
         """The three differences of suffix block `index`."""
-        return tuple(Delta(weights, self.rows, self.whole) for weights in self.tensors[3 * index : 3 * index + 3])
+        gate, up, down = (Delta(own, self.rows, self.whole) for own in self.tensors[3 * index : 3 * index + 3])
+        return gate, up, down
 
     def added_to(self, layers: Sequence[nn.Module]) -> "FastWeights":
         """W + dW in one tensor per row, for plain `layers`; `less` is its inverse."""

@@ -180,7 +180,7 @@ class QuestionAnsweringHead:
         if answers is not None:
             pairs = zip(ends, answers, strict=True)
             losses = [label_loss(part, columns.to(part.device), num_items_in_batch) for part, columns in pairs]
-            loss = sum(losses) / 2
+            loss = (losses[0] + losses[1]) / 2
         return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=ends[0],

@@ -58,11 +58,11 @@ class InnerState:
 
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> "InnerState":
         """The same structure holding `tensors`, in the order of `tensors()`."""
-        tensors = iter(tensors)
+        given = iter(tensors)
         fast = self.fast
         if fast is not None:
-            fast = replace(fast, tensors=tuple(next(tensors) for _ in fast.tensors))
-        histories = tuple(tuple((next(tensors), next(tensors)) for _ in history) for history in self.histories)
+            fast = replace(fast, tensors=tuple(next(given) for _ in fast.tensors))
+        histories = tuple(tuple((next(given), next(given)) for _ in history) for history in self.histories)
         return InnerState(fast, histories)
 
     def detach(self) -> "InnerState":
@@ -120,14 +120,14 @@ class StepOutput:
         return [tensor for tensor in optional if tensor is not None]
 
     def with_differentiable(self, tensors: Sequence[torch.Tensor]) -> "StepOutput":
-        tensors = iter(tensors)
+        given = iter(tensors)
         return StepOutput(
-            None if self.hidden is None else next(tensors),
-            None if self.label_nll is None else next(tensors),
+            None if self.hidden is None else next(given),
+            None if self.label_nll is None else next(given),
             self.inner_loss,
             self.inner_grad_norm,
-            tuple(next(tensors) for _ in self.layers),
-            tuple(next(tensors) for _ in self.attentions),
+            tuple(next(given) for _ in self.layers),
+            tuple(next(given) for _ in self.attentions),
         )
 
 

@@ -137,8 +137,8 @@ class TTTE2EAttention(nn.Module):
         Returns:
             The output [B, T, D], the new tokens' keys and values, and the weights [B, heads, T, H + T] (eager only).
         """
-        projected = (linear(projection, x) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        output, new, weights = self.mix(*projected, attention, history)
+        query, key, value = (linear(projection, x) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        output, new, weights = self.mix(query, key, value, attention, history)
         return linear(self.o_proj, output), new, weights
 
     def mix(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from .attention import AttentionInputs, attention_mask, valid_columns
+from .attention import AttentionInputs, BlockMasks, attention_mask, valid_columns
 from .causal_lm_loss import NO_TARGET
 from .checkpointing import run_checkpointed
 from .context import LearnedContext, Pending, gather_columns, take_last
@@ -271,7 +271,7 @@ class StepMemory:
         mask = None
         if reader.config.use_attention:
             mask = self.suffix.mask(self.batch, None if keep is None else keep + 1, columns)
-        masks = {reader.config.layer_types[index]: mask}
+        masks: dict[str, torch.Tensor | BlockMasks | None] = {reader.config.layer_types[index]: mask}
         return AttentionInputs(self.batch.position_embeddings, masks, reader.inner_implementation), history
 
     def add(self, index: int, new: KeysValues) -> None:
@@ -297,8 +297,10 @@ def join(chunks: Sequence[KeysValues], length: int | None) -> KeysValues | None:
         if not chunks:
             return None
         if surplus > 0:
-            chunks = (tuple(states[:, :, surplus:] for states in chunks[0]), *chunks[1:])
-    return tuple(torch.cat(states, dim=2) if len(states) > 1 else states[0] for states in zip(*chunks, strict=True))
+            keys, values = chunks[0]
+            chunks = ((keys[:, :, surplus:], values[:, :, surplus:]), *chunks[1:])
+    keys, values = (torch.cat(states, dim=2) if len(states) > 1 else states[0] for states in zip(*chunks, strict=True))
+    return keys, values
 
 
 def _projections(layers: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:

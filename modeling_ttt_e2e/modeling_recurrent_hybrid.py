@@ -85,9 +85,9 @@ class RecurrentHybridDecoderLayer(GradientCheckpointingLayer):
         if self.mixer_type == "mamba2":
             self.mamba = Mamba2Mixer(config.mamba2_config(), layer_idx)
         elif self.mixer_type == "gated_delta_net":
-            self.linear_attn = OlmoHybridGatedDeltaNet(config, layer_idx)
+            self.linear_attn = OlmoHybridGatedDeltaNet(config, layer_idx)  # type: ignore[arg-type]  # its fields are there
         else:
-            self.self_attn = Qwen3Attention(config, layer_idx)
+            self.self_attn = Qwen3Attention(config, layer_idx)  # type: ignore[arg-type]  # its fields are there
         self.mlp = Qwen3MLP(config)
         self.input_layernorm = norm()
         self.post_attention_layernorm = optional_norm()
@@ -161,7 +161,7 @@ class RecurrentHybridModel(RecurrentHybridPreTrainedModel):
             RecurrentHybridDecoderLayer(config, index) for index in range(config.num_hidden_layers)
         )
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = RecurrentHybridRotaryEmbedding(config)
+        self.rotary_emb = RecurrentHybridRotaryEmbedding(config)  # type: ignore[arg-type]  # its fields are there
         self.gradient_checkpointing = False
         self.post_init()
 

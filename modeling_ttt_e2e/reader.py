@@ -193,7 +193,9 @@ class Reader:
         for index, history in enumerate(context.histories):
             keep = self.window_before(index)
             ends = [history[0].shape[2]] * context.rows
-            histories.append(history if keep is None else tuple(take_last(s, ends, keep) for s in history))
+            if keep is not None:
+                history = take_last(history[0], ends, keep), take_last(history[1], ends, keep)
+            histories.append(history)
         return replace(context, pending=None, histories=tuple(histories))
 
     def finish(self, output: SegmentOutput, x: torch.Tensor, labels: torch.Tensor | None) -> None:

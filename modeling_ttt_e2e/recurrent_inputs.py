@@ -91,7 +91,7 @@ def _rows_of(cache: Cache, index: int, rows: torch.Tensor) -> Cache:
     for name, value in vars(layer).items():
         if isinstance(value, dict):  # one entry for each of the block's states
             setattr(layer, name, dict(value))
-    layer.reorder_cache(rows)
+    layer.reorder_cache(rows)  # type: ignore[arg-type]  # any tensor of indices
     own.layers = [*cache.layers[:index], layer, *cache.layers[index + 1 :]]
     return own
 

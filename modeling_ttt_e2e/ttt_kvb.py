@@ -28,7 +28,6 @@ Axis letters: B batch rows, N heads, T tokens, C channels of a key (or of a valu
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -394,8 +393,11 @@ def _where(rows: Sequence[bool], new: KVBMemory, old: KVBMemory) -> KVBMemory:
     if all(rows):
         return new
     mask = torch.tensor(rows, device=old.weights.gate.device)[:, None, None, None]
-    weights = SwiGLUWeights(*map(partial(torch.where, mask), new.weights, old.weights))
-    momentum = new.momentum and SwiGLUWeights(*map(partial(torch.where, mask), new.momentum, old.momentum))
+
+    def chosen(new: SwiGLUWeights, old: SwiGLUWeights) -> SwiGLUWeights:
+        return SwiGLUWeights(*(torch.where(mask, *pair) for pair in zip(new, old, strict=True)))
+
+    weights, momentum = chosen(new.weights, old.weights), new.momentum and chosen(new.momentum, old.momentum)
     return KVBMemory(weights, old.norms, momentum)
 
 

@@ -143,7 +143,7 @@ def learn_slots(
     size = checkpoint_every or steps
     outputs = []
     for first in range(0, steps, size):
-        group = Views(*(tensor[:, :, first : first + size] for tensor in views[:-1]), views.last_scale)
+        group = Views(*(tensor[:, :, first : first + size] for tensor in views[:-1]), last_scale=views.last_scale)
         arguments = (group, state, learner, complete[first : first + size], step)
         if checkpoint_every is None:
             output, state = _learn_group(*arguments)

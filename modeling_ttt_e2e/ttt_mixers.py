@@ -107,7 +107,7 @@ class TTTLayersAttention(TTTE2EAttention):
             new = tuple(torch.cat([old.to(own.dtype), own], dim=2) for old, own in zip(state, new, strict=True))
         ends = [columns + count for count in call.counts]
         keep = max(ends) if self.sliding_window is None else self.sliding_window - 1
-        return output, tuple(take_last(part, ends, keep) for part in new), weights
+        return output, (take_last(new[0], ends, keep), take_last(new[1], ends, keep)), weights
 
 
 class KVBMixerState(NamedTuple):

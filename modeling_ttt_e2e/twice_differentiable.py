@@ -191,7 +191,7 @@ def _mean_product(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 def global_norms(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """Joint L2 norm per row over all gradients [B, ...]: [B]. Its derivative at zero is zero, not NaN."""
     device = gradients[0].device
-    squares = sum(g.square().flatten(1).sum(dim=1).to(device) for g in gradients)
+    squares: torch.Tensor = sum(g.square().flatten(1).sum(dim=1).to(device) for g in gradients)
     is_zero = squares == 0
     return squares.masked_fill(is_zero, 1.0).sqrt().masked_fill(is_zero, 0.0)
 

@@ -88,9 +88,10 @@ class Turns:
                 template = self.tokenizer.get_chat_template(self.template)
                 pattern, _ = _get_control_token_patterns(self.tokenizer._get_control_tokens(template))
                 messages = mark_control_tokens(messages, pattern)
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 messages, chat_template=self.template, add_generation_prompt=True, tokenize=False
             )
+            return str(text)
         except (TemplateError, ValueError, TypeError) as error:
             raise ValueError(
                 f"The tokenizer's chat template cannot be used ({error}); give the tokenizer another one"
@@ -150,9 +151,9 @@ class Conversation:
             before,
             cache=cache,
             documents=_longer_conversation(before.documents, len(read) + len(written)),
-            answer_end=tokenizer.decode(written)[-END_CHARACTERS:],
+            answer_end=str(tokenizer.decode(written))[-END_CHARACTERS:],
         )
-        text = tokenizer.decode(written, skip_special_tokens=True)
+        text = str(tokenizer.decode(written, skip_special_tokens=True))
         return Answer(text.removesuffix(PLAIN_END) if self.turns.is_plain else text, tuple(read), tuple(written))
 
     def reset(self) -> None:

@@ -3,14 +3,14 @@
 import asyncio
 import json
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from fastapi import HTTPException
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
@@ -306,9 +306,9 @@ class Completion(CheckedHandler, CompletionHandler):
         return {"suffix": body.get("suffix")}
 
 
-def together(answers: list[JSONResponse]) -> JSONResponse:
+def together(answers: Sequence[Response]) -> JSONResponse:
     """The answers to several prompts as one, in their order."""
-    bodies = [json.loads(answer.body) for answer in answers]
+    bodies = [json.loads(bytes(answer.body)) for answer in answers]
     choices = [{**body["choices"][0], "index": index} for index, body in enumerate(bodies)]
     usage = {name: sum(body["usage"][name] for body in bodies) for name in bodies[0]["usage"]}
     return JSONResponse({**bodies[0], "choices": choices, "usage": usage})

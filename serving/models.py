@@ -47,4 +47,5 @@ def load_text_model(
         )
     tokenizer = load_tokenizer(source.folder, source.fields["vocab_size"])
     tokenizer.model_max_length = VERY_LARGE_INTEGER  # the model reads any length: no warning about it
-    return TextModel(load_model(source, dtype=torch_dtype).to(device).eval(), tokenizer, split_special_tokens)
+    model = load_model(source, dtype=torch_dtype).to(device)  # type: ignore[arg-type]  # a wrapped method
+    return TextModel(model.eval(), tokenizer, split_special_tokens)

@@ -5,7 +5,7 @@ template of its own, another form of output) nor keep it busy by one request of 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException
@@ -139,7 +139,7 @@ class CompletionFields(Fields):
     def prompts(self) -> list[str] | list[list[int]]:
         """One or several, as a list."""
         one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        return [self.prompt] if one else self.prompt
+        return [self.prompt] if one else self.prompt  # type: ignore[return-value]  # pydantic has checked its kind
 
     def token_ids(self) -> Iterator[tuple[str, int]]:
         yield from super().token_ids()
@@ -301,7 +301,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _complaint(error: dict, prefix: str) -> str:
+def _complaint(error: Mapping[str, Any], prefix: str) -> str:
     name = prefix + ".".join(str(part)[:80] for part in error["loc"])
     shown = "" if error["type"] == "missing" else f"={_shown(error['input'])}"
     message = error["msg"].removeprefix("Value error, ")

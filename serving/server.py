@@ -68,8 +68,8 @@ def build_app(
             raise HTTPException(400, f"model={str(wanted)[:80]!r}: must be the name of a model")
         return StreamingResponse(manager.load_model_streaming(wanted), media_type="text/event-stream")
 
-    app.add_exception_handler(StarletteHTTPException, explain)
-    app.add_exception_handler(RequestValidationError, explain)
+    for kind in (StarletteHTTPException, RequestValidationError):
+        app.add_exception_handler(kind, explain)  # type: ignore[arg-type]  # it is called with errors of this kind
     app.add_exception_handler(Exception, excuse)
     app.add_middleware(Doorkeeper, limit=largest_request)
     app.add_middleware(HostCheck, names=allowed_hosts, any_address=any_address)

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .claims import claimed
 
@@ -41,7 +42,7 @@ def write_json(path: Path, value: object, indent: int = 1) -> None:
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
-def read_json(path: Path, remedy: str) -> object:
+def read_json(path: Path, remedy: str) -> Any:
     """The value in a JSON file.
 
     Args:

@@ -1,11 +1,14 @@
 """One process does what all must agree on."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from accelerate.utils import broadcast_object_list
 
+Result = TypeVar("Result")
 
-def of_one_process(here: bool, work: Callable[[], object]) -> object:
+
+def of_one_process(here: bool, work: Callable[[], Result]) -> Result:
     """What one process has found, or its error, on every process.
 
     Args:
@@ -15,7 +18,7 @@ def of_one_process(here: bool, work: Callable[[], object]) -> object:
     Raises:
         ValueError, OSError: what `work` has raised.
     """
-    result = [None, None]
+    result: list = [None, None]
     if here:
         try:
             result[0] = work()

@@ -59,7 +59,7 @@ class SafeTrainer(Trainer):
 
     def _checkpoint_to_resume(self, asked: str | bool | None) -> Path | None:
         output = Path(self.args.output_dir)
-        own = bool(asked) and (asked is True or Path(asked).resolve().parent == output.resolve())
+        own = bool(asked) and (asked is True or Path(str(asked)).resolve().parent == output.resolve())
         last = last_complete_checkpoint(output)
         if not own and self.args.save_strategy.value != "no" and last is not None:
             raise ValueError(
