@@ -90,6 +90,9 @@ types: $(INSTALLED_DEV) ## types of the whole package, across its folders
 	$(BIN)/python tools/package_path.py build/package
 	$(BIN)/mypy build/package/ttt_e2e
 
+release: $(INSTALLED_DEV) ## wheel and sdist in dist/, checked and tried out in an environment of their own
+	$(BIN)/python tools/release.py $(ARGS)
+
 lock: $(BIN)/python ## renew requirements.lock: the newest versions that setup.py admits
 	$(BIN)/python tools/lock.py --torch "$(TORCH)"
 

@@ -70,7 +70,7 @@ def measure_forms(sizes: TTTLayerSizes, rounds: int, device: str = "cpu") -> dic
         for name, form in FORMS.items():
             layer = sizes.build(mixer, device)
             layer.form = form
-            variants[f"{mixer}, {x.shape[1]} tokens, {name} form"] = partial(training_step, layer, x)
+            variants[f"{mixer}, {x.shape[1]} tokens, {name} form"] = partial(layer_training_step, layer, x)
     return median_seconds(variants, rounds, device)
 
 
@@ -83,29 +83,29 @@ def measure_lengths(sizes: TTTLayerSizes, rounds: int, device: str = "cpu") -> d
     layer, variants, tokens = sizes.build("ttt_linear", device), {}, {}
     for length in sizes.lengths:
         x, name = sizes.inputs(length, device), f"reading {length} tokens"
-        variants[name], tokens[name] = partial(read, layer, x), length
+        variants[name], tokens[name] = partial(read_with_layer, layer, x), length
     for length in (sizes.lengths[0], sizes.lengths[-1]):
         name = f"writing after {length} tokens"
-        state = read(layer, sizes.inputs(length, device))
-        variants[name], tokens[name] = partial(write, layer, state, length, sizes), sizes.written_tokens
+        state = read_with_layer(layer, sizes.inputs(length, device))
+        variants[name], tokens[name] = partial(write_with_layer, layer, state, length, sizes), sizes.written_tokens
     seconds = median_seconds(variants, rounds, device)
     return {name: value / tokens[name] for name, value in seconds.items()}
 
 
-def training_step(layer: TTTMixer, x: torch.Tensor) -> None:
+def layer_training_step(layer: TTTMixer, x: torch.Tensor) -> None:
     """Forward and backward."""
     layer.zero_grad()
     layer(x, _call(layer, 0, x), None)[0].sum().backward()
 
 
 @torch.no_grad()
-def read(layer: TTTMixer, x: torch.Tensor) -> TTTState:
+def read_with_layer(layer: TTTMixer, x: torch.Tensor) -> TTTState:
     """What a layer has learned from x [1, T, hidden_size]."""
     return layer(x, _call(layer, 0, x), None)[1]
 
 
 @torch.no_grad()
-def write(layer: TTTMixer, state: TTTState, length: int, sizes: TTTLayerSizes) -> None:
+def write_with_layer(layer: TTTMixer, state: TTTState, length: int, sizes: TTTLayerSizes) -> None:
     """Tokens one by one, after `length` others."""
     x = sizes.inputs(1, str(state.inner.weights[0].device))
     for token in range(sizes.written_tokens):

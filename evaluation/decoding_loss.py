@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..data.tokenizer import encode_with_offsets
-from .subject import Subject, check_positions, first_tokens, token_losses
+from .subject import Subject, check_longest_text, first_tokens, token_losses
 
 # As in the paper; `top_k=0` because `generate` would otherwise keep the 50 likeliest tokens only.
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 0, "repetition_penalty": 1.1}
@@ -59,7 +59,7 @@ def decoding_loss(
             raise ValueError(f"{name}={value}: must be at least 1")
     same_tokens = _check_vocabularies(subject, judge)
     if same_tokens:
-        check_positions(judge.model, length + new_tokens)
+        check_longest_text(judge.model, length + new_tokens)
     sampling = SAMPLING if sampling is None else sampling
     device = subject.model.device
     losses = []
@@ -120,7 +120,7 @@ def write_tokens(
         ValueError: the model has a learned position for each token, and too few of them.
     """
     model = subject.model
-    check_positions(model, ids.shape[1] + new_tokens)
+    check_longest_text(model, ids.shape[1] + new_tokens)
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
     ends = _ends_of_text(model)
     if ends:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ..data.tokenizer import encode_texts
 from .needle_data import NeedlePrompt, needle_prompts
-from .subject import Subject, check_positions, token_losses
+from .subject import Subject, check_longest_text, token_losses
 
 DEPTH_BUCKETS = 5
 
@@ -61,7 +61,7 @@ def needle_in_a_haystack(
         raise ValueError(f"subject: {subject.label!r} has no tokenizer, which text needs; give one")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be at least 1")
-    check_positions(subject.model, length)
+    check_longest_text(subject.model, length)
     prompts = needle_prompts(
         subject.tokenizer,
         task,

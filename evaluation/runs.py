@@ -248,7 +248,7 @@ def read_data(request: EvaluationRequest, task: Task, candidates: Sequence[Candi
     if task.own_tokens:
         texts = read_texts(request)
         return TaskData(texts=texts), digest(texts)
-    documents = read_documents(request, candidates[0].tokenizer)
+    documents = evaluated_documents(request, candidates[0].tokenizer)
     for candidate in candidates:
         known, highest = candidate.fields.get("vocab_size"), int(documents.max())
         if known is not None and highest >= known:
@@ -291,7 +291,7 @@ def read_texts(request: EvaluationRequest) -> list[str]:
     return texts
 
 
-def read_documents(request: EvaluationRequest, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+def evaluated_documents(request: EvaluationRequest, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """The beginnings of the first documents that are as long as the longest length, int64 [documents, length]."""
     texts = requested_documents(request)
     store = tokenize_documents(texts, tokenizer, request.cache, request.split_special_tokens)

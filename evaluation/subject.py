@@ -90,7 +90,7 @@ def first_tokens(documents: torch.Tensor, length: int, least: int = 2) -> torch.
     return documents[:, :length]
 
 
-def check_positions(model: PreTrainedModel, length: int) -> None:
+def check_longest_text(model: PreTrainedModel, length: int) -> None:
     """Refuse texts that are longer than a model's table of learned positions (GPT-2, OPT).
 
     Models with rotary positions read on, whatever their configuration says.
@@ -139,4 +139,4 @@ def _check_ids(subject: Subject, ids: torch.Tensor) -> None:
             f"ids: between {low} and {high}, but {subject.label!r} knows 0 to {subject.vocabulary_size - 1}; tokenize "
             "the text with the model's own tokenizer"
         )
-    check_positions(subject.model, ids.shape[1])
+    check_longest_text(subject.model, ids.shape[1])

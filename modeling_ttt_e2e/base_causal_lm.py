@@ -9,7 +9,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
-from .causal_lm_loss import check_loss_arguments, mean_loss, position_labels, token_losses
+from .causal_lm_loss import check_loss_arguments, hidden_losses, mean_loss, position_labels
 from .checks import accept_earlier_cache_names, check_flags, check_logits_to_keep, one_input, real_columns
 
 
@@ -147,7 +147,7 @@ class BaselineCausalLM:
             logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
         if targets is not None:
             checkpointing = self.training and self.is_activation_checkpointing
-            token_nll = token_losses(self.lm_head, hidden, logits, targets, checkpointing)
+            token_nll = hidden_losses(self.lm_head, hidden, logits, targets, checkpointing)
             loss = mean_loss(token_nll, targets, num_items_in_batch)
         return BaselineCausalLMOutputWithPast(
             loss=loss,

@@ -95,7 +95,7 @@ def hidden_nll(
     return torch.cat([nll(part, targets) for part, targets in parts], dim=1)
 
 
-def token_losses(
+def hidden_losses(
     head: nn.Module, hidden: torch.Tensor, logits: torch.Tensor | None, labels: torch.Tensor, checkpointing: bool
 ) -> torch.Tensor:
     """-log p(label) [batch, labels], from the logits where those of all positions are there.

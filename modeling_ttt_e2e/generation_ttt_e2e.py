@@ -98,7 +98,7 @@ class TTTE2EGenerationMixin(BaseGenerationMixin):
         mask = kwargs.get("attention_mask")
         check_prompt(ids, embeddings, mask)
         check_supported(config, cache, kwargs.get("assistant_model"))
-        check_embeddings(ids, embeddings, config.prefill_chunk_size)
+        check_prompt_embeddings(ids, embeddings, config.prefill_chunk_size)
         check_left_padding(ids, mask, config.pad_token_id, _end_ids(config))
         read = 0 if cache is None else cache.get_seq_length()
         if read:
@@ -206,7 +206,7 @@ def check_supported(config, cache, assistant_model) -> None:
         raise ValueError("`use_cache=False` contradicts `cache`: leave one of them out.")
 
 
-def check_embeddings(ids, embeddings, prefill_chunk_size: int | None) -> None:
+def check_prompt_embeddings(ids, embeddings, prefill_chunk_size: int | None) -> None:
     """Ids beside embeddings describe the same tokens, and embeddings are read at once."""
     if embeddings is not None and prefill_chunk_size is not None:
         raise ValueError(

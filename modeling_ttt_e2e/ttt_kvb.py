@@ -17,7 +17,7 @@ The simplified output rule of Table 1 is read here as follows, which is an inter
 the loss makes is the output as well, z_t = f_W(k_t), again under the weights before the update; there is no query.
 
 Inner gradients are written out, so that autograd differentiates a step once for the outer loss and
-`torch.utils.checkpoint` applies. `ttt_kvb_reference` states the same with `torch.autograd.grad`.
+`torch.utils.checkpoint` applies. `tests/modeling/ttt_kvb_reference.py` states the same with `torch.autograd.grad`.
 
 The update runs when the first token of the next mini-batch arrives: floor((N - 1) / b) updates after N tokens.
 Everything is computed in the dtype of the fast weights, which is at least float32, autocast or not.

@@ -17,7 +17,8 @@ from ttt_e2e.ttt_kvb import (
     token_learning_rates,
     unit_view,
 )
-from ttt_e2e.ttt_kvb_reference import kvb_scan_by_autograd, kvb_step_by_autograd
+
+from .ttt_kvb_reference import kvb_scan_by_autograd, kvb_step_by_autograd
 
 ROWS, HEADS, CHANNELS, VALUE_CHANNELS, HIDDEN, SIZE = 3, 2, 4, 5, 6, 4
 LENGTH = 3 * SIZE + 2

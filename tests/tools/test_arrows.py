@@ -34,3 +34,14 @@ def test_arrows_go_one_way(package):
     known = ORDER[: ORDER.index(package) + 1]
     files = (ROOT / FOLDERS[package]).glob("*.py")
     assert not {(path.name, other) for path in files for other in imported(path, package) if other not in known}
+
+
+def test_no_two_folders_or_files_give_one_name_to_two_things():
+    """Public functions and classes; commands of the command line are named by what is typed."""
+    where = {}
+    for package in ORDER[:-1]:
+        for path in (ROOT / FOLDERS[package]).glob("*.py"):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                    where.setdefault(node.name, []).append(f"{FOLDERS[package]}/{path.name}")
+    assert not {name: paths for name, paths in where.items() if len(paths) > 1}

@@ -43,3 +43,13 @@ def test_its_metrics_load(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     where, loss = done.stdout.split()
     assert Path(where).is_relative_to(wheel) and loss == "1.0"
+
+
+@pytest.mark.slow  # it installs, trains nothing, but starts the commands one after the other
+def test_a_release_is_built_and_tried_out(tmp_path):
+    command = [sys.executable, str(ROOT / "tools" / "release.py"), "--output", str(tmp_path / "dist")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(path.suffix for path in (tmp_path / "dist").iterdir()) == [".gz", ".whl"]
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode != 0 and "not empty" in again.stderr

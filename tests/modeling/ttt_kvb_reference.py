@@ -6,7 +6,7 @@ D_m = - sum_t eta_{t,m} grad_{W_m} l_t(W),   l_t(W) = -<f_W(k_t), v_t>
 import torch
 from torch.nn import functional as F
 
-from .ttt_kvb import SMALLEST_NORM, KVBMemory, KVBRule, KVBTokens, SwiGLUWeights
+from ttt_e2e.ttt_kvb import SMALLEST_NORM, KVBMemory, KVBRule, KVBTokens, SwiGLUWeights
 
 
 def swiglu_by_definition(weights: SwiGLUWeights, inputs: torch.Tensor) -> torch.Tensor:
