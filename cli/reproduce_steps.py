@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ttt_e2e.configuration import Recipe, load_recipe, load_systems, system_preset
 from ttt_e2e.configuration.experiments import Experiment, Measured, Number, Trained
-from ttt_e2e.configuration.reading import merged
+from ttt_e2e.configuration.strict_yaml import merged
 from ttt_e2e.data.corpus import split_documents
 from ttt_e2e.data.sources import load_documents, source_state
 from ttt_e2e.evaluation.results import Point

@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import TrainingArguments
 
 from .presets import load_preset
-from .reading import build_strictly, check_field_names, read_mapping
+from .strict_yaml import build_strictly, check_field_names, read_mapping
 
 DEMO_RECIPE = Path(__file__).with_name("demo.yaml")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from huggingface_hub.dataclasses import strict
 
 from .presets import preset_names, system_preset
-from .reading import build_strictly, file_names, first_comment, named_file, read_mapping
 from .recipes import recipe_names
+from .strict_yaml import build_strictly, file_names, first_comment, named_file, read_mapping
 from .systems import load_systems
 
 EXPERIMENT_FOLDER = Path(__file__).with_name("experiments")

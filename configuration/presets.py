@@ -20,7 +20,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .. import RecurrentHybridConfig, TTTE2EConfig, TTTLayersConfig
-from .reading import build_strictly, check_field_names, first_comment, merged, read_mapping
+from .strict_yaml import build_strictly, check_field_names, first_comment, merged, read_mapping
 from .systems import System, load_systems
 
 SIZES = Path(__file__).with_name("sizes.yaml")

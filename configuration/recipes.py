@@ -15,7 +15,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import TrainingArguments
 
 from .. import TTTE2EConfig
-from .reading import (
+from .strict_yaml import (
     build_strictly,
     check_field_names,
     check_field_types,

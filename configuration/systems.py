@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
 
-from .reading import build_strictly, read_mapping
+from .strict_yaml import build_strictly, read_mapping
 
 SYSTEMS = Path(__file__).with_name("systems.yaml")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 
-from ..configuration.reading import build_strictly, parse_yaml
+from ..configuration.strict_yaml import build_strictly, parse_yaml
 from .bits_per_byte import bits_per_byte
 from .comparison import Quantity
 from .decoding_loss import decoding_loss

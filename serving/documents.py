@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.files import decoded
 from ..data.tokenizer import encode_texts, separator_id
-from ..evaluation.reading import read_tokens
+from ..evaluation.long_reading import read_tokens
 from .contexts import ReadDocument, StoredContext
 from .models import TextModel
 

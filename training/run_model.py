@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import RopeParameters
 
-from ..configuration.reading import check_field_names, merged
+from ..configuration.strict_yaml import check_field_names, merged
 from ..data.tokenizer import check_vocabulary, separator_id
 from ..loading import ModelSource
 

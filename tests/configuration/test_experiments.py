@@ -12,7 +12,7 @@ from ttt_e2e.configuration.experiments import (
     experiment_names,
     load_experiment,
 )
-from ttt_e2e.configuration.reading import merged
+from ttt_e2e.configuration.strict_yaml import merged
 
 
 def changed(tmp_path, change):

@@ -6,6 +6,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,6 +27,7 @@ def test_its_folder_holds_no_code():
     assert not [name for name in tracked.stdout.splitlines() if name.endswith(".py")]
 
 
+@pytest.mark.slow  # it runs make and a process without the package
 def test_its_code_is_written_by_make(tmp_path):
     """Nothing else of the folder changes, and then transformers alone can use it."""
     folder = shutil.copytree(FOLDER, tmp_path / FOLDER.name, ignore=shutil.ignore_patterns("*.py"))

@@ -114,6 +114,7 @@ def locked(clone):
     return {name: clone.locked[name] for name in names}
 
 
+@pytest.mark.slow  # it makes an environment, from an index of empty packages
 def test_our_own_environment_has_the_versions_of_the_lock(clone, locked):
     assert clone.installed() == locked
     assert "Nothing to be done" in clone.make("install-dev", online=False)
@@ -126,6 +127,7 @@ def test_our_own_environment_has_the_versions_of_the_lock(clone, locked):
     assert clone.installed() == locked
 
 
+@pytest.mark.slow  # it makes an environment, from an index of empty packages
 def test_an_environment_that_is_named_keeps_its_torch_and_is_left_alone_where_nothing_is_missing(clone, locked):
     clone.get("torch==2.11.0", f"numpy=={LATER}")
     clone.make("install-dev", "VENV=.venv", online=False)
@@ -136,6 +138,7 @@ def test_an_environment_that_is_named_keeps_its_torch_and_is_left_alone_where_no
     assert clone.installed() == locked | {"torch": "2.11.0"}
 
 
+@pytest.mark.slow  # it makes an environment, from an index of empty packages
 def test_the_lock_is_renewed_within_the_ranges_and_with_the_torch_that_was_asked_for(clone):
     lock = clone.folder / "requirements.lock"
     before = lock.read_text()
