@@ -32,8 +32,8 @@ class TTTE2EConfig(DecoderConfig):
         inner_max_grad_norm: the inner gradient of a sequence is clipped to this joint L2 norm (0 or None: never).
         meta_gradient: `"second_order"` differentiates through the inner gradients (exact), `"first_order"` treats
             them as constants.
-        meta_gradient_horizon: the outer gradient is cut every so many inner steps of a sequence, counted from the
-            beginning of a call (None: never).
+        meta_gradient_horizon: truncated backpropagation through time: the outer gradient is cut every so many inner
+            steps of a sequence, counted from the beginning of a call (None: never).
         inner_checkpoint_every: inner steps in one group of checkpointing through time, which is active together with
             gradient checkpointing (None: about the square root of their number).
         inner_checkpoint_offload: keep the fast weights stored at the beginning of each such group in CPU memory.

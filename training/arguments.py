@@ -9,42 +9,29 @@ from transformers import TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 DEFAULT_FLOOR = 1e-5
-# What numbers may be: a check, and its words. None, where a field admits it, is left alone.
-NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "finite and not negative")
-ABOVE_ZERO = (lambda value: 0 < value < math.inf, "finite and above 0")
-BELOW_ONE = (lambda value: 0 <= value < 1, "at least 0 and below 1")
-AT_LEAST_ONE = (lambda value: 1 <= value < math.inf, "at least 1")
-RANGES = {
-    "learning_rate": NOT_NEGATIVE,
-    "weight_decay": NOT_NEGATIVE,
-    "adam_beta1": BELOW_ONE,
-    "adam_beta2": BELOW_ONE,
-    "adam_epsilon": NOT_NEGATIVE,
-    "max_grad_norm": NOT_NEGATIVE,
-    "warmup_steps": NOT_NEGATIVE,
-    "inner_lr_init": NOT_NEGATIVE,
-    "inner_lr_warmup_steps": NOT_NEGATIVE,
-    "label_smoothing_factor": BELOW_ONE,
-    "neftune_noise_alpha": NOT_NEGATIVE,
-    "num_train_epochs": ABOVE_ZERO,
-    "max_steps": (lambda value: value == -1 or 1 <= value < math.inf, "at least 1, or -1 for whole epochs"),
-    "logging_steps": ABOVE_ZERO,
-    "save_steps": ABOVE_ZERO,
-    "eval_steps": ABOVE_ZERO,
-    "eval_delay": NOT_NEGATIVE,
-    "save_total_limit": AT_LEAST_ONE,
-    "per_device_train_batch_size": AT_LEAST_ONE,
-    "per_device_eval_batch_size": AT_LEAST_ONE,
-    "gradient_accumulation_steps": AT_LEAST_ONE,
-    "eval_accumulation_steps": AT_LEAST_ONE,
-    "dataloader_num_workers": NOT_NEGATIVE,
-    "dataloader_prefetch_factor": AT_LEAST_ONE,
-    "torch_empty_cache_steps": AT_LEAST_ONE,
-    "ddp_timeout": ABOVE_ZERO,
-    "ddp_bucket_cap_mb": ABOVE_ZERO,
-    "seed": (lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
-    "data_seed": (lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
-}
+# Which numbers fit, in words, and for which arguments. None, where an argument admits it, is left alone.
+RANGES = (
+    (
+        lambda value: 0 <= value < math.inf,
+        "finite and not negative",
+        "learning_rate weight_decay adam_epsilon max_grad_norm warmup_steps inner_lr_init inner_lr_warmup_steps "
+        "neftune_noise_alpha eval_delay dataloader_num_workers",
+    ),
+    (
+        lambda value: 0 < value < math.inf,
+        "finite and above 0",
+        "num_train_epochs logging_steps save_steps eval_steps ddp_timeout ddp_bucket_cap_mb",
+    ),
+    (lambda value: 0 <= value < 1, "at least 0 and below 1", "adam_beta1 adam_beta2 label_smoothing_factor"),
+    (
+        lambda value: 1 <= value < math.inf,
+        "at least 1",
+        "save_total_limit per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
+        "eval_accumulation_steps dataloader_prefetch_factor torch_empty_cache_steps",
+    ),
+    (lambda value: value == -1 or 1 <= value < math.inf, "at least 1, or -1 for whole epochs", "max_steps"),
+    (lambda value: 0 <= value < 2**32, "at least 0 and below 2**32", "seed data_seed"),
+)
 
 
 @dataclass
@@ -112,10 +99,11 @@ class MetaTrainingArguments(TrainingArguments):
                 )
 
     def _check_ranges(self) -> None:
-        for name, (fits, words) in RANGES.items():
-            value = getattr(self, name)
-            if isinstance(value, int | float) and not fits(value):
-                raise ValueError(f"{name}={value}: must be {words}.")
+        for fits, words, names in RANGES:
+            for name in names.split():
+                value = getattr(self, name)
+                if isinstance(value, int | float) and not fits(value):
+                    raise ValueError(f"{name}={value}: must be {words}.")
 
     def _check_rates(self) -> None:
         floor = (self.lr_scheduler_kwargs or {}).get("min_lr")

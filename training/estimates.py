@@ -9,7 +9,7 @@ keeps for its own kernels, what an allocator loses between blocks, and the data.
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -24,65 +24,22 @@ FLOAT32 = 4  # bytes
 SCORE_MATRICES = 7
 
 
-@dataclass(frozen=True)
-class SavedBytes:
-    """Bytes that autograd keeps per token, for each channel of what the name says.
-
-    Attributes:
-        block_hidden, block_mlp: of a block outside the inner loop, per hidden channel and per channel of its MLP.
-        ends_hidden: of embedding and final norm, per hidden channel.
-        first_attention_hidden: of the attention of the first suffix block, which the inner loop does not reach.
-        logits: per word of the vocabulary, without inner loop.
-        inner_hidden, inner_mlp, inner_prime_mlp: of a suffix block in the inner loop.
-        inner_attention_hidden: of the attention of each suffix block but the first, per hidden channel.
-        inner_logits: per word of the vocabulary, in the inner loop.
-        fast_weight: per fast weight and inner step (not per token).
-        value: of one value in the computing dtype.
-    """
-
-    block_hidden: float
-    block_mlp: float
-    ends_hidden: float
-    first_attention_hidden: float
-    logits: float
-    inner_hidden: float
-    inner_mlp: float
-    inner_prime_mlp: float
-    inner_attention_hidden: float
-    inner_logits: float
-    fast_weight: float
-    value: int
-
-
-# Least squares over 40 models each: hidden sizes 64 to 256, 3 to 6 blocks, mini-batches of 32 to 128 tokens.
-SAVED_IN_FLOAT32 = SavedBytes(
-    block_hidden=86,
-    block_mlp=20,
-    ends_hidden=16,
-    first_attention_hidden=36,
-    logits=4.5,
-    inner_hidden=120,
-    inner_mlp=45,
-    inner_prime_mlp=34,
-    inner_attention_hidden=68,
-    inner_logits=12,
-    fast_weight=10,
-    value=4,
-)
-SAVED_IN_BFLOAT16 = SavedBytes(
-    block_hidden=74,
-    block_mlp=10,
-    ends_hidden=14,
-    first_attention_hidden=30,
-    logits=4.5,
-    inner_hidden=111,
-    inner_mlp=24,
-    inner_prime_mlp=15,
-    inner_attention_hidden=67,
-    inner_logits=10,
-    fast_weight=7,
-    value=2,
-)
+# Bytes that autograd keeps per token for each channel of what the name says, in float32 and in bfloat16. Least squares
+# over 40 models each: hidden sizes 64 to 256, 3 to 6 blocks, mini-batches of 32 to 128 tokens.
+SAVED = {
+    "block_hidden": (86, 74),  # of a block outside the inner loop, per hidden channel
+    "block_mlp": (20, 10),  # the same, per channel of its MLP
+    "ends_hidden": (16, 14),  # of embedding and final norm, per hidden channel
+    "first_attention_hidden": (36, 30),  # of the first suffix block's attention, which the inner loop does not reach
+    "logits": (4.5, 4.5),  # per word of the vocabulary, without inner loop
+    "inner_hidden": (120, 111),  # of a suffix block in the inner loop
+    "inner_mlp": (45, 24),
+    "inner_prime_mlp": (34, 15),
+    "inner_attention_hidden": (68, 67),  # of the attention of each suffix block but the first
+    "inner_logits": (12, 10),  # per word of the vocabulary, in the inner loop
+    "fast_weight": (10, 7),  # per fast weight and inner step (not per token)
+    "value": (4, 2),  # of one value in the computing dtype
+}
 
 
 @dataclass(frozen=True)
@@ -150,7 +107,7 @@ def estimate_run(
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    sizes = _Sizes.of(model, recipe, processes) if isinstance(config, TTTE2EConfig) else None
+    sizes = _Sizes(model, recipe, processes) if isinstance(config, TTTE2EConfig) else None
     parameters = trained = model.num_parameters()
     if lora is not None:
         with torch.device("meta"):
@@ -163,7 +120,7 @@ def estimate_run(
     if isinstance(config, TTTLayersConfig) and config.num_fast_weights:
         fast_weights = config.num_fast_weights
         mini_batches = math.ceil(recipe.data.sequence_length / config.mini_batch_size)
-    memory_parts = {} if sizes is None else _memory_parts(replace(sizes, trained=trained), processes)
+    memory_parts = {} if sizes is None else _memory_parts(sizes, trained, processes)
     return RunEstimate(
         parameters=parameters,
         trained_parameters=trained,
@@ -175,74 +132,44 @@ def estimate_run(
     )
 
 
-@dataclass(frozen=True)
 class _Sizes:
-    """What the memory depends on: `suffix_layers` is 0 without test-time training, `group` the inner steps whose graph
-    exists at once."""
+    """What the memory depends on.
 
-    config: TTTE2EConfig
-    parameters: int
-    trained: int
-    suffix_parameters: int
-    fast_weights: int
-    suffix_layers: int
-    rows: int
-    length: int
-    mini_batches: int
-    group: int
-    checkpointing: bool
-    bf16: bool
+    Attributes:
+        suffix_layers, mini_batches, fast_weights: 0 without test-time training.
+        group: inner steps whose graph exists at once.
+        prefix_layers: blocks outside the inner loop.
+        saved: `SAVED` in the computing dtype.
+    """
 
-    @classmethod
-    def of(cls, model: TTTE2EForCausalLM, recipe: Recipe, processes: int) -> "_Sizes":
-        config, training, length = model.config, recipe.training, recipe.data.sequence_length
-        suffix = model.model.layers[config.num_prefix_layers :] if config.test_time_training else []
-        checkpointing = bool(training.get("activation_checkpointing"))
-        mini_batches = math.ceil(length / config.mini_batch_size) if suffix else 0
-        every = config.inner_checkpoint_every or max(1, round(math.sqrt(mini_batches)))
-        return cls(
-            config=config,
-            parameters=model.num_parameters(),
-            trained=model.num_parameters(),
-            suffix_parameters=sum(p.numel() for layer in suffix for p in layer.parameters()),
-            fast_weights=sum(p.numel() for layer in suffix for p in layer.inner_mlp.parameters()),
-            suffix_layers=len(suffix),
-            rows=recipe.rows_at_once(processes),
-            length=length,
-            mini_batches=mini_batches,
-            group=min(every, mini_batches) if checkpointing else mini_batches,
-            checkpointing=checkpointing,
-            bf16=bool(training.get("bf16")),
-        )
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.length
-
-    @property
-    def mini_batch_tokens(self) -> int:
-        return self.rows * min(self.config.mini_batch_size, self.length)
-
-    @property
-    def prefix_layers(self) -> int:
-        """Blocks outside the inner loop."""
-        return self.config.num_hidden_layers - self.suffix_layers
-
-    @property
-    def saved(self) -> SavedBytes:
-        return SAVED_IN_BFLOAT16 if self.bf16 else SAVED_IN_FLOAT32
+    def __init__(self, model: TTTE2EForCausalLM, recipe: Recipe, processes: int):
+        self.config, training, self.length = model.config, recipe.training, recipe.data.sequence_length
+        suffix = model.model.layers[self.config.num_prefix_layers :] if self.config.test_time_training else []
+        self.parameters = model.num_parameters()
+        self.suffix_parameters = sum(p.numel() for layer in suffix for p in layer.parameters())
+        self.fast_weights = sum(p.numel() for layer in suffix for p in layer.inner_mlp.parameters())
+        self.suffix_layers, self.prefix_layers = len(suffix), self.config.num_hidden_layers - len(suffix)
+        self.rows = recipe.rows_at_once(processes)
+        self.tokens = self.rows * self.length
+        self.mini_batch_tokens = self.rows * min(self.config.mini_batch_size, self.length)
+        self.mini_batches = math.ceil(self.length / self.config.mini_batch_size) if suffix else 0
+        self.checkpointing = bool(training.get("activation_checkpointing"))
+        every = self.config.inner_checkpoint_every or max(1, round(math.sqrt(self.mini_batches)))
+        self.group = min(every, self.mini_batches) if self.checkpointing else self.mini_batches
+        self.bf16 = bool(training.get("bf16"))
+        self.saved = {name: both[self.bf16] for name, both in SAVED.items()}
 
 
-def _memory_parts(sizes: _Sizes, processes: int) -> dict[str, float]:
+def _memory_parts(sizes: _Sizes, trained: int, processes: int) -> dict[str, float]:
     head = sizes.config.vocab_size * sizes.config.hidden_size
     in_transit = head + (sizes.suffix_parameters if sizes.checkpointing else 0)
     boundary_fast_weights, boundary_keys = _boundaries(sizes)
     return {
         "parameters": FLOAT32 * sizes.parameters,
-        "gradients": FLOAT32 * sizes.trained,
-        "adamw_moments": 2 * FLOAT32 * sizes.trained,
-        "gradient_buckets": FLOAT32 * sizes.trained if processes > 1 else 0,
-        "bfloat16_copies": sizes.saved.value * sizes.parameters if sizes.bf16 else 0,
+        "gradients": FLOAT32 * trained,
+        "adamw_moments": 2 * FLOAT32 * trained,
+        "gradient_buckets": FLOAT32 * trained if processes > 1 else 0,
+        "bfloat16_copies": sizes.saved["value"] * sizes.parameters if sizes.bf16 else 0,
         "gradients_in_transit": FLOAT32 * in_transit,
         "boundary_fast_weights": boundary_fast_weights,
         "boundary_keys": boundary_keys,
@@ -261,14 +188,14 @@ def _boundaries(sizes: _Sizes) -> tuple[float, float]:
     keys = sizes.config.num_key_value_heads * sizes.config.head_dim
     return (
         FLOAT32 * stored * sizes.rows * sizes.fast_weights,
-        2 * sizes.saved.value * sizes.tokens * (sizes.suffix_layers - 1) * keys,
+        2 * sizes.saved["value"] * sizes.tokens * (sizes.suffix_layers - 1) * keys,
     )
 
 
 def _block(sizes: _Sizes) -> float:
     """Activations of one block outside the inner loop."""
-    per_token = sizes.saved.block_hidden * sizes.config.hidden_size
-    return sizes.tokens * (per_token + sizes.saved.block_mlp * sizes.config.intermediate_size)
+    per_token = sizes.saved["block_hidden"] * sizes.config.hidden_size
+    return sizes.tokens * (per_token + sizes.saved["block_mlp"] * sizes.config.intermediate_size)
 
 
 def _saved_activations(sizes: _Sizes) -> float:
@@ -276,17 +203,17 @@ def _saved_activations(sizes: _Sizes) -> float:
     if sizes.checkpointing:
         # Inputs of the blocks; embedding, input of the inner loop, final norm and angles are about four more.
         return FLOAT32 * hidden * (sizes.prefix_layers + 4)
-    ends = sizes.saved.ends_hidden + (sizes.saved.first_attention_hidden if sizes.suffix_layers else 0)
+    ends = sizes.saved["ends_hidden"] + (sizes.saved["first_attention_hidden"] if sizes.suffix_layers else 0)
     return hidden * ends + sizes.prefix_layers * _block(sizes)
 
 
 def _graph(sizes: _Sizes) -> float:
     config, saved, layers = sizes.config, sizes.saved, sizes.suffix_layers
-    per_token = layers * (saved.inner_hidden * config.hidden_size + saved.inner_mlp * config.intermediate_size)
+    per_token = layers * (saved["inner_hidden"] * config.hidden_size + saved["inner_mlp"] * config.intermediate_size)
     if config.use_prime_mlp:
-        per_token += layers * saved.inner_prime_mlp * config.prime_intermediate_size
-    per_token += max(0, layers - 1) * saved.inner_attention_hidden * config.hidden_size
-    step = sizes.mini_batch_tokens * per_token + saved.fast_weight * sizes.rows * sizes.fast_weights
+        per_token += layers * saved["inner_prime_mlp"] * config.prime_intermediate_size
+    per_token += max(0, layers - 1) * saved["inner_attention_hidden"] * config.hidden_size
+    step = sizes.mini_batch_tokens * per_token + saved["fast_weight"] * sizes.rows * sizes.fast_weights
     return max(sizes.group * step, _block(sizes) if sizes.checkpointing else 0)
 
 
@@ -294,9 +221,9 @@ def _logits(sizes: _Sizes) -> float:
     mini_batch, vocabulary = sizes.mini_batch_tokens, sizes.config.vocab_size
     gradients = 2 * FLOAT32 * mini_batch * vocabulary
     if sizes.suffix_layers:
-        return gradients + sizes.group * sizes.saved.inner_logits * mini_batch * vocabulary
+        return gradients + sizes.group * sizes.saved["inner_logits"] * mini_batch * vocabulary
     tokens = mini_batch if sizes.checkpointing else sizes.tokens
-    return gradients + sizes.saved.logits * tokens * vocabulary
+    return gradients + sizes.saved["logits"] * tokens * vocabulary
 
 
 def _attention(sizes: _Sizes) -> float:
@@ -305,7 +232,7 @@ def _attention(sizes: _Sizes) -> float:
     if "sliding_attention" in config.layer_types and window < sizes.length:
         in_blocks = sizes.length > BLOCKS_FROM_WINDOWS * window
         # As bool, and as numbers in the computing dtype while it is used.
-        masks = (1 + sizes.saved.value) * (2 * window**2 if in_blocks else sizes.length**2)
+        masks = (1 + sizes.saved["value"]) * (2 * window**2 if in_blocks else sizes.length**2)
     if sizes.suffix_layers > 1:
         slides = "full_attention" not in config.layer_types[-sizes.suffix_layers + 1 :]
         keys = min(sizes.length, window + config.mini_batch_size) if slides else sizes.length

@@ -1,5 +1,7 @@
 """What the inner loop did between two logs: losses by mini-batch, gradient norms, clipped steps."""
 
+import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -46,35 +48,22 @@ class InnerLogs:
             `nll_mini_batch_I` (mean inner loss of each row's mini-batch I, under the fast weights before its own step),
             `inner_grad_norm` (mean), `inner_steps_clipped` (fraction); nothing for a model that does not learn.
         """
-        sums = [0.0] * max((losses.shape[1] for losses in self.losses), default=0)
-        counts = [0] * len(sums)
+        sums, counts = Counter(), Counter()
         for losses in self.losses:
-            present = ~losses.isnan()
-            for index, total in enumerate(losses.double().nan_to_num(nan=0.0, posinf=float("inf")).sum(0).tolist()):
-                sums[index] += total
-            for index, count in enumerate(present.sum(dim=0).tolist()):
-                counts[index] += count
+            totals = losses.double().nan_to_num(nan=0.0, posinf=math.inf).sum(dim=0).tolist()
+            present = (~losses.isnan()).sum(dim=0).tolist()
+            for index, (total, count) in enumerate(zip(totals, present, strict=True)):
+                sums[f"nll_mini_batch_{index}"] += total
+                counts[f"nll_mini_batch_{index}"] += count
         norms = torch.cat([norms.flatten() for norms in self.norms]) if self.norms else torch.zeros(0)
         norms = norms[~norms.isnan()].double()
-        own = {
-            "sums": sums,
-            "counts": counts,
-            "norm": norms.sum().item(),
-            "steps": norms.numel(),
-            "clipped": sum(int(clipped) for clipped in self.clipped),
-            "tokens": sum(int(tokens) for tokens in self.tokens),
-        }
+        sums["inner_grad_norm"] = norms.sum().item()
+        sums["inner_steps_clipped"] = sum(int(clipped) for clipped in self.clipped)
+        counts["inner_grad_norm"] = counts["inner_steps_clipped"] = norms.numel()
+        tokens = sum(int(tokens) for tokens in self.tokens)
         for values in (self.losses, self.norms, self.clipped, self.tokens):
             values.clear()
-        parts = gather_object([own])
-        logs = {}
-        for index in range(max(len(part["sums"]) for part in parts)):
-            present = [part for part in parts if len(part["sums"]) > index]
-            count = sum(part["counts"][index] for part in present)
-            if count:
-                logs[f"nll_mini_batch_{index}"] = sum(part["sums"][index] for part in present) / count
-        steps = sum(part["steps"] for part in parts)
-        if steps:
-            logs["inner_grad_norm"] = sum(part["norm"] for part in parts) / steps
-            logs["inner_steps_clipped"] = sum(part["clipped"] for part in parts) / steps
-        return logs, sum(part["tokens"] for part in parts)
+        parts = gather_object([(sums, counts, tokens)])
+        # Counters that are added leave zeros out.
+        sums, counts = (sum((part[which] for part in parts), Counter()) for which in (0, 1))
+        return {name: sums[name] / count for name, count in counts.items()}, sum(part[2] for part in parts)

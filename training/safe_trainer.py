@@ -29,7 +29,7 @@ STATE = "trainer_state.json"
 
 
 class SafeTrainer(Trainer):
-    """transformers' Trainer with a manifest in every checkpoint, written last; checkpoints without one are not used."""
+    """transformers' Trainer with atomic checkpoints: a manifest is written last, and none without it is ever used."""
 
     _compared: Path | None = None  # the checkpoint of which every byte has just been compared
 
