@@ -36,12 +36,13 @@ class SpeedSizes:
         torch.manual_seed(0)
         sizes = {name: value for name, value in vars(self).items() if name not in ("length", "batch_size")}
         special = {"bos_token_id": None, "eos_token_id": None}
-        return TTTE2EForCausalLM(TTTE2EConfig(**sizes, **special)).to(device)  # type: ignore[arg-type]  # a wrapped method
+        model = TTTE2EForCausalLM(TTTE2EConfig(**sizes, **special))
+        return model.to(device)  # type: ignore[arg-type]  # a wrapped method
 
     def input_ids(self, device: str) -> torch.Tensor:
         """Random token ids [batch_size, length]."""
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(self.vocab_size, (self.batch_size, self.length), generator=generator).to(device)  # type: ignore[arg-type]  # a wrapped method
+        return torch.randint(self.vocab_size, (self.batch_size, self.length), generator=generator).to(device)
 
 
 def measure_passes(sizes: SpeedSizes, rounds: int, device: str = "cpu") -> dict[str, float]:

@@ -276,7 +276,7 @@ def continue_document(recipe: DemoRecipe, data: DemoData, model_folder: Path, co
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
     names, documents = document_prefixes(data.validation, settings.prompt_tokens + settings.new_tokens, 1)
-    prompt = tokenizer.decode(documents[0, : settings.prompt_tokens], skip_special_tokens=True)
+    prompt = str(tokenizer.decode(documents[0, : settings.prompt_tokens], skip_special_tokens=True))
     set_seed(recipe.seed)
     written: Any = generator(prompt, max_new_tokens=settings.new_tokens, return_full_text=False, **SAMPLING)
     show_continuation(console, names[0], prompt, written[0]["generated_text"])
@@ -304,13 +304,13 @@ def read_and_continue(recipe: DemoRecipe, data: DemoData, folder: Path, console:
     set_seed(recipe.seed)
     # generate takes the whole sequence and reads only what the cache has not seen: here one more token of the file.
     output = model.generate(sequence, cache=loaded, max_new_tokens=settings.new_tokens, **SAMPLING)
-    prompt = data.tokenizer.decode(sequence[0, -300:])
+    prompt, continuation = map(str, map(data.tokenizer.decode, (sequence[0, -300:], output[0, sequence.shape[1] :])))
     title = f"{' + '.join(paths)}, from the saved context"
-    show_continuation(console, title, prompt, data.tokenizer.decode(output[0, sequence.shape[1] :]))
+    show_continuation(console, title, prompt, continuation)
     return {"files": paths, "bytes_after_tokens": sizes}
 
 
-def show_continuation(console: Console, title: str, prompt: Any, continuation: Any) -> None:
-    """Show the last lines of a prompt and, in another colour, what the model wrote after it (texts)."""
+def show_continuation(console: Console, title: str, prompt: str, continuation: str) -> None:
+    """Show the last lines of a prompt and, in another colour, what the model wrote after it."""
     text = Text("".join(prompt.splitlines(keepends=True)[-6:])).append(continuation, style="bold cyan")
     console.print(Panel(text, title=title))

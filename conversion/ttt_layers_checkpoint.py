@@ -51,9 +51,8 @@ def convert_ttt_layers(
     check_disk_space(output, needed + ROOM_FOR_SMALL_FILES, "the converted model")
     with torch.device("meta"):
         model = TTTLayersForCausalLM(config)
-    model.load_state_dict(
-        parameters, assign=True, strict=False
-    )  # ttt_layers_from_official is strict; a tied head is left
+    # `ttt_layers_from_official` is strict; a tied head is left.
+    model.load_state_dict(parameters, assign=True, strict=False)
     model.tie_weights()
     model.config.dtype = torch_dtype
     with folder_written_whole(output) as part:

@@ -88,9 +88,10 @@ def _loaded(
     device: torch.device | str | None = None,
     split_special_tokens: bool = True,
 ) -> Subject:
+    model = load_model(candidate, dtype=dtype)
     return Subject(
         label=candidate.label,
-        model=load_model(candidate, dtype=dtype).to(chosen_device(device)),  # type: ignore[arg-type]  # a wrapped method
+        model=model.to(chosen_device(device)),  # type: ignore[arg-type]  # a wrapped method
         tokenizer=candidate.tokenizer,
         arguments={} if candidate.learning is None else {"test_time_training": candidate.learning},
         split_special_tokens=split_special_tokens,

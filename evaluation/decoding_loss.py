@@ -4,7 +4,6 @@ The model continues a prompt; another, stronger model, the judge, says how likel
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import torch
 from tqdm.auto import tqdm
@@ -95,8 +94,7 @@ def text_losses(subject: Subject, judge: Subject, ids: torch.Tensor, length: int
     Returns:
         Nats, float64 [tokens - length]: each loss stands where, in the written characters, the judge's token begins.
     """
-    decode = partial(subject.tokenizer.decode, skip_special_tokens=True)
-    given, text = str(decode(ids[:length])), str(decode(ids))
+    given, text = (str(subject.tokenizer.decode(part, skip_special_tokens=True)) for part in (ids[:length], ids))
     [encoded] = encode_with_offsets([text], judge.tokenizer, judge.split_special_tokens, add_special_tokens=True)
     losses = token_losses(judge, torch.tensor([encoded.ids]))[0].double()
     starts = torch.tensor([start for start, _ in encoded.offsets[1:]]) - len(given)

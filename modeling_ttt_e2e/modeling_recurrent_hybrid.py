@@ -85,7 +85,7 @@ class RecurrentHybridDecoderLayer(GradientCheckpointingLayer):
         if self.mixer_type == "mamba2":
             self.mamba = Mamba2Mixer(config.mamba2_config(), layer_idx)
         elif self.mixer_type == "gated_delta_net":
-            self.linear_attn = OlmoHybridGatedDeltaNet(config, layer_idx)  # type: ignore[arg-type]  # its fields are there
+            self.linear_attn = OlmoHybridGatedDeltaNet(config, layer_idx)  # type: ignore[arg-type]  # has its fields
         else:
             self.self_attn = Qwen3Attention(config, layer_idx)  # type: ignore[arg-type]  # its fields are there
         self.mlp = Qwen3MLP(config)

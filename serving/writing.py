@@ -79,7 +79,8 @@ class StopWhen(StoppingCriteria):
         self.stop = stop
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        return torch.full((len(input_ids),), self.stop(), dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
+        ends = torch.full((len(input_ids),), self.stop(), dtype=torch.bool, device=input_ids.device)
+        return ends  # type: ignore[return-value]  # any tensor of bool is one
 
 
 class SomethingLeft(LogitsProcessor):

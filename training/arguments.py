@@ -89,7 +89,8 @@ class MetaTrainingArguments(TrainingArguments):
         return round(self.inner_lr_warmup_steps * total_steps) if share else int(self.inner_lr_warmup_steps)
 
     def _check_schedule(self) -> None:
-        known = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[self.lr_scheduler_type]).parameters  # type: ignore[arg-type]
+        make = TYPE_TO_SCHEDULER_FUNCTION[self.lr_scheduler_type]
+        known = inspect.signature(make).parameters  # type: ignore[arg-type]  # declared as no callable
         for name in self.lr_scheduler_kwargs or {}:
             if name not in known:
                 similar = difflib.get_close_matches(name, known, n=1)

@@ -1,11 +1,12 @@
 """A Python that has all that is installed here except ttt_e2e, made in a second and without a network."""
 
 import os
+import runpy
 import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
+
+MAKE = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "release.py"))["environment"]
 
 
 class CleanEnvironment:
@@ -16,11 +17,7 @@ class CleanEnvironment:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        venv.create(folder / "environment", with_pip=False, symlinks=True)
-        packages = next((folder / "environment").glob("lib/python*/site-packages"))
-        # An environment may itself stand on another one.
-        installed = dict.fromkeys([sysconfig.get_paths()["purelib"], *filter(_holds_packages, sys.path)])
-        (packages / "all.pth").write_text("".join(f"{path}\n" for path in installed))
+        self.commands = MAKE(folder / "environment")
 
     def run(self, *arguments: str, **variables: str) -> str:
         """Run Python in an empty place; what it printed.
@@ -33,7 +30,7 @@ class CleanEnvironment:
         own = {"HF_HOME": str(self.folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         kept = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "TMPDIR", "HOME")}
         done = subprocess.run(
-            [str(self.folder / "environment" / "bin" / "python"), *arguments],
+            [str(self.commands / "python"), *arguments],
             cwd=place,
             env=kept | own | variables,
             text=True,
@@ -43,7 +40,3 @@ class CleanEnvironment:
         )
         assert done.returncode == 0, f"{arguments} with {sys.version}:\n{done.stdout}"
         return done.stdout
-
-
-def _holds_packages(path: str) -> bool:
-    return Path(path).name == "site-packages"
