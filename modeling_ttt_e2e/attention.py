@@ -1,4 +1,4 @@
-"""Attention over a history of keys and values: masks, long texts block by block, and transformers' interface.
+"""Attention over earlier and new keys and values: masks, long texts block by block, and transformers' interface.
 
     out = softmax(scale * Q K^T + mask) V
 
@@ -49,34 +49,34 @@ class AttentionInputs:
 def attention_mask(
     implementation: str,
     sliding_window: int | None,
-    num_history: int,
+    num_past: int,
     num_new: int,
     rows: int,
-    history_valid: torch.Tensor | None,
+    past_mask: torch.Tensor | None,
     device: torch.device,
 ) -> torch.Tensor | None:
-    """Mask of `num_new` queries over `num_history + num_new` keys, in the form that `implementation` takes.
+    """Mask of `num_new` queries over `num_past + num_new` keys, in the form that `implementation` takes.
 
-    Column distance is token distance: the history is aligned right, the new tokens left. A query sees itself and
-    what precedes it within the window. New columns need no padding mask, because padding stands to the right of every
+    Distance of keys is distance of tokens: earlier keys are aligned right, the new tokens left. A query sees itself and
+    what precedes it within the window. New tokens need no padding mask, because padding stands to the right of every
     token that is read.
 
     Args:
         sliding_window: keys that a query sees, itself included; None for full attention.
-        history_valid: [rows, num_history] bool, False where a row has no history yet; None when all are valid.
+        past_mask: [rows, num_past] bool, False where a row has not read as much; None when all are valid.
     """
-    window = sliding_window if sliding_window is not None else num_history + num_new
+    window = sliding_window if sliding_window is not None else num_past + num_new
     function = sliding_window_causal_mask_function(window) if sliding_window is not None else causal_mask_function
     padding = None
-    if history_valid is not None:
-        padding = torch.cat([history_valid, history_valid.new_ones(rows, num_new)], dim=1)
+    if past_mask is not None:
+        padding = torch.cat([past_mask, past_mask.new_ones(rows, num_new)], dim=1)
     own = implementation in ("eager", TWICE_DIFFERENTIABLE)
     make_mask = sdpa_mask if own else ALL_MASK_ATTENTION_FUNCTIONS[implementation]
     return make_mask(
         batch_size=1 if padding is None else rows,
         q_length=num_new,
-        kv_length=num_history + num_new,
-        q_offset=num_history,
+        kv_length=num_past + num_new,
+        q_offset=num_past,
         kv_offset=0,
         mask_function=function,
         attention_mask=padding,
@@ -94,7 +94,7 @@ class BlockMasks:
 
     Attributes:
         size: tokens of a block, the window.
-        first: mask of the first block, which follows the history; middle, last: of the others.
+        first: mask of the first block, which follows what was read before; middle, last: of the others.
     """
 
     size: int
@@ -112,18 +112,18 @@ class BlockMasks:
 def block_masks(
     implementation: str,
     sliding_window: int,
-    num_history: int,
+    num_past: int,
     num_new: int,
     rows: int,
-    history_valid: torch.Tensor | None,
+    past_mask: torch.Tensor | None,
     device: torch.device,
 ) -> BlockMasks:
     """Masks of blocks of one window; the arguments are those of `attention_mask`."""
 
-    def mask(history: int, new: int, valid: torch.Tensor | None = None) -> torch.Tensor | None:
-        return attention_mask(implementation, sliding_window, history, new, rows, valid, device)
+    def mask(past: int, new: int, valid: torch.Tensor | None = None) -> torch.Tensor | None:
+        return attention_mask(implementation, sliding_window, past, new, rows, valid, device)
 
-    first = mask(num_history, min(sliding_window, num_new), history_valid)
+    first = mask(num_past, min(sliding_window, num_new), past_mask)
     middle = mask(sliding_window, sliding_window)
     rest = num_new % sliding_window
     return BlockMasks(sliding_window, first, middle, mask(sliding_window, rest) if rest else middle)
@@ -132,7 +132,7 @@ def block_masks(
 def segment_masks(
     implementation: str,
     sliding_window: int | None,
-    num_history: int,
+    num_past: int,
     num_new: int,
     tokens_read: Sequence[int],
     device: torch.device,
@@ -141,34 +141,34 @@ def segment_masks(
     """The masks with which a segment is read: of blocks where it is many windows long.
 
     Args:
-        tokens_read: tokens that each row has read before, the last ones of which are the history.
+        tokens_read: tokens that each row has read before, the last ones of which are the earlier keys.
         want_weights: the attention weights are asked for, which blocks do not give.
     """
     in_blocks = sliding_window is not None and num_new > BLOCKS_FROM_WINDOWS * sliding_window and not want_weights
     # A flash kernel needs no mask and no scores at any length.
     make = block_masks if in_blocks and "flash" not in implementation else attention_mask
-    valid = valid_columns(tokens_read, num_history, device)
-    return make(implementation, sliding_window, num_history, num_new, len(tokens_read), valid, device)
+    valid = past_token_mask(tokens_read, num_past, device)
+    return make(implementation, sliding_window, num_past, num_new, len(tokens_read), valid, device)
 
 
 def attend_in_blocks(
     attend: Callable,
     query: torch.Tensor,
     new: tuple[torch.Tensor, torch.Tensor],
-    history: tuple[torch.Tensor, torch.Tensor] | None,
+    past: tuple[torch.Tensor, torch.Tensor] | None,
     masks: BlockMasks,
 ) -> torch.Tensor:
     """Sliding-window attention over a long text, block by block.
 
     Args:
         attend: `attend(query, keys, values, mask)` -> [B, Q, H, C].
-        query: [B, H, T, C]; new: keys and values of the same tokens; history: those before them.
+        query: [B, H, T, C]; new: keys and values of the same tokens; past: those before them.
 
     Returns:
         [B, T, H, C].
     """
     blocks = list(zip(*(states.split(masks.size, dim=2) for states in (query, *new)), strict=True))
-    outputs, before = [], history
+    outputs, before = [], past
     for index, (queries, *keys_values) in enumerate(blocks):
         seen = (
             keys_values
@@ -180,12 +180,12 @@ def attend_in_blocks(
     return torch.cat(outputs, dim=1)
 
 
-def valid_columns(tokens: Sequence[int], columns: int, device: torch.device) -> torch.Tensor | None:
-    """[rows, columns] bool: which history columns hold a token, given the tokens read per row; None when all do."""
-    if min(tokens) >= columns:
+def past_token_mask(tokens: Sequence[int], num_past: int, device: torch.device) -> torch.Tensor | None:
+    """[rows, num_past] bool: which earlier keys are of a token, given the tokens read per row; None when all do."""
+    if min(tokens) >= num_past:
         return None
-    first = columns - torch.tensor(tokens, device=device)
-    return torch.arange(columns, device=device) >= first[:, None]
+    first = num_past - torch.tensor(tokens, device=device)
+    return torch.arange(num_past, device=device) >= first[:, None]
 
 
 def attention_function(implementation: str) -> Callable:

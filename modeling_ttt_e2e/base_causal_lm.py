@@ -10,7 +10,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
 from .causal_lm_loss import check_loss_arguments, hidden_losses, mean_loss, position_labels
-from .checks import accept_earlier_cache_names, check_flags, check_logits_to_keep, one_input, real_columns
+from .checks import accept_earlier_cache_names, check_flags, check_logits_to_keep, one_input, read_attention_mask
 
 
 class BaseGenerationMixin(GenerationMixin):
@@ -128,7 +128,7 @@ class BaselineCausalLM:
         shape = one_input(input_ids, inputs_embeds)
         check_logits_to_keep(logits_to_keep, shape[1])
         check_loss_arguments(labels, shift_labels, num_items_in_batch, shape, self.config.vocab_size)
-        columns_read = 0 if cache is None else cache.get_seq_length()
+        positions_read = 0 if cache is None else cache.get_seq_length()
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -142,7 +142,7 @@ class BaselineCausalLM:
         hidden, loss, logits, token_nll = outputs.last_hidden_state, None, None, None
         # `generate` hands masks that it has prepared itself to a forward pass that it compiles.
         mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
-        targets = position_labels(labels, shift_labels, real_columns(mask, hidden.shape[:2], columns_read))
+        targets = position_labels(labels, shift_labels, read_attention_mask(mask, hidden.shape[:2], positions_read))
         if not skip_logits:
             logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
         if targets is not None:

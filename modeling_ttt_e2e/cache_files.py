@@ -44,9 +44,9 @@ def save_context(folder: Path, context: LearnedContext, counters: dict, model: t
     if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - {TENSORS, COUNTERS}):
         raise ValueError(f"`folder` ({folder}) holds other files: name a folder of its own for the learned context.")
     tensors = {}
-    for index, history in enumerate(context.histories):
-        if history is not None:
-            tensors[f"keys.{index}"], tensors[f"values.{index}"] = history
+    for index, past in enumerate(context.past_key_values):
+        if past is not None:
+            tensors[f"keys.{index}"], tensors[f"values.{index}"] = past
     fast = None if context.fast is None else context.fast.used_copies()
     if fast is not None:
         tensors |= {f"fast.{index}": tensor for index, tensor in enumerate(fast.tensors)}
@@ -203,7 +203,7 @@ def _context(tensors: dict[str, torch.Tensor], description: dict, num_layers: in
     return LearnedContext(
         tokens=tuple(description["tokens"]),
         next_positions=tuple(description["next_positions"]),
-        histories=tuple((tensors[f"keys.{index}"], tensors[f"values.{index}"]) for index in range(num_layers)),
+        past_key_values=tuple((tensors[f"keys.{index}"], tensors[f"values.{index}"]) for index in range(num_layers)),
         fast=fast,
         pending=pending,
     )

@@ -22,7 +22,7 @@ from .fingerprints import WeightMarks
 
 @dataclass(frozen=True)
 class CachedLayer:
-    """Keys and values of one block, [batch, key/value heads, columns, head_dim], for inspection."""
+    """Keys and values of one block, [batch, key/value heads, kept tokens, head_dim], for inspection."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -40,7 +40,7 @@ class TTTE2ECache(Cache):
 
     Attributes:
         context: the [`LearnedContext`], None before anything is read.
-        columns: columns read so far, padding included.
+        columns: positions read so far, padding included; transformers' `get_seq_length()`.
     """
 
     is_compileable = False
@@ -61,36 +61,36 @@ class TTTE2ECache(Cache):
         """Keys and values before a text, as prefix tuning learns them, in a cache of this kind; nothing is learned.
 
         Args:
-            prefix: per block keys and values, [batch, key/value heads, columns, head_dim]. Gradients reach them.
+            prefix: per block keys and values, [batch, key/value heads, length, head_dim]. Gradients reach them.
 
         Raises:
             ValueError: they are not those of such a model.
         """
-        columns = prefix.get_seq_length()
-        shape = (config.num_key_value_heads, columns, config.head_dim)
+        length = prefix.get_seq_length()
+        shape = (config.num_key_value_heads, length, config.head_dim)
         found = [getattr(layer, "keys", None) for layer in prefix.layers]
         found = [None if keys is None else tuple(keys.shape[1:]) for keys in found]
         if not config.use_attention or found != [shape] * config.num_hidden_layers:
             raise ValueError(
                 f"`cache` is a {type(prefix).__name__} with keys of the shapes {found}, but this model needs "
-                f"{config.num_hidden_layers} times {shape} [key/value heads, columns, head_dim]: make a cache with "
+                f"{config.num_hidden_layers} times {shape} [key/value heads, length, head_dim]: make a cache with "
                 "TTTE2ECache(model.config), or leave it to generate()."
             )
-        rows, histories = len(prefix.layers[0].keys), []
+        rows, past_key_values = len(prefix.layers[0].keys), []
         for layer, layer_type in zip(prefix.layers, config.layer_types, strict=True):
-            kept = min(columns, config.sliding_window - 1) if layer_type == "sliding_attention" else columns
-            histories.append((layer.keys[:, :, columns - kept :], layer.values[:, :, columns - kept :]))
+            kept = min(length, config.sliding_window - 1) if layer_type == "sliding_attention" else length
+            past_key_values.append((layer.keys[:, :, length - kept :], layer.values[:, :, length - kept :]))
         cache = cls(config)
-        cache.context = LearnedContext((columns,) * rows, (columns,) * rows, tuple(histories))
-        cache.columns = columns
+        cache.context = LearnedContext((length,) * rows, (length,) * rows, tuple(past_key_values))
+        cache.columns = length
         return cache
 
     @property
     def layers(self) -> list[CachedLayer]:
         if self.context is None:
             return []
-        types = zip(self.config.layer_types, self.context.histories, strict=True)
-        return [CachedLayer(*history, kind == "sliding_attention") for kind, history in types if history is not None]
+        types = zip(self.config.layer_types, self.context.past_key_values, strict=True)
+        return [CachedLayer(*past, kind == "sliding_attention") for kind, past in types if past is not None]
 
     @layers.setter
     def layers(self, value: list) -> None:
@@ -135,18 +135,18 @@ class TTTE2ECache(Cache):
         return self.columns
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Keys that `query_length` new columns see, and the column of the first of them."""
+        """Keys that `query_length` new tokens see, and the position of the first of them."""
         kept = 0
-        if self.context is not None and self.context.histories[layer_idx] is not None:
-            kept = self.context.histories[layer_idx][0].shape[2]
+        if self.context is not None and self.context.past_key_values[layer_idx] is not None:
+            kept = self.context.past_key_values[layer_idx][0].shape[2]
         return kept + query_length, self.columns - kept
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: there is no longest text."""
         return -1
 
-    def store(self, context: LearnedContext, columns: int, reader: torch.nn.Module) -> None:
-        """Take over a context after `columns` more columns were read by the model `reader`."""
+    def store(self, context: LearnedContext, length: int, reader: torch.nn.Module) -> None:
+        """Take over a context after `length` more positions were read by the model `reader`."""
         if self._reader is None or self._reader() is not reader:
             self._reader = weakref.ref(reader)
             self._marks = WeightMarks.of(reader)
@@ -154,21 +154,21 @@ class TTTE2ECache(Cache):
             rows = zip(self.finished, self.context.tokens, context.tokens, strict=True)
             self.finished = tuple(finished and old == new for finished, old, new in rows)
         self.context = _compact(context.detach())
-        self.columns += columns
+        self.columns += length
 
-    def mask_after_end(self, ids: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor | None:
+    def mask_after_end(self, ids: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor | None:
         """Hide the padding that generate() wrote behind the end of a finished row, when reading goes on from there.
 
         Args:
-            ids: [batch, length] new ids; real: [batch, length] bool, which of them are tokens; None when all are.
+            ids: [batch, length] new ids; token_mask: [batch, length] bool, which of them are tokens; None when all are.
         """
         if self.finished is None or self.padding_id is None:
-            return real
+            return token_mask
         finished = torch.tensor(self.finished, device=ids.device)[:, None]
         hidden = finished & (ids == self.padding_id).long().cumprod(dim=1).bool()
         if not bool(hidden.any()):
-            return real
-        return ~hidden if real is None else real & ~hidden
+            return token_mask
+        return ~hidden if token_mask is None else token_mask & ~hidden
 
     def reset(self) -> None:
         """Forget everything."""
@@ -260,7 +260,7 @@ class TTTE2ECache(Cache):
 def _tensors(context: LearnedContext | None) -> Sequence[torch.Tensor]:
     if context is None:
         return []
-    found = [states for history in context.histories if history is not None for states in history]
+    found = [states for past in context.past_key_values if past is not None for states in past]
     if context.fast is not None:
         found += context.fast.tensors
     if context.pending is not None:
@@ -274,7 +274,7 @@ def _map(context: LearnedContext, function) -> LearnedContext:
     return LearnedContext(
         tokens=context.tokens,
         next_positions=context.next_positions,
-        histories=tuple(kv if kv is None else (function(kv[0]), function(kv[1])) for kv in context.histories),
+        past_key_values=tuple(kv and (function(kv[0]), function(kv[1])) for kv in context.past_key_values),
         fast=None if fast is None else FastWeights(tuple(map(function, fast.tensors)), fast.rows),
         pending=None
         if pending is None

@@ -26,9 +26,9 @@ class TTTLayersCache(Cache):
     Attributes:
         states: per block what its mixer returned, nested tuples of tensors with the rows on the first axis; None
             before anything is read.
-        tokens: real tokens read, per row; empty before anything is read.
+        tokens: tokens read, per row; empty before anything is read.
         next_positions: position id of each row's next token.
-        columns: columns read, padding included.
+        columns: positions read, padding included; transformers' `get_seq_length()`.
     """
 
     is_compileable = False
@@ -47,14 +47,14 @@ class TTTLayersCache(Cache):
         self.columns = 0
 
     def store(
-        self, states: tuple[Any, ...], tokens: tuple[int, ...], next_positions: tuple[int, ...], columns: int
+        self, states: tuple[Any, ...], tokens: tuple[int, ...], next_positions: tuple[int, ...], length: int
     ) -> None:
-        """Take over what a model has read, with `columns` more columns."""
+        """Take over what a model has read, with `length` more positions."""
         # Tensors made in inference mode could not be saved for a later backward pass.
         with torch.inference_mode(False), torch.no_grad():
             self.states = map_tensors(_own, states)
         self.tokens, self.next_positions = tokens, next_positions
-        self.columns += columns
+        self.columns += length
 
     def __len__(self) -> int:
         return 0 if self.states is None else len(self.states)

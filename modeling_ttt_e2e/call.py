@@ -24,12 +24,12 @@ from .checks import (
     check_not_reentrant,
     check_positions,
     check_something_to_read,
-    real_columns,
+    read_attention_mask,
 )
 from .context import LearnedContext
 from .inner_loop import UpdateRule, inner_table
 from .learner import learn
-from .outputs import ColumnWriter, attention_writers
+from .outputs import PositionWriter, attention_writers
 from .reader import Reader, SegmentOutput
 from .sharding import check_quantisation, check_tensor_parallelism, check_units
 from .tokens import Segment, Tokens, added
@@ -48,19 +48,19 @@ class Call:
         tokens: the input.
         attention_mask: as given.
         cache: the one to go on from, and to update; None for a new one.
-        context: what was read before; columns_read: how many columns that were.
-        learning: take inner steps; span: only within these columns, None for all.
+        context: what was read before; positions_read: how many positions that were.
+        learning: take inner steps; span: only within these positions, None for all.
         use_cache: the learned context is returned.
         want_hidden, want_layers, want_attentions: optional outputs.
-        first_kept: the first column whose hidden state is returned.
-        label_columns: how many columns of `token_nll` are returned; labelled_tokens: [], how many tokens have a label.
+        first_kept: the first position whose hidden state is returned.
+        label_length: how many positions of `token_nll` are returned; labelled_tokens: [], how many tokens have a label.
     """
 
     tokens: Tokens
     attention_mask: torch.Tensor | None
     cache: TTTE2ECache | None
     context: LearnedContext
-    columns_read: int
+    positions_read: int
     learning: bool
     span: tuple[int, int] | None
     use_cache: bool
@@ -68,13 +68,13 @@ class Call:
     want_layers: bool
     want_attentions: bool
     first_kept: int
-    label_columns: int
+    label_length: int
     labelled_tokens: torch.Tensor | None
 
 
 @dataclass(frozen=True)
 class CallOutput:
-    """Outputs over the columns of a call, and the learned context after it."""
+    """Outputs over the positions of a call, and the learned context after it."""
 
     hidden: torch.Tensor | None
     token_nll: torch.Tensor | None
@@ -129,23 +129,24 @@ def make_call(
     learning = not never and _check_learning(model, test_time_training, context, ids)
     if learning and has_prefix:
         raise ValueError(
-            f"`cache` is a DynamicCache of {cache.columns} columns, as prefix tuning of PEFT makes it, and what is no "
-            "tokens cannot be learned from: read with `test_time_training=False`, or adapt the model with LoRA instead."
+            f"`cache` is a DynamicCache of {cache.columns} positions, as prefix tuning of PEFT makes it, and what is "
+            "no tokens cannot be learned from: read with `test_time_training=False`, or adapt the model with LoRA "
+            "instead."
         )
-    columns_read = 0 if cache is None else cache.columns
-    real = real_columns(attention_mask, shape, columns_read)
+    positions_read = 0 if cache is None else cache.columns
+    token_mask = read_attention_mask(attention_mask, shape, positions_read)
     if cache is not None and ids is not None:
-        real = cache.mask_after_end(ids, real)
+        token_mask = cache.mask_after_end(ids, token_mask)
     if position_ids is not None:
-        position_ids = check_positions(position_ids, real, shape, context.next_positions)
+        position_ids = check_positions(position_ids, token_mask, shape, context.next_positions)
     check_label_arguments(labels, shift_labels, shape, config.vocab_size)
-    targets = position_labels(labels, shift_labels, real)
-    label_columns = 0 if targets is None else targets.shape[1]
+    targets = position_labels(labels, shift_labels, token_mask)
+    label_length = 0 if targets is None else targets.shape[1]
     if targets is not None:
-        targets = F.pad(targets, [0, shape[1] - label_columns], value=NO_TARGET)
+        targets = F.pad(targets, [0, shape[1] - label_length], value=NO_TARGET)
     if use_cache is None:
         use_cache = cache is not None or (config.use_cache and not model.training and targets is None)
-    check_something_to_read(real, goes_on=use_cache or columns_read > 0)
+    check_something_to_read(token_mask, goes_on=use_cache or positions_read > 0)
     check_logits_to_keep(logits_to_keep, shape[1])
     want_layers = _default(output_hidden_states, config.output_hidden_states)
     want_attentions = _default(output_attentions, config.output_attentions)
@@ -160,11 +161,11 @@ def make_call(
     if isinstance(logits_to_keep, int) and logits_to_keep > 0:
         first_kept = max(shape[1] - logits_to_keep, 0)
     return Call(
-        tokens=Tokens.of(ids, embeddings, targets, position_ids, real, context.next_positions, last_needed),
+        tokens=Tokens.of(ids, embeddings, targets, position_ids, token_mask, context.next_positions, last_needed),
         attention_mask=attention_mask,
         cache=cache,
         context=context,
-        columns_read=columns_read,
+        positions_read=positions_read,
         learning=learning,
         span=learning_span,
         use_cache=use_cache,
@@ -172,7 +173,7 @@ def make_call(
         want_layers=want_layers,
         want_attentions=want_attentions,
         first_kept=first_kept,
-        label_columns=label_columns,
+        label_length=label_length,
         labelled_tokens=None if targets is None else (targets != NO_TARGET).sum(),
     )
 
@@ -191,9 +192,9 @@ def _read_call(model: torch.nn.Module, call: Call) -> CallOutput:
     tokens, context, config = call.tokens, call.context, model.config
     reader, outputs = make_reader(model, call), _Outputs(config, call)
     size = None if torch.is_grad_enabled() else segment_size(config)
-    stretches = tokens.stretches(call.learning, call.span, call.columns_read)
+    stretches = tokens.stretches(call.learning, call.span, call.positions_read)
     for stretch in stretches:
-        if call.span is not None and call.columns_read + stretch.first == call.span[0]:
+        if call.span is not None and call.positions_read + stretch.first == call.span[0]:
             # Mini-batches never reach across the beginning of what may be learned.
             context = reader.drop_pending(context)
         more = call.use_cache or stretch is not stretches[-1]
@@ -211,11 +212,11 @@ class _Outputs:
     def __init__(self, config, call: Call):
         tokens, layers = call.tokens, config.num_hidden_layers + 1
         self.call = call
-        self.hidden, self.nll = ColumnWriter(tokens, call.first_kept), ColumnWriter(tokens)
-        self.layers = [ColumnWriter(tokens) for _ in range(layers if call.want_layers else 0)]
+        self.hidden, self.nll = PositionWriter(tokens, call.first_kept), PositionWriter(tokens)
+        self.layers = [PositionWriter(tokens) for _ in range(layers if call.want_layers else 0)]
         self.attentions, self.inner = {}, []
         if call.want_attentions:
-            before = (call.attention_mask, call.context.tokens, call.columns_read)
+            before = (call.attention_mask, call.context.tokens, call.positions_read)
             self.attentions = attention_writers(config, tokens, *before)
 
     def add(self, segment: Segment, output: SegmentOutput) -> None:
@@ -238,7 +239,7 @@ class _Outputs:
             _warn_about_gradients(inner_grad_norm)
         return CallOutput(
             hidden=self.hidden.result() if call.want_hidden else None,
-            token_nll=self.nll.result()[:, : call.label_columns] if tokens.labels is not None else None,
+            token_nll=self.nll.result()[:, : call.label_length] if tokens.labels is not None else None,
             layers=tuple(writer.followed() for writer in self.layers) if call.want_layers else None,
             attentions=tuple(own.result() for own in self.attentions.values()) if call.want_attentions else None,
             inner_loss=inner_loss,
@@ -300,7 +301,7 @@ def segment_size(config) -> int:
 
 
 def check_inputs(ids: torch.Tensor | None, embeddings: torch.Tensor | None, config) -> tuple[int, int]:
-    """Rows and columns of a call's input.
+    """Rows and positions of a call's input.
 
     Raises:
         ValueError: there is none, or what there is cannot be read.
@@ -350,7 +351,7 @@ def _check_multiplier(multiplier: float) -> None:
 
 
 def _last_labelled(labels: torch.Tensor) -> tuple[int, ...]:
-    """One past each row's last labelled column, at least 1."""
+    """One past each row's last labelled position, at least 1."""
     places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
     return tuple(((labels != NO_TARGET) * places).amax(dim=1).clamp_min(1).tolist())
 

@@ -33,14 +33,14 @@ def check_loss_arguments(
 
 
 def position_labels(
-    labels: torch.Tensor | None, shift_labels: torch.Tensor | None, real: torch.Tensor | None
+    labels: torch.Tensor | None, shift_labels: torch.Tensor | None, token_mask: torch.Tensor | None
 ) -> torch.Tensor | None:
     """What each position's logits are compared with.
 
     Args:
         labels: [batch, length]; position t predicts label t + 1.
         shift_labels: [batch, length], already aligned with the positions; where both are given they agree.
-        real: [batch, length] bool, False at padding, which predicts nothing; None when nothing is padded.
+        token_mask: [batch, length] bool, False at padding, which predicts nothing; None when nothing is padded.
 
     Returns:
         [batch, length - 1], or [batch, length] with `shift_labels`; None without either.
@@ -48,7 +48,7 @@ def position_labels(
     if shift_labels is None and labels is None:
         return None
     targets = labels[:, 1:] if shift_labels is None else shift_labels
-    return targets if real is None else targets.masked_fill(~real[:, : targets.shape[1]], NO_TARGET)
+    return targets if token_mask is None else targets.masked_fill(~token_mask[:, : targets.shape[1]], NO_TARGET)
 
 
 def log_likelihood_loss(logits: torch.Tensor, targets: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:

@@ -77,7 +77,7 @@ def check_embeddings(embeddings: torch.Tensor, hidden_size: int) -> None:
 
 
 def one_input(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> tuple[int, int]:
-    """Rows and columns of the one input that is given, whose values are not looked at."""
+    """Rows and positions of the one input that is given, whose values are not looked at."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
     name, given = ("inputs_embeds", inputs_embeds) if input_ids is None else ("input_ids", input_ids)
@@ -113,8 +113,10 @@ def check_same_labels(labels: torch.Tensor, shift_labels: torch.Tensor) -> None:
         )
 
 
-def real_columns(attention_mask: torch.Tensor | None, shape: tuple[int, int], past_columns: int) -> torch.Tensor | None:
-    """The mask of the new columns as bool [batch, length], or None when nothing is padded.
+def read_attention_mask(
+    attention_mask: torch.Tensor | None, shape: tuple[int, int], positions_read: int
+) -> torch.Tensor | None:
+    """The mask of the new positions as bool [batch, length], or None when nothing is padded.
 
     Args:
         attention_mask: 1 for tokens and 0 for padding, in any dtype.
@@ -122,32 +124,32 @@ def real_columns(attention_mask: torch.Tensor | None, shape: tuple[int, int], pa
     if attention_mask is None:
         return None
     check_tensor("attention_mask", attention_mask)
-    rows, columns = shape
-    if tuple(attention_mask.shape) not in {(rows, columns), (rows, past_columns + columns)}:
+    rows, positions = shape
+    if tuple(attention_mask.shape) not in {(rows, positions), (rows, positions_read + positions)}:
         raise ValueError(
             f"`attention_mask` has shape {tuple(attention_mask.shape)}; it must be [batch, length] = {shape}"
-            + (f" or, with what was read before, {(rows, past_columns + columns)}." if past_columns else ".")
+            + (f" or, with what was read before, {(rows, positions_read + positions)}." if positions_read else ".")
         )
     wrong = (attention_mask != 0) & (attention_mask != 1)
-    real = attention_mask[:, -columns:] == 1
+    token_mask = attention_mask[:, -positions:] == 1
     # While decoding the only look at the values: each look waits for the device.
-    some_wrong, all_real = torch.stack([wrong.any(), real.all()]).tolist()
+    some_wrong, all_real = torch.stack([wrong.any(), token_mask.all()]).tolist()
     if some_wrong:
         row, column = wrong.nonzero()[0].tolist()
         raise ValueError(
             f"`attention_mask` holds {attention_mask[row, column].item()} (row {row}, column {column}): it must be 1 "
             "for tokens and 0 for padding."
         )
-    return None if all_real else real
+    return None if all_real else token_mask
 
 
-def check_something_to_read(real: torch.Tensor | None, goes_on: bool) -> None:
+def check_something_to_read(token_mask: torch.Tensor | None, goes_on: bool) -> None:
     """A call of nothing but padding leaves no trace, unless it `goes_on` from a cache or returns one.
 
     Args:
-        real: as `real_columns` returns it.
+        token_mask: as `read_attention_mask` returns it.
     """
-    if real is not None and not goes_on and not bool(real.any()):
+    if token_mask is not None and not goes_on and not bool(token_mask.any()):
         raise ValueError(
             "`attention_mask` is 0 everywhere, so there is nothing to read: give at least one row a token, or a "
             "`cache` to go on from."
@@ -156,7 +158,7 @@ def check_something_to_read(real: torch.Tensor | None, goes_on: bool) -> None:
 
 def check_positions(
     position_ids: torch.Tensor,
-    real: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
     shape: tuple[int, int],
     next_positions: tuple[int, ...] | None = None,
 ) -> torch.Tensor:
@@ -169,11 +171,11 @@ def check_positions(
     wrong = outside = (position_ids < 0) | (position_ids >= END_OF_POSITIONS)
     if next_positions is not None:
         seen = torch.tensor(next_positions, device=position_ids.device)[:, None] - 1
-        before = position_ids if real is None else position_ids.masked_fill(~real, -1)
+        before = position_ids if token_mask is None else position_ids.masked_fill(~token_mask, -1)
         highest = torch.cat([seen, before], dim=1).cummax(dim=1).values[:, :-1]
         wrong = outside | (position_ids <= highest)
-    if real is not None:
-        wrong = wrong & real
+    if token_mask is not None:
+        wrong = wrong & token_mask
     if bool(wrong.any()):
         row, column = wrong.nonzero()[0].tolist()
         position = int(position_ids[row, column])
@@ -185,15 +187,15 @@ def check_positions(
 
 def expand_positions(position_ids: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """Integers [1 or batch, length] as int64 [batch, length], whatever their values."""
-    rows, columns = shape
+    rows, positions = shape
     check_tensor("position_ids", position_ids)
     if position_ids.dtype not in INDICES:
         raise ValueError(f"`position_ids` must be integers (int64 or int32), got {position_ids.dtype}.")
-    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, rows) or position_ids.shape[1] != columns:
+    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, rows) or position_ids.shape[1] != positions:
         raise ValueError(
             f"`position_ids` has shape {tuple(position_ids.shape)}; it must be [batch, length] = {shape}, or one row."
         )
-    return position_ids.expand(rows, columns).long()
+    return position_ids.expand(rows, positions).long()
 
 
 def check_cache(cache: Any, kind: type, rows: int | None, config, besides: str = "") -> None:
@@ -257,8 +259,8 @@ def check_learning_span(span: tuple[int, int] | None) -> None:
         raise TypeError(f"`learning_span` must be two integers (first, end), got {shown(span)}.")
     if not 0 <= span[0] <= span[1]:
         raise ValueError(
-            f"`learning_span` is {tuple(span)}; it must be columns (first, end) with 0 <= first <= end. (0, 0) learns "
-            "from none of them."
+            f"`learning_span` is {tuple(span)}; it must be positions (first, end) with 0 <= first <= end. (0, 0) "
+            "learns from none of them."
         )
 
 

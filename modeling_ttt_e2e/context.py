@@ -5,7 +5,7 @@
 Reading maps a context and new tokens to a new context; nothing is ever written in place, so copies are free.
 
 Row-wise layout: keys and values end with the row's newest token (aligned right; rows that have read less have unused
-columns on the left). Pending tokens start with the mini-batch (aligned left; unused columns on the right).
+places on the left). Pending tokens start with the mini-batch (aligned left; unused places on the right).
 """
 
 from collections.abc import Sequence
@@ -39,22 +39,22 @@ class LearnedContext:
     """What a batch of sequences has read and learned.
 
     Attributes:
-        tokens: real tokens read, per row.
+        tokens: tokens read, per row.
         next_positions: position id of the next token, per row.
-        histories: per block, keys and values [rows, key/value heads, columns, head_dim], or None.
+        past_key_values: per block, keys and values [rows, key/value heads, kept tokens, head_dim], or None.
         fast: fast weights, or None before the first inner step.
         pending: the unfinished mini-batch, or None when no token waits.
     """
 
     tokens: tuple[int, ...]
     next_positions: tuple[int, ...]
-    histories: tuple[KeysValues | None, ...]
+    past_key_values: tuple[KeysValues | None, ...]
     fast: FastWeights | None = None
     pending: Pending | None = None
 
     @classmethod
     def start(cls, rows: int, num_layers: int) -> "LearnedContext":
-        return cls(tokens=(0,) * rows, next_positions=(0,) * rows, histories=(None,) * num_layers)
+        return cls(tokens=(0,) * rows, next_positions=(0,) * rows, past_key_values=(None,) * num_layers)
 
     @property
     def rows(self) -> int:
@@ -81,7 +81,7 @@ class LearnedContext:
         return LearnedContext(
             tokens=pick_counts(self.tokens),
             next_positions=pick_counts(self.next_positions),
-            histories=tuple(kv if kv is None else (pick(kv[0]), pick(kv[1])) for kv in self.histories),
+            past_key_values=tuple(kv and (pick(kv[0]), pick(kv[1])) for kv in self.past_key_values),
             fast=None if self.fast is None else self.fast.select(indices),
             pending=pending,
         )
@@ -93,29 +93,29 @@ class LearnedContext:
             fast = replace(fast, tensors=tuple(tensor.detach() for tensor in fast.tensors))
         if pending is not None:
             pending = replace(pending, inputs=pending.inputs.detach())
-        histories = tuple(kv if kv is None else (kv[0].detach(), kv[1].detach()) for kv in self.histories)
-        return replace(self, fast=fast, pending=pending, histories=histories)
+        past_key_values = tuple(kv and (kv[0].detach(), kv[1].detach()) for kv in self.past_key_values)
+        return replace(self, fast=fast, pending=pending, past_key_values=past_key_values)
 
 
 def take_last(states: torch.Tensor, ends: Sequence[int], length: int) -> torch.Tensor:
-    """The `length` columns before column `ends[row]` of each row, aligned right.
+    """The `length` positions before position `ends[row]` of each row, aligned right.
 
     Args:
-        states: [rows, heads, columns, channels].
-        ends: one past the last wanted column, per row.
+        states: [rows, heads, positions, channels].
+        ends: one past the last wanted position, per row.
 
     Returns:
-        [rows, heads, min(length, max(ends)), channels]; columns that a row lacks hold copies of its first column.
+        [rows, heads, min(length, max(ends)), channels]; positions that a row lacks hold copies of its first position.
     """
     length = min(length, max(ends))
     if min(ends) == max(ends):
         return states[:, :, ends[0] - length : ends[0]]
     index = torch.tensor(ends)[:, None] - length + torch.arange(length)  # [rows, length]
-    return gather_columns(states, index.clamp_min(0), dim=2)
+    return gather_positions(states, index.clamp_min(0), dim=2)
 
 
-def gather_columns(tensor: torch.Tensor, index: torch.Tensor, dim: int = 1) -> torch.Tensor:
-    """Per row, the columns `index` [rows, n] of axis `dim` (every axis between the rows and it is kept whole)."""
+def gather_positions(tensor: torch.Tensor, index: torch.Tensor, dim: int = 1) -> torch.Tensor:
+    """Per row, the positions `index` [rows, n] of axis `dim` (every axis between the rows and it is kept whole)."""
     index = index.to(tensor.device)
     shape = [index.shape[0]] + [1] * (tensor.dim() - 1)
     shape[dim] = index.shape[1]

@@ -65,11 +65,11 @@ def check_description(description: dict[str, Any], config) -> None:
     """
     _check_names("fields", description, FIELDS)
     _check_integer("columns", description["columns"], 1, MOST_COLUMNS)
-    tokens, columns = description["tokens"], description["columns"]
+    tokens = description["tokens"]
     if not isinstance(tokens, list) or not tokens:
         raise ValueError(f"`tokens` must be a list with an entry for each row, got {shown(tokens)}")
     rows = len(tokens)
-    _check_rows("tokens", tokens, [(0, columns)] * rows)
+    _check_rows("tokens", tokens, [(0, description["columns"])] * rows)
     _check_rows("next_positions", description["next_positions"], [(count, END_OF_POSITIONS) for count in tokens])
     if description["fast_rows"] is not None:
         _check_rows("fast_rows", description["fast_rows"], [(0, rows - 1)] * rows)
@@ -105,7 +105,7 @@ def check_headers(headers: dict[str, Header], description: dict[str, Any], confi
     Raises:
         ValueError: naming the tensor, what it is, and what it must be.
     """
-    expected = _histories(headers, description, config)
+    expected = _keys_and_values(headers, description, config)
     if description["fast_rows"] is not None:
         copies = max(description["fast_rows"]) + 1
         width = config.prime_intermediate_size if config.use_prime_mlp else config.intermediate_size
@@ -126,21 +126,21 @@ def check_headers(headers: dict[str, Header], description: dict[str, Any], confi
             )
 
 
-def _histories(headers: dict[str, Header], description: dict[str, Any], config) -> dict[str, tuple]:
-    """Keys and values of every block, with as many columns as the header says, within what can be kept."""
+def _keys_and_values(headers: dict[str, Header], description: dict[str, Any], config) -> dict[str, tuple]:
+    """Keys and values of every block, with as many tokens as the header says, within what can be kept."""
     tokens, expected = description["tokens"], {}
     channels = config.head_dim if config.use_attention else 0
     for index, kind in enumerate(config.layer_types):
-        # Rows that stand at different places of their mini-batches add up to a mini-batch of empty columns to a call.
+        # Rows that stand at different places of their mini-batches add up to a mini-batch of empty places to a call.
         low, high = max(tokens), description["columns"] * (1 + config.mini_batch_size)
         if kind == "sliding_attention":
             window = config.sliding_window - 1
             pending = config.mini_batch_size if index > config.num_prefix_layers else 0
             low, high = min(low, window), min(high, window + pending)
         shape = headers[f"keys.{index}"].shape if f"keys.{index}" in headers else ()
-        columns = min(max(shape[2], low), high) if len(shape) == 4 else low
+        kept = min(max(shape[2], low), high) if len(shape) == 4 else low
         for name in ("keys", "values"):
-            expected[f"{name}.{index}"] = (len(tokens), config.num_key_value_heads, columns, channels), STATES
+            expected[f"{name}.{index}"] = (len(tokens), config.num_key_value_heads, kept, channels), STATES
     return expected
 
 

@@ -18,18 +18,18 @@ ASSISTED_BY = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
 @dataclass(frozen=True)
-class WrittenColumns:
+class WrittenPositions:
     """Where a call's own output begins, and which ids end a row.
 
     Attributes:
         first_id: index of the first generated id in the running sequences.
-        columns_before: columns that were read before the running sequences' first id.
+        positions_before: positions that were read before the running sequences' first id.
         end_ids: end-of-sequence ids, and the padding that stands for them.
         quiet_ids: those of them that do not end the generation of a single row.
     """
 
     first_id: int
-    columns_before: int
+    positions_before: int
     end_ids: tuple[int, ...]
     quiet_ids: tuple[int, ...]
 
@@ -49,7 +49,7 @@ class WrittenColumns:
         if after_end is None:
             return attention_mask
         if attention_mask is None:
-            attention_mask = sequences.new_ones(sequences.shape[0], self.columns_before + sequences.shape[1])
+            attention_mask = sequences.new_ones(sequences.shape[0], self.positions_before + sequences.shape[1])
         written = slice(attention_mask.shape[1] - after_end.shape[1], None)
         attention_mask = attention_mask.clone()
         attention_mask[:, written] = attention_mask[:, written].masked_fill(after_end, 0)
@@ -57,7 +57,7 @@ class WrittenColumns:
 
 
 # Of the call of `generate` that this thread is in: the steps of decoding get no arguments but those of the model.
-_WRITTEN: ContextVar[WrittenColumns | None] = ContextVar("columns that generate() has written", default=None)
+_WRITTEN: ContextVar[WrittenPositions | None] = ContextVar("positions that generate() has written", default=None)
 
 
 class TTTE2EGenerationMixin(BaseGenerationMixin):
@@ -75,7 +75,7 @@ class TTTE2EGenerationMixin(BaseGenerationMixin):
                 only from the prompt of this call, `"none"` from nothing (a learned context is used as it is).
             test_time_training: `False` runs the plain model.
             cache: a [`TTTE2ECache`] to go on from, with either the whole sequence as `input_ids`, or only
-                its new part together with an `attention_mask` over all columns.
+                its new part together with an `attention_mask` over all positions.
 
         Under PEFT's prompt tuning and prefix tuning learning has to be off, and every step reads the whole text (no
         cache).
@@ -106,13 +106,13 @@ class TTTE2EGenerationMixin(BaseGenerationMixin):
         given = embeddings if embeddings is not None else ids
         length = 1 if given is None else given.shape[1]
         new_only = read > 0 and mask is not None and mask.shape[1] == read + length
-        columns = read + length if new_only else length
+        end = read + length if new_only else length
         if learn_from != "context":
-            kwargs["learning_span"] = (read, columns) if learn_from == "prompt" else (0, 0)
+            kwargs["learning_span"] = (read, end) if learn_from == "prompt" else (0, 0)
         number_of_ids = ids.shape[1] if ids is not None else (1 if embeddings is None else 0)
         ends = _all_end_ids(config)
         quiet = tuple(set(ends) - set(_end_ids(config)))
-        written = WrittenColumns(number_of_ids, columns - number_of_ids, ends, quiet)
+        written = WrittenPositions(number_of_ids, end - number_of_ids, ends, quiet)
         before = _WRITTEN.set(written)
         try:
             output = super().generate(inputs, generation_config, *args, **kwargs)
@@ -168,7 +168,7 @@ def check_prompt_learning(model, learn_from_any: bool, test_time_training: bool 
 
 
 def check_prompt(ids, embeddings, mask) -> None:
-    """Inputs are tensors with rows and columns; their values are looked at when they are read."""
+    """Inputs are tensors [batch, length, ...]; their values are looked at when they are read."""
     for name, given in (("input_ids", ids), ("inputs_embeds", embeddings), ("attention_mask", mask)):
         if given is None:
             continue
@@ -176,7 +176,7 @@ def check_prompt(ids, embeddings, mask) -> None:
         beside_embeddings = given is ids and embeddings is not None  # these may have no ids yet
         if given.dim() < 2 or (0 in given.shape and not beside_embeddings):
             raise ValueError(
-                f"`{name}` must be [batch, length, ...] with at least one column, got {tuple(given.shape)}: give every "
+                f"`{name}` must be [batch, length, ...] with at least one token, got {tuple(given.shape)}: give every "
                 "row a token."
             )
 
@@ -221,7 +221,7 @@ def check_prompt_embeddings(ids, embeddings, prefill_chunk_size: int | None) -> 
 
 
 def check_left_padding(ids, mask, pad_token_id: int | None, end_ids: tuple[int, ...]) -> None:
-    """Padding must stand left of the prompt, because the next token follows the last column."""
+    """Padding must stand left of the prompt, because the next token follows the last position."""
     if mask is not None:
         right = mask.dim() == 2 and bool((mask[:, -1] == 0).any())
     else:
@@ -235,20 +235,20 @@ def check_left_padding(ids, mask, pad_token_id: int | None, end_ids: tuple[int, 
 
 
 def check_continuation(cache: TTTE2ECache, ids, embeddings, mask) -> None:
-    """A cache comes with the whole sequence, or with the ids of its new part and a mask over all columns."""
+    """A cache comes with the whole sequence, or with the ids of its new part and a mask over all positions."""
     read = cache.get_seq_length()
     name, given = ("input_ids", ids) if embeddings is None else ("inputs_embeds", embeddings)
     length = 0 if given is None else given.shape[1]
-    columns = length if mask is None else mask.shape[1]
-    if mask is not None and columns == read + length and embeddings is None:
+    covered = length if mask is None else mask.shape[1]
+    if mask is not None and covered == read + length and embeddings is None:
         return
-    whole = length > read and columns == length and (ids is None or _matches_pending(cache, ids, mask))
+    whole = length > read and covered == length and (ids is None or _matches_pending(cache, ids, mask))
     if not whole:
         raise ValueError(
-            f"`cache` has read {read} columns, but `{name}` ({length} columns"
-            + (f", with an `attention_mask` of {columns})" if mask is not None else ")")
+            f"`cache` has read {read} positions, but `{name}` ({length} positions"
+            + (f", with an `attention_mask` of {covered})" if mask is not None else ")")
             + " are not the whole sequence. Pass the whole sequence (what was read and the new tokens), or the new "
-            f"tokens with an `attention_mask` of {read} + {length} columns."
+            f"tokens with an `attention_mask` of {read} + {length} positions."
         )
 
 
@@ -257,8 +257,8 @@ def _matches_pending(cache: TTTE2ECache, ids: torch.Tensor, mask: torch.Tensor |
     pending, last = cache.context.pending, cache.get_seq_length() - 1
     if pending is None or cache.finished is not None or ids.shape[0] != cache.context.rows:
         return True
-    real = [True] * len(ids) if mask is None else mask[:, last].tolist()
-    kept = ((row, count) for row, count in enumerate(pending.counts) if count and real[row])
+    holds_token = [True] * len(ids) if mask is None else mask[:, last].tolist()
+    kept = ((row, count) for row, count in enumerate(pending.counts) if count and holds_token[row])
     return all(int(pending.ids[row, count - 1]) == int(ids[row, last]) for row, count in kept)
 
 
@@ -275,7 +275,7 @@ def _all_end_ids(config) -> tuple[int, ...]:
     return ends if config.pad_token_id is None else (*ends, int(config.pad_token_id))
 
 
-def _note_finished(output, written: WrittenColumns, config) -> None:
+def _note_finished(output, written: WrittenPositions, config) -> None:
     """Tell the cache which rows ended, so that their padding is not read when somebody goes on from it."""
     cache, after_end = output.cache, written.after_end(output.sequences)
     cache.finished = None if after_end is None else tuple(after_end.any(dim=1).tolist())

@@ -22,8 +22,8 @@ from transformers.utils.generic import can_return_tuple
 from .cache_ttt_e2e import TTTE2ECache
 from .call import check_inputs
 from .causal_lm_loss import NO_TARGET, logits_nll, mean_loss, per_item
-from .checks import accept_earlier_cache_names, check_extra_arguments, check_number_of_items, real_columns
-from .context import gather_columns
+from .checks import accept_earlier_cache_names, check_extra_arguments, check_number_of_items, read_attention_mask
+from .context import gather_positions
 from .twice_differentiable import at_least_float32
 
 # Arguments of the base model that mean nothing to a head.
@@ -52,7 +52,7 @@ class SequenceClassificationHead:
 
         Args:
             attention_mask: also says which token is a row's last one, whatever side the padding is on; without it
-                the last column is.
+                the last position is.
             labels: `single_label_classification`: [batch] ids of labels, -100 for none. `regression` and
                 `multi_label_classification`: [batch, num_labels] numbers, or [batch] for a single one. Where
                 `config.problem_type` is None the first call with labels sets it, as in transformers.
@@ -66,8 +66,8 @@ class SequenceClassificationHead:
             ValueError, TypeError: an argument that cannot be read, before any work; nothing is changed.
         """
         text = (input_ids, attention_mask, position_ids, cache, inputs_embeds)
-        shape, real, read = checked_reading(self, text, num_items_in_batch, kwargs)
-        behind = columns_behind(real)
+        shape, token_mask, read = checked_reading(self, text, num_items_in_batch, kwargs)
+        behind = padding_behind(token_mask)
         if labels is not None:
             self.config.problem_type = problem_type(self.config, labels)
             check_sequence_labels(labels, shape[0], self.config)
@@ -75,7 +75,7 @@ class SequenceClassificationHead:
         outputs = read(use_cache=use_cache, logits_to_keep=1 if behind is None else int(behind.max()) + 1)
         hidden = outputs.last_hidden_state
         if behind is not None:
-            hidden = gather_columns(hidden, hidden.shape[1] - 1 - behind[:, None])
+            hidden = gather_positions(hidden, hidden.shape[1] - 1 - behind[:, None])
         logits = self.score(hidden[:, -1])
         loss = None
         if labels is not None:
@@ -120,10 +120,10 @@ class TokenClassificationHead:
             ValueError, TypeError: an argument that cannot be read, before any work; nothing is changed.
         """
         text = (input_ids, attention_mask, position_ids, cache, inputs_embeds)
-        shape, real, read = checked_reading(self, text, num_items_in_batch, kwargs)
+        shape, token_mask, read = checked_reading(self, text, num_items_in_batch, kwargs)
         if labels is not None:
             check_label_ids(labels, shape, self.config.num_labels)
-            labels = labels if real is None else labels.masked_fill(~real, NO_TARGET)
+            labels = labels if token_mask is None else labels.masked_fill(~token_mask, NO_TARGET)
         outputs = read()
         logits = self.score(self.dropout(outputs.last_hidden_state))
         return TokenClassifierOutput(
@@ -135,7 +135,7 @@ class TokenClassificationHead:
 
 
 class QuestionAnsweringHead:
-    """Scores of every column as the first and as the last one of an answer."""
+    """Scores of every position as the first and as the last one of an answer."""
 
     @accept_earlier_cache_names
     @can_return_tuple
@@ -155,7 +155,7 @@ class QuestionAnsweringHead:
 
         Args:
             cache: as in the base model. It is updated in place, which is the way to get the learned context.
-            start_positions, end_positions: [batch] columns of this call. One that lies behind them is left out, as in
+            start_positions, end_positions: [batch] positions of this call. One that lies behind them is left out, as in
                 transformers.
             num_items_in_batch: what the summed losses are divided by (default: the positions that are not left out).
 
@@ -168,18 +168,19 @@ class QuestionAnsweringHead:
             ValueError, TypeError: an argument that cannot be read, before any work; nothing is changed.
         """
         text = (input_ids, attention_mask, position_ids, cache, inputs_embeds)
-        shape, real, read = checked_reading(self, text, num_items_in_batch, kwargs)
-        answers = answer_columns({"start_positions": start_positions, "end_positions": end_positions}, shape, real)
+        shape, token_mask, read = checked_reading(self, text, num_items_in_batch, kwargs)
+        given = {"start_positions": start_positions, "end_positions": end_positions}
+        answers = answer_positions(given, shape, token_mask)
         outputs = read()
         logits = self.qa_outputs(outputs.last_hidden_state)
-        if real is not None:
+        if token_mask is not None:
             # An answer never lies in padding, and padding has no share in the probabilities.
-            logits = logits.masked_fill(~real.to(logits.device)[..., None], torch.finfo(logits.dtype).min)
+            logits = logits.masked_fill(~token_mask.to(logits.device)[..., None], torch.finfo(logits.dtype).min)
         ends = [part.contiguous() for part in logits.unbind(dim=-1)]
         loss = None
         if answers is not None:
             pairs = zip(ends, answers, strict=True)
-            losses = [label_loss(part, columns.to(part.device), num_items_in_batch) for part, columns in pairs]
+            losses = [label_loss(part, positions.to(part.device), num_items_in_batch) for part, positions in pairs]
             loss = (losses[0] + losses[1]) / 2
         return QuestionAnsweringModelOutput(
             loss=loss,
@@ -201,7 +202,7 @@ def checked_reading(
         further: arguments of the base model.
 
     Returns:
-        Rows and columns of the call; which columns hold a token, bool [batch, length], None when all do; and the base
+        Rows and length of the call; which positions hold a token, bool [batch, length], None when all do; and the base
         model as a function of what is left to say, which by default returns a cache where it is given one.
 
     Raises:
@@ -211,24 +212,24 @@ def checked_reading(
     check_extra_arguments({name: value for name, value in further.items() if name in LANGUAGE_MODELLING})
     input_ids, attention_mask, _, cache, inputs_embeds = text
     shape = check_inputs(input_ids, inputs_embeds, head.config)
-    real = real_columns(attention_mask, shape, 0 if cache is None else cache.get_seq_length())
+    token_mask = read_attention_mask(attention_mask, shape, 0 if cache is None else cache.get_seq_length())
     arguments = {"use_cache": cache is not None, "return_dict": True}
     arguments |= {name: value for name, value in further.items() if name not in LANGUAGE_MODELLING}
-    return shape, real, partial(head.model, *text, **arguments)
+    return shape, token_mask, partial(head.model, *text, **arguments)
 
 
-def columns_behind(real: torch.Tensor | None) -> torch.Tensor | None:
-    """How many columns of padding stand behind each row's last token, [batch]; None when nothing is padded.
+def padding_behind(token_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """How many positions of padding stand behind each row's last token, [batch]; None when nothing is padded.
 
     Raises:
         ValueError: a row has no token.
     """
-    if real is None:
+    if token_mask is None:
         return None
-    empty = (~real.any(dim=1)).nonzero()
+    empty = (~token_mask.any(dim=1)).nonzero()
     if len(empty):
         raise ValueError(f"`attention_mask` leaves row {int(empty[0])} no token to judge it by: leave the row out.")
-    return real.flip(1).int().argmax(dim=1)
+    return token_mask.flip(1).int().argmax(dim=1)
 
 
 def problem_type(config, labels: torch.Tensor) -> str:
@@ -271,10 +272,10 @@ def check_label_ids(labels: torch.Tensor, shape: tuple[int, ...], num_labels: in
         )
 
 
-def answer_columns(
-    positions: dict[str, torch.Tensor | None], shape: tuple[int, int], real: torch.Tensor | None
+def answer_positions(
+    positions: dict[str, torch.Tensor | None], shape: tuple[int, int], token_mask: torch.Tensor | None
 ) -> list[torch.Tensor] | None:
-    """The columns in which answers begin and end, two tensors [batch]; `NO_TARGET` for one that is left out.
+    """The positions in which answers begin and end, two tensors [batch]; `NO_TARGET` for one that is left out.
 
     Args:
         positions: by the argument's name.
@@ -287,24 +288,26 @@ def answer_columns(
         return None
     if missing:
         raise ValueError(f"`{missing[0]}` is None, but the other end of the answers is given: give both, or none.")
-    return [_columns(name, given, shape, real) for name, given in positions.items()]
+    return [_answer_positions(name, given, shape, token_mask) for name, given in positions.items()]
 
 
-def _columns(name: str, given: torch.Tensor, shape: tuple[int, int], real: torch.Tensor | None) -> torch.Tensor:
+def _answer_positions(
+    name: str, given: torch.Tensor, shape: tuple[int, int], token_mask: torch.Tensor | None
+) -> torch.Tensor:
     rows, length = shape
     if given.numel() != rows or given.is_floating_point() or bool((given < 0).any()):
-        raise ValueError(f"`{name}` must be {rows} columns, one for each row and not negative, got {given}.")
-    columns = given.reshape(rows)
-    columns = columns.masked_fill(columns >= length, NO_TARGET)
-    if real is not None:
-        in_padding = (columns != NO_TARGET) & ~real.gather(1, columns.clamp_min(0)[:, None]).squeeze(1)
+        raise ValueError(f"`{name}` must be {rows} positions, one for each row and not negative, got {given}.")
+    positions = given.reshape(rows)
+    positions = positions.masked_fill(positions >= length, NO_TARGET)
+    if token_mask is not None:
+        in_padding = (positions != NO_TARGET) & ~token_mask.gather(1, positions.clamp_min(0)[:, None]).squeeze(1)
         if bool(in_padding.any()):
             row = int(in_padding.nonzero()[0])
             raise ValueError(
-                f"`{name}` of row {row} is {int(columns[row])}, a column of padding: name a token, or {length} (the "
+                f"`{name}` of row {row} is {int(positions[row])}, padding: name a token's position, or {length} (the "
                 "length) to leave the row out."
             )
-    return columns
+    return positions
 
 
 def label_loss(scores: torch.Tensor, labels: torch.Tensor, items: int | torch.Tensor | None) -> torch.Tensor:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .causal_lm_loss import NO_TARGET, log_likelihood_loss, widened
-from .context import gather_columns
+from .context import gather_positions
 from .fast_weights import FastWeights
 from .twice_differentiable import ClippedDescent, at_least_float32
 
@@ -45,16 +45,16 @@ class InnerState:
 
     Attributes:
         fast: fast weights with one copy per row, or None as long as nothing is learned.
-        histories: per inner attention layer, a tuple of chunks (keys, values) in order of time. Consecutive states
-            share the chunks that did not change.
+        past_key_values: per inner attention layer, a tuple of chunks (keys, values) in order of time. Consecutive
+            states share the chunks that did not change.
     """
 
     fast: FastWeights | None
-    histories: tuple[tuple[tuple[torch.Tensor, torch.Tensor], ...], ...]
+    past_key_values: tuple[tuple[tuple[torch.Tensor, torch.Tensor], ...], ...]
 
     def tensors(self) -> list[torch.Tensor]:
         fast = [] if self.fast is None else list(self.fast.tensors)
-        return fast + [tensor for history in self.histories for chunk in history for tensor in chunk]
+        return fast + [tensor for past in self.past_key_values for chunk in past for tensor in chunk]
 
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> "InnerState":
         """The same structure holding `tensors`, in the order of `tensors()`."""
@@ -62,8 +62,8 @@ class InnerState:
         fast = self.fast
         if fast is not None:
             fast = replace(fast, tensors=tuple(next(given) for _ in fast.tensors))
-        histories = tuple(tuple((next(given), next(given)) for _ in history) for history in self.histories)
-        return InnerState(fast, histories)
+        past_key_values = tuple(tuple((next(given), next(given)) for _ in past) for past in self.past_key_values)
+        return InnerState(fast, past_key_values)
 
     def detach(self) -> "InnerState":
         return self.with_tensors([tensor.detach() for tensor in self.tensors()])
@@ -174,8 +174,8 @@ def inner_step(
     """Read one mini-batch under the fast weights `state.fast`, then move those by one gradient step.
 
     Args:
-        suffix: `suffix(batch, fast, histories, with_logits) -> (StepOutput without losses, new histories, logits)`,
-            the model from the inner inputs to the logits.
+        suffix: the model from the inner inputs to the logits, `suffix(batch, fast, past_key_values, with_logits) ->
+            (StepOutput without losses, new past_key_values, logits)`.
 
     Returns:
         The state for the next mini-batch, and the outputs under the weights before the step.
@@ -188,7 +188,7 @@ def inner_step(
         if learns:
             leaves = (t if differentiable and t.requires_grad else t.detach().requires_grad_() for t in fast.tensors)
             fast = replace(fast, tensors=tuple(leaves))
-        output, histories, logits = suffix(batch, fast, state.histories, needs_logits)
+        output, past_key_values, logits = suffix(batch, fast, state.past_key_values, needs_logits)
         label_nll, losses = None, None
         if needs_logits:
             logits, normalizer = widened(logits)
@@ -219,7 +219,7 @@ def inner_step(
         layers=output.layers,
         attentions=output.attentions,
     )
-    state = InnerState(fast, histories)
+    state = InnerState(fast, past_key_values)
     if differentiable:
         return state, output
     return state.detach(), output.with_differentiable([tensor.detach() for tensor in output.differentiable()])
@@ -258,17 +258,17 @@ def inner_table(
     if not records:
         return torch.empty(rows, 0, device=device), torch.empty(rows, 0, device=device)
     everyone = tuple(range(rows))
-    columns = []
+    entries = []
     for members, losses, norms in records:
         both = torch.stack([losses, norms], dim=-1)  # [members, 2]
         if members != everyone:
             full = both.new_full((rows, 2), float("nan"))
             both = full.index_copy(0, torch.tensor(members, device=both.device), both)
-        columns.append(both)
-    table = torch.stack(columns, dim=1)  # [rows, records, 2]
-    # Rows that learned at different times stand in different columns: move every row's own entries to the left.
+        entries.append(both)
+    table = torch.stack(entries, dim=1)  # [rows, records, 2]
+    # Rows that learned at different times stand at different places: move every row's own entries to the left.
     missing = table[..., 0].isnan()
     if bool(missing.any()):
         order = missing.long().argsort(dim=1, stable=True)
-        table = gather_columns(table, order)[:, : int((~missing).sum(dim=1).max())]
+        table = gather_positions(table, order)[:, : int((~missing).sum(dim=1).max())]
     return table[..., 0], table[..., 1]

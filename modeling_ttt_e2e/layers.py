@@ -6,7 +6,7 @@ A block, with a residual around each line (sandwich norms when `post_norm`):
     x += post_prime_norm(prime_mlp(pre_prime_norm(x)))          suffix blocks only
     x += post_feedforward_norm(mlp(pre_feedforward_norm(x)))
 
-Axis letters: B batch rows, T new tokens, H history columns, D hidden size, C channels of a head.
+Axis letters: B batch rows, T new tokens, H earlier tokens, D hidden size, C channels of a head.
 """
 
 from typing import Literal
@@ -109,7 +109,7 @@ class TTTE2EMLP(nn.Module):
 
 
 class TTTE2EAttention(nn.Module):
-    """Multi-head attention over a history of rotated keys and values."""
+    """Multi-head attention over earlier and new keys and values."""
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
@@ -130,15 +130,15 @@ class TTTE2EAttention(nn.Module):
         self.k_norm = TTTE2ERMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x: torch.Tensor, attention: AttentionInputs, history: KeysValues | None
+        self, x: torch.Tensor, attention: AttentionInputs, past: KeysValues | None
     ) -> tuple[torch.Tensor, KeysValues, torch.Tensor | None]:
-        """x [B, T, D] and a history of keys and values, each [B, key/value heads, H, C], rotated.
+        """x [B, T, D] and earlier keys and values, each [B, key/value heads, H, C], rotated.
 
         Returns:
             The output [B, T, D], the new tokens' keys and values, and the weights [B, heads, T, H + T] (eager only).
         """
         query, key, value = (linear(projection, x) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        output, new, weights = self.mix(query, key, value, attention, history)
+        output, new, weights = self.mix(query, key, value, attention, past)
         return linear(self.o_proj, output), new, weights
 
     def mix(
@@ -147,7 +147,7 @@ class TTTE2EAttention(nn.Module):
         key: torch.Tensor,
         value: torch.Tensor,
         attention: AttentionInputs,
-        history: KeysValues | None,
+        past: KeysValues | None,
     ) -> tuple[torch.Tensor, KeysValues, torch.Tensor | None]:
         """As `forward`, from the projections [B, T, heads * C] to the output before its own, of the same shape."""
         shape = query.shape
@@ -155,19 +155,19 @@ class TTTE2EAttention(nn.Module):
         query = rotate(self.q_norm(query.view(heads)).transpose(1, 2), *attention.position_embeddings)
         key = rotate(self.k_norm(key.view(heads)).transpose(1, 2), *attention.position_embeddings)
         value = value.view(heads).transpose(1, 2)
-        if history is not None:
-            history = (history[0].to(key.dtype), history[1].to(value.dtype))
+        if past is not None:
+            past = (past[0].to(key.dtype), past[1].to(value.dtype))
         mask = attention.masks[self.layer_type]
         if isinstance(mask, BlockMasks):
 
             def attend(*states: torch.Tensor) -> torch.Tensor:
                 return self._attend(attention.implementation, *states)[0]
 
-            output, weights = attend_in_blocks(attend, query, (key, value), history, mask), None
+            output, weights = attend_in_blocks(attend, query, (key, value), past, mask), None
         else:
             seen = (key, value)
-            if history is not None:
-                seen = [torch.cat(pair, dim=2) for pair in zip(history, seen, strict=True)]
+            if past is not None:
+                seen = [torch.cat(pair, dim=2) for pair in zip(past, seen, strict=True)]
             output, weights = self._attend(attention.implementation, query, *seen, mask)
         return output.reshape(shape), (key, value), weights
 
@@ -187,7 +187,7 @@ class NoAttention(nn.Module):
         self.num_key_value_heads = config.num_key_value_heads
 
     def forward(
-        self, x: torch.Tensor, attention: AttentionInputs, history: KeysValues | None
+        self, x: torch.Tensor, attention: AttentionInputs, past: KeysValues | None
     ) -> tuple[torch.Tensor, KeysValues, None]:
         """x [B, T, D] -> zeros, empty keys and values [B, key/value heads, T, 0], and no weights."""
         empty = x.new_empty(x.shape[0], self.num_key_value_heads, x.shape[1], 0)
@@ -209,9 +209,9 @@ class Block(nn.Module):
         self.post_feedforward_layernorm = optional_norm()
 
     def attend(
-        self, x: torch.Tensor, attention: AttentionInputs, history: KeysValues | None
+        self, x: torch.Tensor, attention: AttentionInputs, past: KeysValues | None
     ) -> tuple[torch.Tensor, KeysValues, torch.Tensor | None]:
-        output, new, weights = self.self_attn(self.input_layernorm(x), attention, history)
+        output, new, weights = self.self_attn(self.input_layernorm(x), attention, past)
         return x + self.post_attention_layernorm(output), new, weights
 
     def feed_forward(self, x: torch.Tensor, deltas: tuple[Delta, Delta, Delta] | None = None) -> torch.Tensor:
@@ -221,7 +221,7 @@ class Block(nn.Module):
         self,
         x: torch.Tensor,
         attention: AttentionInputs | None,
-        history: KeysValues | None,
+        past: KeysValues | None,
         deltas: tuple[Delta, Delta, Delta] | None = None,
         part: Literal["whole", "attention", "feed_forward"] = "whole",
     ) -> tuple[torch.Tensor, KeysValues | None, torch.Tensor | None]:
@@ -234,7 +234,7 @@ class Block(nn.Module):
         """
         new = weights = None
         if part != "feed_forward":
-            x, new, weights = self.attend(x, attention, history)
+            x, new, weights = self.attend(x, attention, past)
         if part != "attention":
             x = self.feed_forward(x, deltas)
         return x, new, weights

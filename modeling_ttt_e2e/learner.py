@@ -16,17 +16,17 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from .attention import AttentionInputs, BlockMasks, attention_mask, valid_columns
+from .attention import AttentionInputs, BlockMasks, attention_mask, past_token_mask
 from .causal_lm_loss import NO_TARGET
 from .checkpointing import run_checkpointed
-from .context import LearnedContext, Pending, gather_columns, take_last
+from .context import LearnedContext, Pending, gather_positions, take_last
 from .fast_weights import FastWeights, is_plain, linear
 from .inner_loop import InnerState, MiniBatch, StepOutput, cut_gradient, run_inner_loop
 from .layers import KeysValues, zero_fast_weights
 from .reader import Reader, SegmentMemory, SegmentOutput, run_blocks
 from .tokens import Segment, added
 
-Histories = tuple[tuple[KeysValues, ...], ...]
+PastChunks = tuple[tuple[KeysValues, ...], ...]
 
 
 @torch.compiler.disable
@@ -66,7 +66,7 @@ def learn_pending(
     mini_batch = Segment(
         ids=pending.ids[rows],
         embeddings=None,
-        positions=pending.positions[rows],
+        position_ids=pending.positions[rows],
         labels=None,
         begin=(0,) * len(rows),
         counts=tuple(pending.counts[row] for row in rows),
@@ -82,12 +82,12 @@ def learn_pending(
         whole = context.fast or zero_fast_weights(reader.suffix_layers, pending.inputs)
         fast = whole.replace(rows, part.fast.tensors)
     left = tuple(0 if row in rows else count for row, count in enumerate(pending.counts))
-    histories = context.histories
+    past_key_values = context.past_key_values
     if reader.rule.horizon == 1:
         cut = tuple(row in rows for row in range(context.rows))
-        histories = tuple(kv and tuple(cut_gradient(states, cut) for states in kv) for kv in histories)
+        past_key_values = tuple(kv and tuple(cut_gradient(states, cut) for states in kv) for kv in past_key_values)
     pending = replace(pending, counts=left) if any(left) else None
-    return replace(context, fast=fast, pending=pending, histories=histories)
+    return replace(context, fast=fast, pending=pending, past_key_values=past_key_values)
 
 
 def read_on(
@@ -136,17 +136,17 @@ def run_mini_batches(
         return context
     done = tuple(sum(complete) for complete in zip(*(batch.complete for batch in batches), strict=True))
     pending = _pending_after(context, segment, inputs, tuple(count * reader.config.mini_batch_size for count in done))
-    histories = list(context.histories)
-    for part, chunks in zip(reader.inner_parts[1:], state.histories, strict=True):
+    past_key_values = list(context.past_key_values)
+    for part, chunks in zip(reader.inner_parts[1:], state.past_key_values, strict=True):
         keep = reader.window_before(part.index)
         joined = join(chunks, None)
         ends = [joined[0].shape[2] - segment.length + count for count in segment.counts]
         keep = max(ends) if keep is None else keep + (max(pending.counts) if pending is not None else 0)
-        histories[part.index] = tuple(take_last(states, ends, keep) for states in joined)
+        past_key_values[part.index] = tuple(take_last(states, ends, keep) for states in joined)
     fast = state.fast
     if fast is not None and fast.whole:
         fast = fast.less(_projections(layers))
-    return replace(context, fast=fast, pending=pending, histories=tuple(histories))
+    return replace(context, fast=fast, pending=pending, past_key_values=tuple(past_key_values))
 
 
 def mini_batches(reader: Reader, segment: Segment, inputs: torch.Tensor, steps: tuple[int, ...]) -> list[MiniBatch]:
@@ -158,7 +158,7 @@ def mini_batches(reader: Reader, segment: Segment, inputs: torch.Tensor, steps: 
     """
     size, horizon = reader.config.mini_batch_size, reader.rule.horizon
     targets = inner_targets(segment, reader.config.bos_token_id)
-    cosines, sines = reader.model.rotary_emb(segment.positions, reader.model.dtype)
+    cosines, sines = reader.model.rotary_emb(segment.position_ids, reader.model.dtype)
     batches = []
     # One split instead of many slices: its backward pass is one concatenation.
     for index, own_inputs in enumerate(inputs.split(size, dim=1)):
@@ -203,7 +203,7 @@ class Suffix:
         reader: whose inner blocks, head and wishes these are.
         tokens_before: tokens that precede the first mini-batch, per row.
         forget: drop chunks of keys that the next mini-batch cannot see.
-        masks: those already made, by window, history columns and tokens.
+        masks: those already made, by window, earlier keys and tokens.
     """
 
     reader: Reader
@@ -218,14 +218,14 @@ class Suffix:
         return list(found.values())
 
     def __call__(
-        self, batch: MiniBatch, fast: FastWeights | None, histories: Histories, with_logits: bool
-    ) -> tuple[StepOutput, Histories, torch.Tensor | None]:
+        self, batch: MiniBatch, fast: FastWeights | None, past_key_values: PastChunks, with_logits: bool
+    ) -> tuple[StepOutput, PastChunks, torch.Tensor | None]:
         """Evaluate one mini-batch under `fast`.
 
         Returns:
-            The outputs without losses, the histories with this mini-batch's keys and values, and the logits [B, T, V].
+            The outputs without losses, the keys and values with this mini-batch's, and the logits [B, T, V].
         """
-        reader, memory = self.reader, StepMemory(self, batch, histories)
+        reader, memory = self.reader, StepMemory(self, batch, past_key_values)
         x, states, weights = run_blocks(reader.inner_parts, batch.inputs, fast, memory, operator.call)
         wanted = reader.want_hidden or reader.want_layers or with_logits
         hidden = reader.model.norm(x) if wanted else None
@@ -238,54 +238,54 @@ class Suffix:
             attentions=tuple(weights.values()) if reader.want_attentions else (),
         )
         logits = linear(reader.model.lm_head, hidden) if with_logits else None
-        return output, tuple(memory.histories), logits
+        return output, tuple(memory.past_key_values), logits
 
-    def mask(self, batch: MiniBatch, window: int | None, columns: int) -> torch.Tensor | None:
-        """The mask of a mini-batch over `columns` earlier keys and its own."""
+    def mask(self, batch: MiniBatch, window: int | None, num_past: int) -> torch.Tensor | None:
+        """The mask of a mini-batch over `num_past` earlier keys and its own."""
         rows, tokens = batch.inputs.shape[:2]
         device, implementation = batch.inputs.device, self.reader.inner_implementation
-        # Columns of this segment hold real tokens wherever a real query sees them; only those before it can lack some.
-        columns_before = columns - batch.index * self.reader.config.mini_batch_size
-        valid = valid_columns(self.tokens_before, columns_before, device) if columns_before > 0 else None
+        # Places of this segment hold tokens wherever a token sees them; only those before it can lack some.
+        before_segment = num_past - batch.index * self.reader.config.mini_batch_size
+        valid = past_token_mask(self.tokens_before, before_segment, device) if before_segment > 0 else None
         if valid is not None:
-            valid = torch.cat([valid, valid.new_ones(rows, columns - columns_before)], dim=1)
-            return attention_mask(implementation, window, columns, tokens, rows, valid, device)
-        key = (window, columns, tokens)
+            valid = torch.cat([valid, valid.new_ones(rows, num_past - before_segment)], dim=1)
+            return attention_mask(implementation, window, num_past, tokens, rows, valid, device)
+        key = (window, num_past, tokens)
         if key not in self.masks:
-            self.masks[key] = attention_mask(implementation, window, columns, tokens, rows, None, device)
+            self.masks[key] = attention_mask(implementation, window, num_past, tokens, rows, None, device)
         return self.masks[key]
 
 
 class StepMemory:
     """Keys and values around one inner step: chunks in order of time, to which the step adds one per block."""
 
-    def __init__(self, suffix: Suffix, batch: MiniBatch, histories: Histories):
+    def __init__(self, suffix: Suffix, batch: MiniBatch, past_key_values: PastChunks):
         self.suffix, self.batch = suffix, batch
-        self.histories = list(histories)
+        self.past_key_values = list(past_key_values)
         self.first = suffix.reader.config.num_prefix_layers + 1
 
     def before(self, index: int) -> tuple[AttentionInputs, KeysValues | None]:
         reader, keep = self.suffix.reader, self.suffix.reader.window_before(index)
-        history = join(self.histories[index - self.first], keep)
-        columns = 0 if history is None else history[0].shape[2]
+        past = join(self.past_key_values[index - self.first], keep)
+        num_past = 0 if past is None else past[0].shape[2]
         mask = None
         if reader.config.use_attention:
-            mask = self.suffix.mask(self.batch, None if keep is None else keep + 1, columns)
+            mask = self.suffix.mask(self.batch, None if keep is None else keep + 1, num_past)
         masks: dict[str, torch.Tensor | BlockMasks | None] = {reader.config.layer_types[index]: mask}
-        return AttentionInputs(self.batch.position_embeddings, masks, reader.inner_implementation), history
+        return AttentionInputs(self.batch.position_embeddings, masks, reader.inner_implementation), past
 
     def add(self, index: int, new: KeysValues) -> None:
-        chunks, keep = (*self.histories[index - self.first], new), self.suffix.reader.window_before(index)
+        chunks, keep = (*self.past_key_values[index - self.first], new), self.suffix.reader.window_before(index)
         if self.suffix.forget and keep is not None:
-            columns = sum(keys.shape[2] for keys, _ in chunks)
-            while chunks and columns - chunks[0][0].shape[2] >= keep:
-                columns -= chunks[0][0].shape[2]
+            num_past = sum(keys.shape[2] for keys, _ in chunks)
+            while chunks and num_past - chunks[0][0].shape[2] >= keep:
+                num_past -= chunks[0][0].shape[2]
                 chunks = chunks[1:]
-        self.histories[index - self.first] = chunks
+        self.past_key_values[index - self.first] = chunks
 
 
 def join(chunks: Sequence[KeysValues], length: int | None) -> KeysValues | None:
-    """Chunks of keys and values as one pair, cut to the last `length` columns (None: all); None for no chunk."""
+    """Chunks of keys and values as one pair, cut to the last `length` tokens (None: all); None for no chunk."""
     if not chunks:
         return None
     if length is not None:
@@ -319,29 +319,29 @@ def _own_fast_weights(fast: FastWeights, layers: Sequence[torch.nn.Module], diff
     return fast.own_copies()
 
 
-def _first_chunks(reader: Reader, context: LearnedContext, waiting: int) -> Histories:
+def _first_chunks(reader: Reader, context: LearnedContext, waiting: int) -> PastChunks:
     """Keys and values of the inner attention layers as first chunks: the window, and what the `waiting` tokens of a row
     with a begun mini-batch have left."""
     chunks = []
     for part in reader.inner_parts[1:]:
-        history, keep = context.histories[part.index], reader.window_before(part.index)
-        if history is not None and keep is not None:
-            columns = history[0].shape[2]
-            history = tuple(take_last(states, [columns], keep + waiting) for states in history)
-        chunks.append(() if history is None else (history,))
+        past, keep = context.past_key_values[part.index], reader.window_before(part.index)
+        if past is not None and keep is not None:
+            num_past = past[0].shape[2]
+            past = tuple(take_last(states, [num_past], keep + waiting) for states in past)
+        chunks.append(() if past is None else (past,))
     return tuple(chunks)
 
 
 def _without_pending(reader: Reader, context: LearnedContext) -> LearnedContext:
     """The context before its pending tokens were read, as far as the inner blocks are concerned."""
-    histories = list(context.histories)
+    past_key_values = list(context.past_key_values)
     for part in reader.inner_parts[1:]:
-        history, keep = histories[part.index], reader.window_before(part.index)
-        ends = [history[0].shape[2] - count for count in context.pending_counts]
+        past, keep = past_key_values[part.index], reader.window_before(part.index)
+        ends = [past[0].shape[2] - count for count in context.pending_counts]
         length = max(ends) if keep is None else keep
-        histories[part.index] = tuple(take_last(states, ends, length) for states in history) if max(ends) else None
+        past_key_values[part.index] = tuple(take_last(states, ends, length) for states in past) if max(ends) else None
     tokens = tuple(read - count for read, count in zip(context.tokens, context.pending_counts, strict=True))
-    return replace(context, tokens=tokens, histories=tuple(histories), pending=None)
+    return replace(context, tokens=tokens, past_key_values=tuple(past_key_values), pending=None)
 
 
 def _pending_after(
@@ -353,7 +353,7 @@ def _pending_after(
     counts = tuple(count - learned for count, learned in zip(counts, done, strict=True))
     if max(counts) == 0:
         return None
-    tensors = (inputs, segment.ids, segment.positions.expand(context.rows, -1))
+    tensors = (inputs, segment.ids, segment.position_ids.expand(context.rows, -1))
     width = 0
     if context.pending is not None:
         width = max(before)
@@ -364,7 +364,7 @@ def _pending_after(
     places = torch.arange(max(counts)) + torch.tensor(done)[:, None]
     own = torch.tensor(before)[:, None]
     places = torch.where(places < own, places, places - own + width).clamp_max(tensors[0].shape[1] - 1)
-    return Pending(counts, *(gather_columns(tensor, places) for tensor in tensors))
+    return Pending(counts, *(gather_positions(tensor, places) for tensor in tensors))
 
 
 def _collect(

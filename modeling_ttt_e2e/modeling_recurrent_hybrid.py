@@ -36,7 +36,7 @@ from .checks import (
     check_positions,
     check_something_to_read,
     one_input,
-    real_columns,
+    read_attention_mask,
 )
 from .configuration_recurrent_hybrid import RecurrentHybridConfig
 from .recurrent_inputs import (
@@ -181,9 +181,9 @@ class RecurrentHybridModel(RecurrentHybridPreTrainedModel):
 
         Args:
             input_ids: [batch, length].
-            attention_mask: [batch, columns in the cache + length], 0 for padding, anywhere, so that a batch may be
+            attention_mask: [batch, read before + length], 0 for padding, anywhere, so that a batch may be
                 continued with turns that are padded on the left. Recurrent blocks and full attention read each row as
-                if it stood alone; a sliding window counts columns, padding included, as in models of transformers.
+                if it stood alone; a sliding window counts positions, padding included, as in models of transformers.
                 (When compiled: on the left of a first call, or on the right of a last one.)
             position_ids: [1 or batch, length]; None counts each row's tokens.
             cache: a `DynamicCache(config=model.config)` to go on from, updated in place.
@@ -256,18 +256,18 @@ class RecurrentHybridModel(RecurrentHybridPreTrainedModel):
             check_embeddings(inputs_embeds, self.config.hidden_size)
         check_states(cache, self.config.layer_types)
         shape = tuple((input_ids if inputs_embeds is None else inputs_embeds).shape[:2])
-        real = None
+        token_mask = None
         if (
             attention_mask is not None
             and not isinstance(attention_mask, dict)
             and getattr(attention_mask, "ndim", 2) != 4
         ):
-            real = real_columns(attention_mask, shape, 0 if cache is None else int(cache.get_seq_length()))
-            check_something_to_read(real, goes_on=use_cache or cache is not None)
+            token_mask = read_attention_mask(attention_mask, shape, 0 if cache is None else int(cache.get_seq_length()))
+            check_something_to_read(token_mask, goes_on=use_cache or cache is not None)
         if position_ids is not None:
-            position_ids = check_positions(position_ids, real, shape)
+            position_ids = check_positions(position_ids, token_mask, shape)
             if "linear_attention" in self.config.layer_types and not packed:
-                check_one_document(position_ids, real)
+                check_one_document(position_ids, token_mask)
 
 
 class RecurrentHybridForCausalLM(BaselineCausalLM, RecurrentHybridPreTrainedModel, BaseGenerationMixin):

@@ -141,7 +141,7 @@ class TTTE2EModel(TTTE2EPreTrainedModel):
 
         Args:
             input_ids: [batch, length]; any length, also one that is no multiple of the mini-batch.
-            attention_mask: [batch, length] or, with a cache, [batch, columns read + length]; 0 marks padding, on any
+            attention_mask: [batch, length] or, with a cache, [batch, positions read + length]; 0 marks padding, on any
                 side. None: nothing is padded.
             position_ids: [batch, length], growing along each row; None counts each row's tokens.
             cache: the learned context to go on from; updated in place unless `use_cache=False`. With learning off also
@@ -158,7 +158,7 @@ class TTTE2EModel(TTTE2EPreTrainedModel):
             output_attentions: also each block's weights [batch, heads, length, keys before + length] (runs eager
                 attention).
             test_time_training: learn while reading (default: `config.test_time_training`).
-            learning_span: columns (first, end), counted from the first one ever read, that are learned; None all.
+            learning_span: positions (first, end), counted from the first one ever read, that are learned; None all.
             shift_labels: [batch, length] labels that are already aligned with the positions.
 
         Raises:
@@ -184,7 +184,7 @@ class TTTE2EModel(TTTE2EPreTrainedModel):
         output = run_call(self, call)
         if call.use_cache:
             cache = TTTE2ECache(self.config) if call.cache is None else call.cache
-            cache.store(output.context, call.tokens.columns, self)
+            cache.store(output.context, call.tokens.length, self)
         hidden = output.hidden
         if hidden is not None and not isinstance(logits_to_keep, int):
             hidden = slice_logits_to_keep(hidden, logits_to_keep)
@@ -301,7 +301,7 @@ class TTTE2EForTokenClassification(TokenClassificationHead, TTTE2EPreTrainedMode
 
 
 class TTTE2EForQuestionAnswering(QuestionAnsweringHead, TTTE2EPreTrainedModel):
-    """The decoder with scores of every column as the first and as the last one of an answer in the text."""
+    """The decoder with scores of every position as the first and as the last one of an answer in the text."""
 
     def __init__(self, config):
         super().__init__(config)

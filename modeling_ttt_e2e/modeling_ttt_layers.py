@@ -6,7 +6,7 @@ A block, with a residual around each line (the first line only with `ttt_pre_con
     x += post_attention_norm(mixer(input_norm(x)))
     x += post_feedforward_norm(mlp(pre_feedforward_norm(x)))
 
-Axis letters: B batch rows, N columns of the call, T tokens (each row's own moved to the left), D hidden size.
+Axis letters: B batch rows, N positions of the call, T tokens (each row's own moved to the left), D hidden size.
 """
 
 import math
@@ -35,12 +35,12 @@ from .checks import (
     check_positions,
     check_something_to_read,
     one_input,
-    real_columns,
+    read_attention_mask,
 )
 from .configuration_decoder import ATTENTION_TYPES
 from .configuration_ttt_layers import INNER_LEARNERS, TTTLayersConfig
 from .layers import TTTE2EMLP, TTTE2ERMSNorm, TTTE2ERotaryEmbedding
-from .outputs import AttentionWriter, ColumnWriter, attention_writers
+from .outputs import AttentionWriter, PositionWriter, attention_writers
 from .tokens import MiniBatchGrid, Segment, Tokens, added
 from .ttt_mixers import MIXERS, MixerCall, TTTKVBMixer, TTTMixer, causal_convolution, make_convolution
 
@@ -105,7 +105,7 @@ class TTTLayersPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _can_compile_fullgraph = False
     _is_stateful = True  # what was learned cannot be rolled back, as assisted decoding would
-    # Blocks see tokens, not columns, so that hooks would record them in another layout.
+    # Blocks see tokens, not positions, so that hooks would record them in another layout.
     _can_record_outputs = None
 
     @torch.no_grad()
@@ -173,9 +173,9 @@ class TTTLayersModel(TTTLayersPreTrainedModel):
 
         Args:
             input_ids: [batch, length].
-            attention_mask: [batch, length] or [batch, columns in the cache + length], 0 for padding, anywhere.
+            attention_mask: [batch, length] or [batch, read before + length], 0 for padding, anywhere.
             position_ids: [1 or batch, length], for the RoPE of attention blocks, growing along each row's tokens; None
-                counts them. TTT blocks always count real tokens.
+                counts them. TTT blocks always count tokens.
             cache: a [`TTTLayersCache`] to go on from; updated unless `use_cache=False`.
             inputs_embeds: [batch, length, hidden_size] instead of `input_ids`.
             use_cache: return the cache (default: `config.use_cache` except when training, or when one is given).
@@ -204,16 +204,16 @@ class TTTLayersModel(TTTLayersPreTrainedModel):
             before, states, starts, read = (0,) * shape[0], (None,) * len(self.layers), (0,) * shape[0], 0
         else:
             before, states, starts, read = cache.tokens, cache.states, cache.next_positions, cache.columns
-        real = real_columns(attention_mask, shape, read)
+        token_mask = read_attention_mask(attention_mask, shape, read)
         if position_ids is not None:
-            position_ids = check_positions(position_ids, real, shape, starts)
-        check_something_to_read(real, goes_on=use_cache or cache is not None)
-        tokens = Tokens.of(None, inputs_embeds, None, position_ids, real, starts)
+            position_ids = check_positions(position_ids, token_mask, shape, starts)
+        check_something_to_read(token_mask, goes_on=use_cache or cache is not None)
+        tokens = Tokens.of(None, inputs_embeds, None, position_ids, token_mask, starts)
         keep_layers = _chosen(output_hidden_states, self.config.output_hidden_states)
         keep_weights = _chosen(output_attentions, self.config.output_attentions)
-        hidden, layers, writers = ColumnWriter(tokens), [], None
+        hidden, layers, writers = PositionWriter(tokens), [], None
         if keep_layers:
-            layers = [ColumnWriter(tokens) for _ in self.layers]
+            layers = [PositionWriter(tokens) for _ in self.layers]
         if keep_weights:
             writers = attention_writers(self.config, tokens, attention_mask, before, read)
         reading = _Reading(before, states)
@@ -261,7 +261,7 @@ class TTTLayersModel(TTTLayersPreTrainedModel):
         return self.norm(x), inputs
 
     def _mixer_call(self, reading: _Reading, segment: Segment, weights: bool) -> MixerCall:
-        x, counts, positions = segment.embeddings, segment.counts, segment.positions
+        x, counts, positions = segment.embeddings, segment.counts, segment.position_ids
         grid = MiniBatchGrid.of(reading.tokens, counts, x.shape[1], self.config.mini_batch_size, x.device)
         attention = None
         if hasattr(self, "rotary_emb"):
@@ -278,9 +278,9 @@ class TTTLayersModel(TTTLayersPreTrainedModel):
             if layer_type in masks or layer_type not in ATTENTION_TYPES:
                 continue
             state = reading.states[index]
-            history = 0 if state is None else self.layers[index].mixer.history_columns(state[1])
+            num_past = 0 if state is None else self.layers[index].mixer.num_past(state[1])
             window = self.config.sliding_window if layer_type == "sliding_attention" else None
-            sizes = (history, x.shape[1], reading.tokens)
+            sizes = (num_past, x.shape[1], reading.tokens)
             masks[layer_type] = segment_masks(implementation, window, *sizes, x.device, weights)
         return masks
 

@@ -1,6 +1,6 @@
-"""From the tokens of segments back to the columns of a call: hidden states, losses and attention weights.
+"""From the tokens of segments back to the positions of a call: hidden states, losses and attention weights.
 
-Axis letters: B batch rows, N columns of the call, n tokens of a segment.
+Axis letters: B batch rows, N positions of the call, n tokens of a segment.
 """
 
 import weakref
@@ -13,31 +13,30 @@ from torch.nn import functional as F
 from .tokens import Segment, Tokens
 
 
-class ColumnWriter:
-    """Collects outputs of tokens and returns them in columns `first` to N - 1; what is no token, or was not read, holds
-    zeros."""
+class PositionWriter:
+    """Collects outputs of tokens and returns them at positions `first` to N - 1, zeros where no token was read."""
 
     def __init__(self, tokens: Tokens, first: int = 0):
         self.tokens, self.first = tokens, first
-        # Values [B, n, ...] with their first column where each row's tokens stand in consecutive ones, else values
-        # [m, ...] with the row and column [m, 2] of each.
+        # Values [B, n, ...] with their first position where each row's tokens stand in consecutive ones, else values
+        # [m, ...] with the row and position [m, 2] of each.
         self.parts: list[tuple[torch.Tensor, int | torch.Tensor]] = []
         self.sources: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def add(self, values: torch.Tensor, segment: Segment, start: int = 0) -> None:
         """values [B, n, ...] of the segment's tokens `start`, `start` + 1, ..."""
-        if self.tokens.real is None and len(set(segment.begin)) == 1 and min(segment.counts) == segment.length:
-            # Only what is asked for is kept: a long text may want nothing but its last column.
-            column = segment.begin[0] + start
-            skipped = min(max(self.first - column, 0), values.shape[1])
+        if self.tokens.token_mask is None and len(set(segment.begin)) == 1 and min(segment.counts) == segment.length:
+            # Only what is asked for is kept: a long text may want nothing but its last position.
+            position = segment.begin[0] + start
+            skipped = min(max(self.first - position, 0), values.shape[1])
             if skipped:
                 values = values[:, skipped:] if values.requires_grad else values[:, skipped:].clone()
             if values.shape[1]:
-                self.parts.append((values, column + skipped))
+                self.parts.append((values, position + skipped))
             return
-        columns, real = self._places(segment, start, values.shape[1])
-        wanted = real & (columns >= self.first)
-        places = torch.stack([wanted.nonzero()[:, 0], columns[wanted]], dim=1)
+        positions, token_mask = self._places(segment, start, values.shape[1])
+        wanted = token_mask & (positions >= self.first)
+        places = torch.stack([wanted.nonzero()[:, 0], positions[wanted]], dim=1)
         self.parts.append((values[wanted], places))
 
     def add_chunks(self, chunks: Sequence[torch.Tensor], segment: Segment) -> None:
@@ -55,50 +54,52 @@ class ColumnWriter:
 
     def result(self) -> torch.Tensor:
         """[B, N - first, ...]"""
-        columns = self.tokens.columns - self.first
+        length = self.tokens.length - self.first
         if all(isinstance(places, int) for _, places in self.parts):
             values = torch.cat([values for values, _ in self.parts], dim=1)
-            missing = columns - values.shape[1]
+            missing = length - values.shape[1]
             return F.pad(values, [0, 0] * (values.dim() - 2) + [0, missing]) if missing else values
         flat, places = (torch.cat(parts) for parts in zip(*map(_flat, self.parts), strict=True))
-        result = flat.new_zeros(self.tokens.rows, columns, *flat.shape[1:])
+        result = flat.new_zeros(self.tokens.rows, length, *flat.shape[1:])
         return result.index_put((places[:, 0], places[:, 1] - self.first), flat)
 
     def followed(self) -> torch.Tensor:
         """As `result`, with the gradient of the chunks: `retain_grad()` shows what flows through the model itself.
 
-        Where the columns are one chunk it is returned itself. Elsewhere the result is a copy, from which nothing in the
-        model is computed; then hooks on the chunks bring it their gradient.
+        Where all positions are one chunk it is returned itself. Elsewhere the result is a copy, from which nothing in
+        the model is computed; then hooks on the chunks bring it their gradient.
         """
         (first, *_), *others = self.sources
-        if not others and isinstance(self.parts[0][1], int) and first.shape[1] == self.tokens.columns - self.first:
+        if not others and isinstance(self.parts[0][1], int) and first.shape[1] == self.tokens.length - self.first:
             return first
         result = self.result()
-        for chunk, columns, real in self.sources:
-            _follow_gradient(result, chunk, partial(_to_columns, columns=columns, real=real))
+        for chunk, positions, token_mask in self.sources:
+            _follow_gradient(result, chunk, partial(_to_positions, positions=positions, token_mask=token_mask))
         return result
 
     def _places(self, segment: Segment, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The column of each token from `start` on, and whether there is one, both [B, length]."""
-        columns = self.tokens.places([begin + start for begin in segment.begin], length)
-        counts = torch.tensor(segment.counts, device=columns.device)[:, None]
-        real = torch.arange(start, start + length, device=columns.device) < counts
-        return columns.expand_as(real), real
+        """The position of each token from `start` on, and whether there is one, both [B, length]."""
+        positions = self.tokens.places([begin + start for begin in segment.begin], length)
+        counts = torch.tensor(segment.counts, device=positions.device)[:, None]
+        token_mask = torch.arange(start, start + length, device=positions.device) < counts
+        return positions.expand_as(token_mask), token_mask
 
 
 def _flat(part: tuple[torch.Tensor, int | torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values [m, ...] of tokens, and the row and column [m, 2] of each."""
+    """Values [m, ...] of tokens, and the row and position [m, 2] of each."""
     values, places = part
     if isinstance(places, torch.Tensor):
         return values, places
-    rows, columns = (torch.arange(size, device=values.device) for size in values.shape[:2])
-    return values.flatten(0, 1), torch.cartesian_prod(rows, columns + places)
+    rows, positions = (torch.arange(size, device=values.device) for size in values.shape[:2])
+    return values.flatten(0, 1), torch.cartesian_prod(rows, positions + places)
 
 
-def _to_columns(state: torch.Tensor, gradient: torch.Tensor, columns: torch.Tensor, real: torch.Tensor) -> None:
-    """Write the gradient of tokens that stand at `columns` into that of the columns."""
-    rows = torch.arange(len(columns), device=columns.device)[:, None].expand_as(columns)
-    state[rows[real], columns[real]] = gradient[:, : columns.shape[1]][real]
+def _to_positions(
+    state: torch.Tensor, gradient: torch.Tensor, positions: torch.Tensor, token_mask: torch.Tensor
+) -> None:
+    """Write the gradient of the tokens at `positions` into that of the whole state."""
+    rows = torch.arange(len(positions), device=positions.device)[:, None].expand_as(positions)
+    state[rows[token_mask], positions[token_mask]] = gradient[:, : positions.shape[1]][token_mask]
 
 
 def _follow_gradient(
@@ -125,46 +126,46 @@ def _follow_gradient(
     source.register_hook(follow)
 
 
-def _past_columns(
-    attention_mask: torch.Tensor | None, columns_read: int, tokens: Sequence[int], device: torch.device
+def _past_positions(
+    attention_mask: torch.Tensor | None, positions_read: int, tokens: Sequence[int], device: torch.device
 ) -> list[torch.Tensor]:
-    """Per row, the columns of the tokens that earlier calls have read, in order.
+    """Per row, the positions of the tokens that earlier calls have read, in order.
 
-    A mask over all columns tells them; without one, padding is taken to stand on the left.
+    A mask over all positions tells them; without one, padding is taken to stand on the left.
     """
-    places = [torch.arange(columns_read - count, columns_read, device=device) for count in tokens]
-    if attention_mask is None or attention_mask.shape[1] <= columns_read or columns_read == 0:
+    places = [torch.arange(positions_read - count, positions_read, device=device) for count in tokens]
+    if attention_mask is None or attention_mask.shape[1] <= positions_read or positions_read == 0:
         return places
-    masked = [row.nonzero().squeeze(1).to(device) for row in attention_mask[:, :columns_read]]
+    masked = [row.nonzero().squeeze(1).to(device) for row in attention_mask[:, :positions_read]]
     return [own if len(own) == len(place) else place for own, place in zip(masked, places, strict=True)]
 
 
 class AttentionWriter:
-    """Collects one block's attention weights and returns them over the columns of a call.
+    """Collects one block's attention weights and returns them over the positions of a call.
 
     Args:
-        history: key columns from before the call, the last ones that were read.
-        columns_read: columns from before the call.
-        past: per row, the columns of its tokens from before the call; those beyond `history` are left out.
-        columns_of_rows: per row, the columns of its tokens in the call, in order.
-        columns: N, columns of the call.
+        num_past: key positions from before the call, the last ones that were read.
+        positions_read: positions from before the call.
+        past_positions: per row, those of its tokens from before the call; those beyond `num_past` are left out.
+        positions_of_rows: per row, those of its tokens in the call, in order.
+        length: N, positions of the call.
     """
 
     def __init__(
         self,
-        history: int,
-        columns_read: int,
-        past: Sequence[torch.Tensor],
-        columns_of_rows: Sequence[torch.Tensor],
-        columns: int,
+        num_past: int,
+        positions_read: int,
+        past_positions: Sequence[torch.Tensor],
+        positions_of_rows: Sequence[torch.Tensor],
+        length: int,
     ):
-        self.history = history
+        self.num_past = num_past
         # The place of every token of a row among the keys, those from before the call first; negative: left out.
-        shifted = zip(past, columns_of_rows, strict=True)
-        self.key_places = [torch.cat([old - columns_read, new]) + history for old, new in shifted]
-        self.past_tokens = [len(own) for own in past]
-        self.columns_of_rows = columns_of_rows
-        self.columns = columns
+        shifted = zip(past_positions, positions_of_rows, strict=True)
+        self.key_places = [torch.cat([old - positions_read, new]) + num_past for old, new in shifted]
+        self.past_tokens = [len(own) for own in past_positions]
+        self.positions_of_rows = positions_of_rows
+        self.length = length
         self.parts = []
 
     def add(self, weights: torch.Tensor, segment: Segment, start: int = 0) -> None:
@@ -172,43 +173,46 @@ class AttentionWriter:
         self.parts.append((weights, segment, start))
 
     def result(self) -> torch.Tensor:
-        """[B, heads, N, history + N]; zero where a query or key is padding."""
+        """[B, heads, N, num_past + N]; zero where a query or key is padding."""
         weights, segment, start = self.parts[0]
-        size = (*weights.shape[:2], self.columns, self.history + self.columns)
+        size = (*weights.shape[:2], self.length, self.num_past + self.length)
         alone = len(self.parts) == 1 and weights.shape == size
-        if alone and not self.history and not start and min(segment.counts) == self.columns:
+        if alone and not self.num_past and not start and min(segment.counts) == self.length:
             return weights
         result = weights.new_zeros(size)
         for weights, segment, start in self.parts:
             for row, (begin, end) in enumerate(zip(segment.begin, segment.end, strict=True)):
                 first = begin + start
-                places, earlier = self.columns_of_rows[row], self.past_tokens[row]
+                places, earlier = self.positions_of_rows[row], self.past_tokens[row]
                 queries = torch.arange(weights.shape[2], device=weights.device) + first
                 keys = torch.arange(weights.shape[3], device=weights.device) + earlier + first
                 keys = keys - (weights.shape[3] - weights.shape[2])
                 good_queries = queries < end
-                key_columns = self.key_places[row][keys.clamp(0, len(self.key_places[row]) - 1)]
-                good_keys = (keys >= 0) & (keys < earlier + end) & (key_columns >= 0)
+                key_positions = self.key_places[row][keys.clamp(0, len(self.key_places[row]) - 1)]
+                good_keys = (keys >= 0) & (keys < earlier + end) & (key_positions >= 0)
                 block = weights[row][:, good_queries][:, :, good_keys]
-                result[row][:, places[queries[good_queries]][:, None], key_columns[good_keys][None, :]] = block
+                result[row][:, places[queries[good_queries]][:, None], key_positions[good_keys][None, :]] = block
         return result
 
 
 def attention_writers(
-    config, tokens: Tokens, attention_mask: torch.Tensor | None, tokens_before: Sequence[int], columns_read: int
+    config, tokens: Tokens, attention_mask: torch.Tensor | None, tokens_before: Sequence[int], positions_read: int
 ) -> dict[int, AttentionWriter]:
     """Collectors of attention weights by the index of their block, for blocks with attention.
 
     Args:
         attention_mask: as the call was given it.
-        tokens_before, columns_read: what earlier calls have read.
+        tokens_before, positions_read: what earlier calls have read.
     """
-    every = torch.arange(tokens.columns, device=tokens.device)
-    places = [every if tokens.real is None else every[tokens.real[row]] for row in range(tokens.rows)]
-    past = _past_columns(attention_mask, columns_read, tokens_before, tokens.device)
-    kept = {"full_attention": columns_read, "sliding_attention": min(columns_read, (config.sliding_window or 1) - 1)}
+    every = torch.arange(tokens.length, device=tokens.device)
+    places = [every if tokens.token_mask is None else every[tokens.token_mask[row]] for row in range(tokens.rows)]
+    past = _past_positions(attention_mask, positions_read, tokens_before, tokens.device)
+    kept = {
+        "full_attention": positions_read,
+        "sliding_attention": min(positions_read, (config.sliding_window or 1) - 1),
+    }
     return {
-        index: AttentionWriter(kept[kind], columns_read, past, places, tokens.columns)
+        index: AttentionWriter(kept[kind], positions_read, past, places, tokens.length)
         for index, kind in enumerate(config.layer_types)
         if kind in kept
     }

@@ -6,7 +6,7 @@
 
 All of these are one loop over blocks, `run_blocks`; they differ in where keys and values come from and go to.
 
-Axis letters: B batch rows, T tokens of the segment (aligned left; a row's unused columns stand on the right),
+Axis letters: B batch rows, T tokens of the segment (aligned left; what stands behind a row's last token means nothing),
 D hidden size, V vocabulary.
 """
 
@@ -181,7 +181,7 @@ class Reader:
             output.layers += [[state] for state in states]
 
     def window_before(self, index: int) -> int | None:
-        """Columns that the first of some new queries of block `index` sees before itself; None: all."""
+        """Keys that the first of some new queries of block `index` sees before itself; None: all."""
         sliding = self.config.layer_types[index] == "sliding_attention"
         return self.config.sliding_window - 1 if sliding else None
 
@@ -189,14 +189,14 @@ class Reader:
         """Forget the pending mini-batch, and the keys that were kept only to learn from it."""
         if context.pending is None:
             return context
-        histories = []
-        for index, history in enumerate(context.histories):
+        past_key_values = []
+        for index, past in enumerate(context.past_key_values):
             keep = self.window_before(index)
-            ends = [history[0].shape[2]] * context.rows
+            ends = [past[0].shape[2]] * context.rows
             if keep is not None:
-                history = take_last(history[0], ends, keep), take_last(history[1], ends, keep)
-            histories.append(history)
-        return replace(context, pending=None, histories=tuple(histories))
+                past = take_last(past[0], ends, keep), take_last(past[1], ends, keep)
+            past_key_values.append(past)
+        return replace(context, pending=None, past_key_values=tuple(past_key_values))
 
     def finish(self, output: SegmentOutput, x: torch.Tensor, labels: torch.Tensor | None) -> None:
         """Final norm, and the outer loss without ever holding the logits of more than a mini-batch."""
@@ -218,38 +218,38 @@ class SegmentMemory:
 
     def __init__(self, reader: Reader, context: LearnedContext, segment: Segment, pending: int = 0):
         self.reader, self.segment, self.pending = reader, segment, pending
-        self.before_segment, self.histories = context, list(context.histories)
-        self.angles = reader.model.rotary_emb(segment.positions, reader.model.dtype)
+        self.before_segment, self.past_key_values = context, list(context.past_key_values)
+        self.angles = reader.model.rotary_emb(segment.position_ids, reader.model.dtype)
         self.inputs: dict[tuple[str, int], AttentionInputs] = {}
 
     @property
     def context(self) -> LearnedContext:
         """The context with what was added."""
-        return replace(self.before_segment, histories=tuple(self.histories))
+        return replace(self.before_segment, past_key_values=tuple(self.past_key_values))
 
     def before(self, index: int) -> tuple[AttentionInputs, KeysValues | None]:
-        history = self.histories[index]
-        kind, columns = self.reader.config.layer_types[index], 0 if history is None else history[0].shape[2]
-        if (kind, columns) not in self.inputs:
-            masks = {kind: self._mask(kind, columns)}
-            self.inputs[kind, columns] = AttentionInputs(self.angles, masks, self.reader.implementation)
-        return self.inputs[kind, columns], history
+        past = self.past_key_values[index]
+        kind, num_past = self.reader.config.layer_types[index], 0 if past is None else past[0].shape[2]
+        if (kind, num_past) not in self.inputs:
+            masks = {kind: self._mask(kind, num_past)}
+            self.inputs[kind, num_past] = AttentionInputs(self.angles, masks, self.reader.implementation)
+        return self.inputs[kind, num_past], past
 
     def add(self, index: int, new: KeysValues) -> None:
-        """History with the new keys and values, aligned right, as many columns as will be seen."""
+        """Earlier keys and values with the new ones, aligned right, as many as will be seen."""
         if not self.segment.needs_context:
             return
-        history, keep = self.histories[index], self.reader.window_before(index)
-        columns = 0 if history is None else history[0].shape[2]
-        ends = [columns + count for count in self.segment.counts]
+        past, keep = self.past_key_values[index], self.reader.window_before(index)
+        num_past = 0 if past is None else past[0].shape[2]
+        ends = [num_past + count for count in self.segment.counts]
         keep = max(ends) if keep is None else keep + self.pending
-        joined = new if history is None else tuple(torch.cat(pair, dim=2) for pair in zip(history, new, strict=True))
-        self.histories[index] = tuple(take_last(states, ends, keep) for states in joined)
+        joined = new if past is None else tuple(torch.cat(pair, dim=2) for pair in zip(past, new, strict=True))
+        self.past_key_values[index] = tuple(take_last(states, ends, keep) for states in joined)
 
-    def _mask(self, kind: str, columns: int) -> torch.Tensor | BlockMasks | None:
+    def _mask(self, kind: str, num_past: int) -> torch.Tensor | BlockMasks | None:
         reader, segment = self.reader, self.segment
         if not reader.config.use_attention:
             return None
         window = reader.config.sliding_window if kind == "sliding_attention" else None
-        sizes, device = (columns, segment.length, self.before_segment.tokens), segment.positions.device
+        sizes, device = (num_past, segment.length, self.before_segment.tokens), segment.position_ids.device
         return segment_masks(reader.implementation, window, *sizes, device, reader.want_attentions)

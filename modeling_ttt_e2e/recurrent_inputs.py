@@ -17,10 +17,10 @@ from transformers.masking_utils import create_recurrent_attention_mask
 
 @dataclass(frozen=True)
 class TokenGroup:
-    """The tokens of rows that have equally many of them in a call: rows [rows, 1] and their columns [rows, tokens]."""
+    """The tokens of rows that have equally many in a call: the rows [rows, 1], and positions [rows, tokens]."""
 
     rows: torch.Tensor
-    columns: torch.Tensor
+    positions: torch.Tensor
 
 
 RecurrentMask = torch.Tensor | list[TokenGroup] | None
@@ -29,9 +29,9 @@ RecurrentMask = torch.Tensor | list[TokenGroup] | None
 def create_recurrent_mask(
     inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, **arguments
 ) -> torch.Tensor | None:
-    """The mask of a call's own columns, [batch, length], 0 for padding; None where nothing is padded.
+    """The mask of a call's own positions, [batch, length], 0 for padding; None where nothing is padded.
 
-    Transformers' function takes the column of a call with a single one for a token; here it may be padding.
+    Transformers' function takes the one position of a call of length 1 for a token; here it may be padding.
     """
     if attention_mask is not None and attention_mask.ndim == 2 and inputs_embeds.shape[1] == 1:
         return attention_mask[:, -1:]
@@ -42,29 +42,29 @@ def group_tokens(mask: torch.Tensor | None, cache: Cache | None) -> RecurrentMas
     """The mask itself where setting padding to zero is enough, otherwise the tokens of each row.
 
     Args:
-        mask: [batch, length] of the call's own columns, 0 for padding; None where nothing is padded.
+        mask: [batch, length] of the call's own positions, 0 for padding; None where nothing is padded.
         cache: what was read before, or will be read on from.
     """
     if mask is None:
         return None
-    real = mask.bool()
-    if bool(real.all()):
+    token_mask = mask.bool()
+    if bool(token_mask.all()):
         return None
-    after_a_token = real.long().cumsum(dim=1) > 0
+    after_a_token = token_mask.long().cumsum(dim=1) > 0
     if cache is None:
         # What follows a row's last token changes no output of a token.
-        before_a_token = real.flip(1).long().cumsum(dim=1).flip(1) > 0
-        in_the_way = ~real & after_a_token & before_a_token
+        before_a_token = token_mask.flip(1).long().cumsum(dim=1).flip(1) > 0
+        in_the_way = ~token_mask & after_a_token & before_a_token
     else:
-        in_the_way = ~real if cache.has_previous_state() else ~real & after_a_token
+        in_the_way = ~token_mask if cache.has_previous_state() else ~token_mask & after_a_token
     if not bool(in_the_way.any()):
         return mask
-    counts = real.sum(dim=1)
+    counts = token_mask.sum(dim=1)
     groups = []
     for count in sorted(set(counts.tolist()) - {0}):
         rows = (counts == count).nonzero()
-        columns = real[rows[:, 0]].nonzero()[:, 1].view(-1, count)
-        groups.append(TokenGroup(rows, columns))
+        positions = token_mask[rows[:, 0]].nonzero()[:, 1].view(-1, count)
+        groups.append(TokenGroup(rows, positions))
     return groups
 
 
@@ -77,7 +77,7 @@ def mix_tokens(
     mixed = torch.zeros_like(hidden_states)
     for group in mask:
         own = None if cache is None else _rows_of(cache, mixer.layer_idx, group.rows[:, 0])
-        where = (group.rows, group.columns)
+        where = (group.rows, group.positions)
         read = mixer(hidden_states[where], cache=own, attention_mask=None, **kwargs)
         mixed = mixed.index_put(where, read)
         if cache is not None:
@@ -111,9 +111,11 @@ def _write_back(
                 states[index] = old.index_copy(0, rows, new)
 
 
-def count_positions(attention_mask: torch.Tensor | dict | None, columns_read: int, length: int) -> torch.Tensor | None:
-    """Position ids [batch, length] that count each row's tokens; None where no mask says which columns hold them."""
-    if not (isinstance(attention_mask, torch.Tensor) and attention_mask.shape[1:] == (columns_read + length,)):
+def count_positions(
+    attention_mask: torch.Tensor | dict | None, positions_read: int, length: int
+) -> torch.Tensor | None:
+    """Position ids [batch, length] that count each row's tokens; None where no mask says which positions hold them."""
+    if not (isinstance(attention_mask, torch.Tensor) and attention_mask.shape[1:] == (positions_read + length,)):
         return None
     return (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)[:, -length:]
 
@@ -137,19 +139,19 @@ def check_states(cache: Cache | None, layer_types: list[str]) -> None:
         )
 
 
-def check_one_document(position_ids: torch.Tensor, real: torch.Tensor | None) -> None:
+def check_one_document(position_ids: torch.Tensor, token_mask: torch.Tensor | None) -> None:
     """Refuse packed documents: the recurrent state would leak from one into the next.
 
     Args:
         position_ids: [1 or batch, length].
-        real: [batch, length] bool, False at padding, whose positions do not matter; None when nothing is padded.
+        token_mask: [batch, length] bool, False at padding, whose positions do not matter; None when nothing is padded.
 
     Raises:
         ValueError: positions go back inside a row.
     """
     back = position_ids[:, 1:] < position_ids[:, :-1]
-    if real is not None:
-        back = back & real[:, 1:] & real[:, :-1]
+    if token_mask is not None:
+        back = back & token_mask[:, 1:] & token_mask[:, :-1]
     if back.any():
         raise ValueError(
             "`position_ids` start again inside a row, so that several documents are packed into it and the recurrent "

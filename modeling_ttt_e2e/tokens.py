@@ -1,9 +1,9 @@
-"""Where a row's tokens stand: from the columns of a padded batch to its rows' tokens, and on to segments of them.
+"""Where a row's tokens stand: from the positions of a padded batch to its rows' tokens, and on to segments of them.
 
-A call has columns, some of them padding; a row has tokens. Reading works on tokens: each row's own are moved to the
-left, and the outputs are returned to their columns (`outputs`). So padding changes nothing, wherever it stands.
+A call has positions, some of them padding; a row has tokens. Reading works on tokens: each row's own are moved to the
+left, and the outputs are returned to their positions (`outputs`). So padding changes nothing, wherever it stands.
 
-Axis letters: B batch rows, N columns of the call, T tokens of the longest row, D hidden size.
+Axis letters: B batch rows, N positions of the call, T tokens of the longest row, D hidden size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from .context import gather_columns
+from .context import gather_positions
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Segment:
     Attributes:
         ids: [B, t], or None when only embeddings are known.
         embeddings: [B, t, D], or None to embed the ids.
-        positions: [1 or B, t].
+        position_ids: [1 or B, t].
         labels: [B, t] what each token predicts in the outer loss, or None.
         begin: per row, which of the call's tokens is the first one here.
         counts: tokens per row; the slots behind them hold anything.
@@ -33,7 +33,7 @@ class Segment:
 
     ids: torch.Tensor | None
     embeddings: torch.Tensor | None
-    positions: torch.Tensor
+    position_ids: torch.Tensor
     labels: torch.Tensor | None
     begin: tuple[int, ...]
     counts: tuple[int, ...]
@@ -43,7 +43,7 @@ class Segment:
 
     @property
     def length(self) -> int:
-        return self.positions.shape[1]
+        return self.position_ids.shape[1]
 
     @property
     def end(self) -> tuple[int, ...]:
@@ -55,7 +55,7 @@ class Segment:
 class Stretch:
     """Consecutive tokens begin[row] to end[row] - 1 of every row that are read in one manner: learning on or off.
 
-    `first`: the column with which it begins.
+    `first`: the position with which it begins.
     """
 
     begin: tuple[int, ...]
@@ -70,24 +70,24 @@ class Tokens:
 
     Attributes:
         ids: [B, T] or None; embeddings: [B, T, D] or None; labels: [B, T] what each token predicts, or None.
-        positions: [1 or B, T] position ids.
+        position_ids: [1 or B, T].
         counts: tokens per row.
         needed: per row, how many of them, from the first on, anyone will use the output of.
         starts: position id of each row's next token before the call.
-        columns: N.
-        real: [B, N] bool, which columns hold a token; None when all do.
-        where: [B, T] the column of each token; None likewise.
+        length: N.
+        token_mask: [B, N] bool, which positions hold a token; None when all do.
+        where: [B, T] the position of each token; None likewise.
     """
 
     ids: torch.Tensor | None
     embeddings: torch.Tensor | None
     labels: torch.Tensor | None
-    positions: torch.Tensor
+    position_ids: torch.Tensor
     counts: tuple[int, ...]
     needed: tuple[int, ...]
     starts: tuple[int, ...]
-    columns: int
-    real: torch.Tensor | None
+    length: int
+    token_mask: torch.Tensor | None
     where: torch.Tensor | None
 
     @classmethod
@@ -97,7 +97,7 @@ class Tokens:
         embeddings: torch.Tensor | None,
         labels: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        real: torch.Tensor | None,
+        token_mask: torch.Tensor | None,
         starts: tuple[int, ...],
         last_needed: Sequence[int] | None = None,
     ) -> "Tokens":
@@ -106,29 +106,29 @@ class Tokens:
         Args:
             ids, labels, position_ids: [B, N] or None; embeddings: [B, N, D] or None; without `position_ids` each
                 row's tokens are counted.
-            real: as `checks.real_columns` returns it.
-            last_needed: per row, one past the last column whose output anyone will use; None: all are used.
+            token_mask: as `checks.read_attention_mask` returns it.
+            last_needed: per row, one past the last position whose output anyone will use; None: all are used.
         """
         given = ids if ids is not None else embeddings
-        (rows, columns), device, where = given.shape[:2], given.device, None
-        counts, needed = (columns,) * rows, last_needed
-        if real is not None:
-            counts = tuple(real.sum(dim=1).tolist())
+        (rows, length), device, where = given.shape[:2], given.device, None
+        counts, needed = (length,) * rows, last_needed
+        if token_mask is not None:
+            counts = tuple(token_mask.sum(dim=1).tolist())
             if last_needed is not None:
-                within = torch.arange(columns, device=device) < torch.tensor(last_needed, device=device)[:, None]
-                needed = (real & within).sum(dim=1).tolist()
-            where = real.logical_not().long().argsort(dim=1, stable=True)[:, : max(1, *counts)]
+                within = torch.arange(length, device=device) < torch.tensor(last_needed, device=device)[:, None]
+                needed = (token_mask & within).sum(dim=1).tolist()
+            where = token_mask.logical_not().long().argsort(dim=1, stable=True)[:, : max(1, *counts)]
 
         def pick(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return tensor if tensor is None or where is None else gather_columns(tensor, where)
+            return tensor if tensor is None or where is None else gather_positions(tensor, where)
 
-        positions = pick(position_ids)
-        if positions is None:
-            length = columns if where is None else where.shape[1]
+        position_ids = pick(position_ids)
+        if position_ids is None:
+            longest = length if where is None else where.shape[1]
             first = starts[:1] if len(set(starts)) == 1 else starts
-            positions = torch.tensor(first, device=device)[:, None] + torch.arange(length, device=device)
-        tensors = (pick(ids), pick(embeddings), pick(labels), positions)
-        return cls(*tensors, counts, counts if needed is None else tuple(needed), starts, columns, real, where)
+            position_ids = torch.tensor(first, device=device)[:, None] + torch.arange(longest, device=device)
+        tensors = (pick(ids), pick(embeddings), pick(labels), position_ids)
+        return cls(*tensors, counts, counts if needed is None else tuple(needed), starts, length, token_mask, where)
 
     @property
     def rows(self) -> int:
@@ -136,34 +136,34 @@ class Tokens:
 
     @property
     def device(self) -> torch.device:
-        return self.positions.device
+        return self.position_ids.device
 
     @property
     def next_positions(self) -> tuple[int, ...]:
         """Position id of each row's next token after the call."""
         last = torch.tensor(self.counts, device=self.device)[:, None] - 1
-        found = self.positions.expand(self.rows, -1).gather(1, last.clamp_min(0)).squeeze(1).tolist()
+        found = self.position_ids.expand(self.rows, -1).gather(1, last.clamp_min(0)).squeeze(1).tolist()
         rows = zip(self.starts, self.counts, found, strict=True)
         return tuple(position + 1 if count else start for start, count, position in rows)
 
     def places(self, begin: Sequence[int], length: int) -> torch.Tensor:
-        """The columns [1 or B, length] of tokens begin[row], begin[row] + 1, ...; the last one's for those beyond."""
+        """The positions [1 or B, length] of tokens begin[row], begin[row] + 1, ...; the last one's for those beyond."""
         if self.where is None:
             begin = begin[:1] if min(begin) == max(begin) else begin
             index = torch.tensor(begin, device=self.device)[:, None] + torch.arange(length, device=self.device)
-            return index.clamp_max(self.columns - 1)
+            return index.clamp_max(self.length - 1)
         return _window(self.where, begin, length)
 
-    def stretches(self, learning: bool, span: tuple[int, int] | None, columns_read: int) -> list[Stretch]:
-        """The whole call, or what stands before, within and after the columns `span` that may be learned.
+    def stretches(self, learning: bool, span: tuple[int, int] | None, positions_read: int) -> list[Stretch]:
+        """The whole call, or what stands before, within and after the positions `span` that may be learned.
 
         Args:
-            span: counted from the first column ever read, of which the call begins at `columns_read`.
+            span: counted from the first position ever read, of which the call begins at `positions_read`.
         """
         if not learning or span is None:
             return [Stretch((0,) * self.rows, self.counts, 0, learning)]
-        first, last = (min(max(bound - columns_read, 0), self.columns) for bound in span)
-        bounds = [(0, first, False), (first, last, True), (last, self.columns, False)]
+        first, last = (min(max(bound - positions_read, 0), self.length) for bound in span)
+        bounds = [(0, first, False), (first, last, True), (last, self.length, False)]
         return [
             Stretch(self._tokens_before(start), self._tokens_before(end), start, learns)
             for start, end, learns in bounds
@@ -221,7 +221,7 @@ class Tokens:
         return Segment(
             ids=pick(self.ids),
             embeddings=pick(self.embeddings),
-            positions=pick(self.positions),
+            position_ids=pick(self.position_ids),
             labels=pick(self.labels),
             begin=begin,
             counts=counts,
@@ -237,10 +237,10 @@ class Tokens:
         ids = _window(self.ids, following, 1).squeeze(1).tolist()
         return tuple(id if place < end else -1 for id, place, end in zip(ids, following, known, strict=True))
 
-    def _tokens_before(self, column: int) -> tuple[int, ...]:
-        if self.real is None:
-            return (column,) * self.rows
-        return tuple(self.real[:, :column].sum(dim=1).tolist())
+    def _tokens_before(self, position: int) -> tuple[int, ...]:
+        if self.token_mask is None:
+            return (position,) * self.rows
+        return tuple(self.token_mask[:, :position].sum(dim=1).tolist())
 
 
 def added(first: Sequence[int], second: Sequence[int]) -> tuple[int, ...]:
@@ -253,7 +253,7 @@ def _window(tensor: torch.Tensor, begin: Sequence[int], length: int) -> torch.Te
     if min(begin) == max(begin) and begin[0] + length <= tensor.shape[1]:
         return tensor[:, begin[0] : begin[0] + length]
     index = torch.tensor(begin, device=tensor.device)[:, None] + torch.arange(length, device=tensor.device)
-    return gather_columns(tensor.expand(len(begin), *tensor.shape[1:]), index.clamp_max(tensor.shape[1] - 1))
+    return gather_positions(tensor.expand(len(begin), *tensor.shape[1:]), index.clamp_max(tensor.shape[1] - 1))
 
 
 def _rest_of_mini_batches(
@@ -278,18 +278,18 @@ class MiniBatchGrid:
     Attributes:
         tokens: T.
         shape: (G, N).
-        columns: [B, G N] the token in each slot, None when slot and token have the same number.
-        slots: [B, T] the slot of each token, None likewise.
-        real: [B, G N] bool, whether a slot holds a token; None when all do.
+        token_of_slot: [B, G N] the token in each slot, None when slot and token have the same number.
+        slot_of_token: [B, T] the slot of each token, None likewise.
+        slot_mask: [B, G N] bool, whether a slot holds a token; None when all do.
         positions: [1 or B, G N] position within the mini-batch, 0 to K - 1.
         complete: per mini-batch and row, whether the mini-batch is full after its slots.
     """
 
     tokens: int
     shape: tuple[int, int]
-    columns: torch.Tensor | None
-    slots: torch.Tensor | None
-    real: torch.Tensor | None
+    token_of_slot: torch.Tensor | None
+    slot_of_token: torch.Tensor | None
+    slot_mask: torch.Tensor | None
     positions: torch.Tensor
     complete: tuple[tuple[bool, ...], ...]
 
@@ -300,8 +300,8 @@ class MiniBatchGrid:
         """The grid of a call.
 
         Args:
-            tokens_before: real tokens that each row read earlier.
-            counts: real tokens of each row in this call, at most `tokens`, which is T.
+            tokens_before: tokens that each row read earlier.
+            counts: tokens of each row in this call, at most `tokens`, which is T.
             size: K, tokens of a mini-batch.
         """
         offsets = [before % size for before in tokens_before]
@@ -314,23 +314,23 @@ class MiniBatchGrid:
             # Slots are the tokens themselves: positions differ from row to row, which costs nothing.
             places = torch.arange(tokens, device=device)
             positions = (first + places).clamp_max(size - 1)
-            real = None if min(counts) == tokens else places < last - first
+            slot_mask = None if min(counts) == tokens else places < last - first
             same = min(offsets) == max(offsets)
-            return cls(tokens, (1, tokens), None, None, real, positions[:1] if same else positions, complete)
+            return cls(tokens, (1, tokens), None, None, slot_mask, positions[:1] if same else positions, complete)
         places = torch.arange(steps * size, device=device)
-        columns = slots = real = None
+        token_of_slot = slot_of_token = slot_mask = None
         if max(offsets) > 0:
-            columns = (places - first).clamp(0, tokens - 1)
-            slots = (torch.arange(tokens, device=device) + first).clamp_max(steps * size - 1)
+            token_of_slot = (places - first).clamp(0, tokens - 1)
+            slot_of_token = (torch.arange(tokens, device=device) + first).clamp_max(steps * size - 1)
         if max(offsets) > 0 or min(totals) < steps * size:
-            real = (places >= first) & (places < last)
-        return cls(tokens, (steps, size), columns, slots, real, places[None] % size, complete)
+            slot_mask = (places >= first) & (places < last)
+        return cls(tokens, (steps, size), token_of_slot, slot_of_token, slot_mask, places[None] % size, complete)
 
     def place(self, tokens: torch.Tensor) -> torch.Tensor:
         """Values of tokens [B, T, ...] -> of slots [B, G, N, ...]; empty slots hold zeros or copies."""
         slots = self.shape[0] * self.shape[1]
-        if self.columns is not None:
-            placed = gather_columns(tokens, self.columns)
+        if self.token_of_slot is not None:
+            placed = gather_positions(tokens, self.token_of_slot)
         else:
             missing = slots - tokens.shape[1]
             placed = F.pad(tokens, [0, 0] * (tokens.dim() - 2) + [0, missing]) if missing else tokens
@@ -339,4 +339,4 @@ class MiniBatchGrid:
     def take(self, slots: torch.Tensor) -> torch.Tensor:
         """Values of slots [B, G, N, ...] -> of tokens [B, T, ...]."""
         flat = slots.flatten(1, 2)
-        return flat[:, : self.tokens] if self.slots is None else gather_columns(flat, self.slots)
+        return flat[:, : self.tokens] if self.slot_of_token is None else gather_positions(flat, self.slot_of_token)

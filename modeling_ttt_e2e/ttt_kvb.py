@@ -223,8 +223,8 @@ def kvb_scan(
 
     Args:
         queries: [B, N, T, C]; None if and only if the output rule is "key".
-        tokens: T columns; row r's real tokens are the first `counts[r]`, and what follows is never looked at.
-        counts: real tokens of each row; None when nothing is padded.
+        tokens: T positions; row r's tokens are the first `counts[r]`, and what follows is never looked at.
+        counts: tokens of each row; None when nothing is padded.
         checkpoint_every: keep the graph of no more than this many mini-batches at a time, and compute the others again
             in the backward pass; None keeps them all.
 
@@ -304,7 +304,7 @@ def _descent_steps(weights: SwiGLUWeights, activations: _Activations, batch: KVB
 
 
 class _Scan:
-    """One call of `kvb_scan`: which columns each mini-batch reads and learns from.
+    """One call of `kvb_scan`: which positions each mini-batch reads and learns from.
 
     Pending tokens are aligned right and new ones left, so each row's own tokens are contiguous in their concatenation.
     Counts are plain integers, so that no step waits for the device.
@@ -313,10 +313,10 @@ class _Scan:
     def __init__(self, state, reads, tokens, rule, counts):
         self.reads, self.rule, self.counts = reads, rule, counts
         self.old_counts, self.length = state.counts, reads.shape[2]
-        self.old_columns = state.pending.keys.shape[2]
+        self.old_positions = state.pending.keys.shape[2]
         pairs = zip(state.pending, tokens, strict=True)
         self.tokens = tokens
-        if self.old_columns:
+        if self.old_positions:
             self.tokens = KVBTokens(*(None if new is None else torch.cat([old, new], dim=2) for old, new in pairs))
         self.totals = [old + new for old, new in zip(state.counts, counts, strict=True)]
         self.mini_batches = max(1, math.ceil(max(self.totals) / rule.mini_batch_size))
@@ -335,7 +335,7 @@ class _Scan:
             return F.pad(torch.cat(outputs, dim=2), (0, 0, 0, self.length - self.counts[0]))
         rows = [[] for _ in self.counts]
         for index, output in enumerate(outputs):
-            for own, values, (start, stop) in zip(rows, output, self._columns_read(index), strict=True):
+            for own, values, (start, stop) in zip(rows, output, self._positions_read(index), strict=True):
                 own.append(values[:, : stop - start])
         joined = (torch.cat(own, dim=1) for own in rows)
         return torch.stack([F.pad(own, (0, 0, 0, self.length - own.shape[1])) for own in joined])
@@ -344,11 +344,11 @@ class _Scan:
         """The tokens no step has used, in memory of their own, and how many there are in each row."""
         steps = [max(0, total - 1) // self.rule.mini_batch_size for total in self.totals]
         left = [total - done * self.rule.mini_batch_size for total, done in zip(self.totals, steps, strict=True)]
-        starts = [self.old_columns + new - own for new, own in zip(self.counts, left, strict=True)]
+        starts = [self.old_positions + new - own for new, own in zip(self.counts, left, strict=True)]
         return self.tokens.each(lambda tensor: _cut(tensor, starts, left, align="right").clone()), tuple(left)
 
-    def _columns_read(self, index: int) -> list[tuple[int, int]]:
-        """For each row, the new columns [start, stop) that lie in mini-batch `index`."""
+    def _positions_read(self, index: int) -> list[tuple[int, int]]:
+        """For each row, the new positions [start, stop) that lie in mini-batch `index`."""
         first = index * self.rule.mini_batch_size
         borders = (first, first + self.rule.mini_batch_size)
         rows = zip(self.old_counts, self.counts, strict=True)
@@ -356,17 +356,17 @@ class _Scan:
 
     def _mini_batch(self, memory: KVBMemory, index: int) -> tuple[torch.Tensor, KVBMemory]:
         size, dtype = self.rule.mini_batch_size, memory.weights.gate.dtype
-        read = self._columns_read(index)
+        read = self._positions_read(index)
         widths = [stop - start for start, stop in read]
         reads = _cut(self.reads, [start for start, _ in read], widths).to(dtype)
         learns = [total > (index + 1) * size for total in self.totals]
         if not any(learns):
             return swiglu(memory.weights, reads), memory
         used = [size if own else 0 for own in learns]
-        first = [self.old_columns - old + index * size for old in self.old_counts]
+        first = [self.old_positions - old + index * size for old in self.old_counts]
         first = [start if own else 0 for start, own in zip(first, learns, strict=True)]
         batch = self.tokens.each(lambda tensor: _cut(tensor, first, used).to(dtype))
-        if min(widths) == size and all(learns):  # what is read and learned are the same columns
+        if min(widths) == size and all(learns):  # what is read and learned are the same positions
             return _step(memory, reads, batch, self.rule)
         new = _learned(memory, _activate(memory.weights, batch.keys), batch, self.rule)
         return swiglu(memory.weights, reads), _where(learns, new, memory)
@@ -421,6 +421,6 @@ def _check_scan(state, queries, tokens, counts, checkpoint_every) -> None:
         if tensor is not None and tuple(tensor.shape) != wanted:
             raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; with this state it must be {wanted}.")
     if len(counts) != rows or not all(0 <= count <= length for count in counts):
-        raise ValueError(f"`counts` must be {rows} numbers of real tokens between 0 and {length}, got {counts}.")
+        raise ValueError(f"`counts` must be {rows} numbers of tokens between 0 and {length}, got {counts}.")
     if checkpoint_every is not None and checkpoint_every < 1:
         raise ValueError(f"`checkpoint_every` must be at least 1, or None, got {checkpoint_every}.")

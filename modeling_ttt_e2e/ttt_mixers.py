@@ -8,7 +8,7 @@ A mixer is a module made by `Mixer(config, layer_idx)` and called as `mixer(x, c
            rows on the first axis (None allowed), never written in place, of a size that does not grow without bound
     ->     output [B, T, D], the state after each row's last token, attention weights or None
 
-A mixer with attention inside also has `history_columns(state)`, how many earlier keys its state holds. `MIXERS` names
+A mixer with attention inside also has `num_past(state)`, how many earlier keys its state holds. `MIXERS` names
 the classes. Axis letters: B batch rows, T tokens of the call, D hidden size, H heads, C channels of a head,
 G mini-batches, N their slots.
 """
@@ -59,8 +59,8 @@ class MixerCall:
     """What all blocks of one call share.
 
     Attributes:
-        tokens_before: real tokens that each row read in earlier calls.
-        counts: real tokens of each row in this call.
+        tokens_before: tokens that each row read in earlier calls.
+        counts: tokens of each row in this call.
         grid: where they stand in their mini-batches.
         attention: angles and masks of attention blocks; None in a model without any.
         checkpointing: recompute activations in the backward pass.
@@ -77,7 +77,7 @@ class TTTLayersAttention(TTTE2EAttention):
     """Attention whose state is the keys and values that later queries see, aligned right."""
 
     @staticmethod
-    def history_columns(state: KeysValues) -> int:
+    def num_past(state: KeysValues) -> int:
         """Earlier keys that a state holds, for the masks; every mixer with attention inside has this."""
         return state[0].shape[2]
 
@@ -95,17 +95,17 @@ class TTTLayersAttention(TTTE2EAttention):
 
         Args:
             query, key, value: projected tokens [B, T, heads x C].
-            state: keys and values [B, key/value heads, columns, C] from before, rotated; None at the start.
+            state: keys and values [B, key/value heads, earlier tokens, C], rotated; None at the start.
 
         Returns:
-            [B, T, heads x C], the keys and values to keep, and the weights [B, heads, T, columns + T] (eager only).
+            [B, T, heads x C], the keys and values to keep, and the weights [B, heads, T, earlier + T] (eager only).
         """
         output, new, weights = self.mix(query, key, value, call.attention, state)
-        columns = 0
+        num_past = 0
         if state is not None:
-            columns = state[0].shape[2]
+            num_past = state[0].shape[2]
             new = tuple(torch.cat([old.to(own.dtype), own], dim=2) for old, own in zip(state, new, strict=True))
-        ends = [columns + count for count in call.counts]
+        ends = [num_past + count for count in call.counts]
         keep = max(ends) if self.sliding_window is None else self.sliding_window - 1
         return output, (take_last(new[0], ends, keep), take_last(new[1], ends, keep)), weights
 
@@ -163,8 +163,8 @@ class TTTKVBMixer(TTTLayersAttention):
         self.fast_norm = TTTE2ERMSNorm(self.channels, config.rms_norm_eps)
 
     @staticmethod
-    def history_columns(state: KVBMixerState) -> int:
-        return TTTLayersAttention.history_columns(state.attention)
+    def num_past(state: KVBMixerState) -> int:
+        return TTTLayersAttention.num_past(state.attention)
 
     def forward(
         self, x: torch.Tensor, call, state: KVBMixerState | None
@@ -243,7 +243,7 @@ def causal_convolution(
         convolutions: without padding, all with the same number of taps.
         x: [B, T, D], aligned left.
         past: [B, taps - 1, D] the inputs before; None for zeros.
-        counts: real tokens per row.
+        counts: tokens per row.
 
     Returns:
         Per convolution [B, T, D], and the last inputs [B, taps - 1, D] of each row.
@@ -373,8 +373,8 @@ class TTTMixer(nn.Module):
         else:
             rate = torch.full((*x.shape[:2], self.heads), self.base_learning_rate, dtype=dtype, device=x.device)
         rate = grid.place(rate)
-        if grid.real is not None:
-            rate = rate.masked_fill(~grid.real.unflatten(1, grid.shape)[..., None], 0.0)
+        if grid.slot_mask is not None:
+            rate = rate.masked_fill(~grid.slot_mask.unflatten(1, grid.shape)[..., None], 0.0)
         return rate.permute(0, 3, 1, 2)
 
 

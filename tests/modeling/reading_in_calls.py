@@ -46,7 +46,7 @@ def state_of_row(cache, row):
     context = cache.context
     tokens, window = context.tokens[row], WINDOW - 1
     state = [torch.tensor([tokens, context.next_positions[row]])]
-    for history in context.histories:
+    for history in context.past_key_values:
         # How much older context stands beside depends on the other rows; the window is what any later token sees.
         state += [states[row, :, states.shape[2] - min(window, tokens) :] for states in history]
     if context.fast is not None:

@@ -94,7 +94,7 @@ def test_what_is_impossible_is_refused_by_name(two_blocks, cache, case, with_cac
     ids=["new-ids", "short-mask", "mask-of-another-length", "nothing-new", "another-text"],
 )
 def test_a_cache_needs_the_whole_sequence_or_a_full_mask(two_blocks, cache, ids, mask):
-    match = r"`cache` has read 19 columns.*`input_ids` \(\d+ columns.*`attention_mask`"
+    match = r"`cache` has read 19 positions.*`input_ids` \(\d+ positions.*`attention_mask`"
     assert_refused(two_blocks, cache, ValueError, match, ids=ids, attention_mask=mask)
 
 

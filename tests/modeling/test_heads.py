@@ -278,17 +278,17 @@ REFUSED = {
     "token label outside": ("token", {"labels": IDS}, ValueError, "`labels` holds"),
     "numbers for tokens": ("token", {"labels": IDS / 7}, ValueError, "`labels` must be integers"),
     "half an answer": ("answer", {"start_positions": torch.tensor([1, 2])}, ValueError, "`end_positions` is None"),
-    "negative column": (
+    "negative position": (
         "answer",
         {"start_positions": torch.tensor([1, -1]), "end_positions": torch.tensor([1, 2])},
         ValueError,
-        "`start_positions` must be 2 columns",
+        "`start_positions` must be 2 positions",
     ),
     "answer in padding": (
         "answer",
         {"start_positions": torch.tensor([3, 2]), "end_positions": torch.tensor([4, 5]), "attention_mask": PADDED},
         ValueError,
-        "`start_positions` of row 1 is 2, a column of padding",
+        "`start_positions` of row 1 is 2, padding",
     ),
     "unknown": ("token", {"tokens": IDS}, TypeError, r"does not know the arguments \['tokens'\]"),
     "labels of a language model": ("answer", {"labels": IDS}, TypeError, r"does not know the arguments \['labels'\]"),

@@ -50,8 +50,8 @@ class Problem:
         grid = MiniBatchGrid.of((start,) * ROWS, (end - start,) * ROWS, end - start, SIZE, torch.device("cpu"))
         place = lambda x: grid.place(x[:, start:end]).permute(0, 3, 1, 2, 4)  # noqa: E731
         rate = grid.place(self.rate[:, start:end])
-        if grid.real is not None:
-            rate = rate.masked_fill(~grid.real.unflatten(1, grid.shape)[..., None], 0)
+        if grid.slot_mask is not None:
+            rate = rate.masked_fill(~grid.slot_mask.unflatten(1, grid.shape)[..., None], 0)
         scale = self.scale[grid.positions.unflatten(1, grid.shape)].unsqueeze(1)
         views = Views(*map(place, self.tokens.values()), rate.permute(0, 3, 1, 2), scale, self.scale[-1])
         state = state or LearnerState(tuple(self.weights), None)
@@ -222,7 +222,7 @@ class TestGrid:
         assert placed.shape == (2, *grid.shape)
         assert torch.equal(grid.take(placed), values) or min(counts) < tokens
         positions = grid.positions.expand(2, -1)
-        real = torch.ones_like(positions).bool() if grid.real is None else grid.real.expand(2, -1)
+        real = torch.ones_like(positions).bool() if grid.slot_mask is None else grid.slot_mask.expand(2, -1)
         for row, (first, count) in enumerate(zip(before, counts, strict=True)):
             assert placed.flatten(1)[row][real[row]].tolist() == values[row, :count].tolist()
             expected = [(first + token) % 4 for token in range(count)]

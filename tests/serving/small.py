@@ -51,8 +51,8 @@ def same(one: TTTE2ECache, other: TTTE2ECache) -> bool:
         return False
     pairs = [
         (left, right)
-        for histories in zip(one.context.histories, other.context.histories, strict=True)
-        for left, right in zip(*histories, strict=True)
+        for states in zip(one.context.past_key_values, other.context.past_key_values, strict=True)
+        for left, right in zip(*states, strict=True)
     ]
     pairs += list(zip(one.context.fast.tensors, other.context.fast.tensors, strict=True))
     return all(torch.equal(left, right) for left, right in pairs)
