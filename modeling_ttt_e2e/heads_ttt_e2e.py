@@ -6,7 +6,7 @@ A checkpoint of the language model loads into these classes, with nothing missin
 These are mixins: `modeling_ttt_e2e` makes models of them, so that one file of a Hub folder holds all classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -273,7 +273,7 @@ def check_label_ids(labels: torch.Tensor, shape: tuple[int, ...], num_labels: in
 
 
 def answer_positions(
-    positions: dict[str, torch.Tensor | None], shape: tuple[int, int], token_mask: torch.Tensor | None
+    positions: Mapping[str, torch.Tensor | None], shape: tuple[int, int], token_mask: torch.Tensor | None
 ) -> list[torch.Tensor] | None:
     """The positions in which answers begin and end, two tensors [batch]; `NO_TARGET` for one that is left out.
 
