@@ -13,12 +13,15 @@ from torch import nn
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
+    and_masks,
     causal_mask_function,
+    or_masks,
     sdpa_mask,
     sliding_window_causal_mask_function,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .sinks import Sinks, sink_mask_function
 from .twice_differentiable import plain_attention, twice_differentiable_attention
 
 TWICE_DIFFERENTIABLE = "twice_differentiable"
@@ -39,11 +42,13 @@ class AttentionInputs:
         position_embeddings: cosines and sines of the RoPE angles of the new tokens, each [1 or B, Q, C].
         masks: by layer type, what `attention_mask` the implementation takes, or [`BlockMasks`] of a long text.
         implementation: name in transformers' attention interface, or `TWICE_DIFFERENTIABLE`.
+        sinks: how sliding layers see their attention sinks; None where all of these are in every window.
     """
 
     position_embeddings: tuple[torch.Tensor, torch.Tensor]
     masks: "dict[str, torch.Tensor | BlockMasks | None]"
     implementation: str
+    sinks: Sinks | None = None
 
 
 def attention_mask(
@@ -51,37 +56,45 @@ def attention_mask(
     sliding_window: int | None,
     num_past: int,
     num_new: int,
-    rows: int,
-    past_mask: torch.Tensor | None,
+    tokens_read: Sequence[int],
     device: torch.device,
+    num_sinks: int = 0,
 ) -> torch.Tensor | None:
-    """Mask of `num_new` queries over `num_past + num_new` keys, in the form that `implementation` takes.
+    """Mask of `num_new` queries over `num_sinks + num_past + num_new` keys, in the form that `implementation` takes.
 
     Distance of keys is distance of tokens: earlier keys are aligned right, the new tokens left. A query sees itself and
-    what precedes it within the window. New tokens need no padding mask, because padding stands to the right of every
-    token that is read.
+    what precedes it within the window, and the sinks that have left it. New tokens need no padding mask, because
+    padding stands to the right of every token that is read.
 
     Args:
         sliding_window: keys that a query sees, itself included; None for full attention.
-        past_mask: [rows, num_past] bool, False where a row has not read as much; None when all are valid.
+        tokens_read: per row, tokens before the new ones, the last ones of which are the earlier keys.
+        num_sinks: attention sinks that stand before the earlier keys.
     """
     window = sliding_window if sliding_window is not None else num_past + num_new
     function = sliding_window_causal_mask_function(window) if sliding_window is not None else causal_mask_function
-    padding = None
-    if past_mask is not None:
-        padding = torch.cat([past_mask, past_mask.new_ones(rows, num_new)], dim=1)
+    padding = past_token_mask(tokens_read, num_past, device)
+    alike = padding is None
+    if num_sinks:
+        # A row that has read more sees all sinks.
+        alike &= len({min(count, window + num_sinks) for count in tokens_read}) == 1
+        starts = torch.tensor(tokens_read[:1] if alike else tokens_read, device=device)
+        sinks = sink_mask_function(starts, window, num_past, num_sinks)
+        function = or_masks(sinks, and_masks(lambda batch, head, query, key: key >= num_sinks, function))
+    if padding is not None:
+        padding = nn.functional.pad(padding, [num_sinks, num_new], value=True)
     own = implementation in ("eager", TWICE_DIFFERENTIABLE)
     make_mask = sdpa_mask if own else ALL_MASK_ATTENTION_FUNCTIONS[implementation]
     return make_mask(
-        batch_size=1 if padding is None else rows,
+        batch_size=1 if alike else len(tokens_read),
         q_length=num_new,
-        kv_length=num_past + num_new,
-        q_offset=num_past,
+        kv_length=num_sinks + num_past + num_new,
+        q_offset=num_sinks + num_past,
         kv_offset=0,
         mask_function=function,
         attention_mask=padding,
         local_size=sliding_window,
-        allow_is_causal_skip=not own,
+        allow_is_causal_skip=not own and not num_sinks,
         device=device,
     )
 
@@ -94,19 +107,11 @@ class BlockMasks:
 
     Attributes:
         size: tokens of a block, the window.
-        first: mask of the first block, which follows what was read before; middle, last: of the others.
+        masks: of each block; equal ones are the same tensor.
     """
 
     size: int
-    first: torch.Tensor | None
-    middle: torch.Tensor | None
-    last: torch.Tensor | None
-
-    def of(self, index: int, count: int) -> torch.Tensor | None:
-        """Mask of block `index` of `count`."""
-        if index == 0:
-            return self.first
-        return self.last if index == count - 1 else self.middle
+    masks: tuple[torch.Tensor | None, ...]
 
 
 def block_masks(
@@ -114,19 +119,21 @@ def block_masks(
     sliding_window: int,
     num_past: int,
     num_new: int,
-    rows: int,
-    past_mask: torch.Tensor | None,
+    tokens_read: Sequence[int],
     device: torch.device,
+    num_sinks: int = 0,
 ) -> BlockMasks:
     """Masks of blocks of one window; the arguments are those of `attention_mask`."""
-
-    def mask(past: int, new: int, valid: torch.Tensor | None = None) -> torch.Tensor | None:
-        return attention_mask(implementation, sliding_window, past, new, rows, valid, device)
-
-    first = mask(num_past, min(sliding_window, num_new), past_mask)
-    middle = mask(sliding_window, sliding_window)
-    rest = num_new % sliding_window
-    return BlockMasks(sliding_window, first, middle, mask(sliding_window, rest) if rest else middle)
+    made: dict[tuple, torch.Tensor | None] = {}
+    masks = []
+    for begin in range(0, num_new, sliding_window):
+        past, new = (num_past if begin == 0 else sliding_window), min(sliding_window, num_new - begin)
+        # Rows that have read more see all sinks and have all earlier keys.
+        read = tuple(min(count + begin, sliding_window + num_sinks + num_past) for count in tokens_read)
+        if (past, new, read) not in made:
+            made[past, new, read] = attention_mask(implementation, sliding_window, past, new, read, device, num_sinks)
+        masks.append(made[past, new, read])
+    return BlockMasks(sliding_window, tuple(masks))
 
 
 def segment_masks(
@@ -137,18 +144,18 @@ def segment_masks(
     tokens_read: Sequence[int],
     device: torch.device,
     want_weights: bool,
+    num_sinks: int = 0,
 ) -> torch.Tensor | BlockMasks | None:
     """The masks with which a segment is read: of blocks where it is many windows long.
 
     Args:
-        tokens_read: tokens that each row has read before, the last ones of which are the earlier keys.
+        tokens_read, num_sinks: as `attention_mask` has them.
         want_weights: the attention weights are asked for, which blocks do not give.
     """
     in_blocks = sliding_window is not None and num_new > BLOCKS_FROM_WINDOWS * sliding_window and not want_weights
     # A flash kernel needs no mask and no scores at any length.
     make = block_masks if in_blocks and "flash" not in implementation else attention_mask
-    valid = past_token_mask(tokens_read, num_past, device)
-    return make(implementation, sliding_window, num_past, num_new, len(tokens_read), valid, device)
+    return make(implementation, sliding_window, num_past, num_new, tokens_read, device, num_sinks)
 
 
 def attend_in_blocks(
@@ -169,13 +176,13 @@ def attend_in_blocks(
     """
     blocks = list(zip(*(states.split(masks.size, dim=2) for states in (query, *new)), strict=True))
     outputs, before = [], past
-    for index, (queries, *keys_values) in enumerate(blocks):
+    for (queries, *keys_values), mask in zip(blocks, masks.masks, strict=True):
         seen = (
             keys_values
             if before is None
             else [torch.cat(pair, dim=2) for pair in zip(before, keys_values, strict=True)]
         )
-        outputs.append(attend(queries, *seen, masks.of(index, len(blocks))))
+        outputs.append(attend(queries, *seen, mask))
         before = keys_values
     return torch.cat(outputs, dim=1)
 

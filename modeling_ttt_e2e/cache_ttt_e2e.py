@@ -15,14 +15,15 @@ from transformers import Cache, DynamicCache
 
 from .cache_files import load_context, save_context
 from .checks import check_repeats, selected_rows
-from .context import LearnedContext, Pending
+from .context import LearnedContext, Pending, keep_visible
 from .fast_weights import FastWeights
 from .fingerprints import WeightMarks
 
 
 @dataclass(frozen=True)
 class CachedLayer:
-    """Keys and values of one block, [batch, key/value heads, kept tokens, head_dim], for inspection."""
+    """Keys and values of one block, [batch, key/value heads, kept tokens, head_dim], for inspection; those of the
+    attention sinks come first."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -78,8 +79,11 @@ class TTTE2ECache(Cache):
             )
         rows, past_key_values = len(prefix.layers[0].keys), []
         for layer, layer_type in zip(prefix.layers, config.layer_types, strict=True):
-            kept = min(length, config.sliding_window - 1) if layer_type == "sliding_attention" else length
-            past_key_values.append((layer.keys[:, :, length - kept :], layer.values[:, :, length - kept :]))
+            window, sinks = None, 0
+            if layer_type == "sliding_attention":
+                window, sinks = config.sliding_window - 1, config.num_sink_tokens
+            new = (layer.keys, layer.values)
+            past_key_values.append(keep_visible(None, new, (0,) * rows, (length,) * rows, window, sinks))
         cache = cls(config)
         cache.context = LearnedContext((length,) * rows, (length,) * rows, tuple(past_key_values))
         cache.columns = length

@@ -76,6 +76,7 @@ class DecoderConfig(PreTrainedConfig):
     counts = ""
     counts_or_none = ""
     context_fields = ""
+    num_sink_tokens = 0  # a setting where a family has attention sinks
 
     vocab_size: int = 128256
     hidden_size: int = 768

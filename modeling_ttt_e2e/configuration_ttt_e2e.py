@@ -22,6 +22,8 @@ class TTTE2EConfig(DecoderConfig):
         layer_types: per block `"sliding_attention"` or `"full_attention"` (default: all sliding).
         use_attention: `False` leaves the attention out of every block, as in the paper's toy example (Appendix A): a
             token then sees others through the fast weights alone, and windows and layer types mean nothing.
+        num_sink_tokens: attention sinks (arXiv 2309.17453): the first so many tokens of a sequence stay visible to
+            `sliding_attention` blocks when they have left the window.
         qk_norm: RMSNorm over the channels of each query and key head, before RoPE.
         num_suffix_layers: blocks, counted from the end, that the inner loop updates (default: a quarter).
         use_prime_mlp: suffix blocks hold a second MLP, the prime MLP, whose weights the inner loop updates. `False`
@@ -54,6 +56,7 @@ class TTTE2EConfig(DecoderConfig):
 
     layer_types: list[str] | None = None
     use_attention: bool = True
+    num_sink_tokens: int = 0
     qk_norm: bool = True
 
     num_suffix_layers: int | None = None
@@ -84,7 +87,26 @@ class TTTE2EConfig(DecoderConfig):
 
     def check(self) -> None:
         super().check()
+        self.validate_sinks()
         self.validate_inner_loop()
+
+    def context_settings(self) -> dict:
+        settings = super().context_settings()
+        # Contexts of models without sinks are those of before there were any.
+        return settings | {"num_sink_tokens": self.num_sink_tokens} if self.num_sink_tokens else settings
+
+    def validate_sinks(self):
+        """Check that there are blocks that can have attention sinks, and that these fit into the window."""
+        if self.num_sink_tokens == 0:
+            return
+        slides = self.use_attention and "sliding_attention" in self.layer_types
+        if not slides or not 0 < self.num_sink_tokens <= self.sliding_window:
+            limit = (
+                f"it must lie between 0 and `sliding_window` ({self.sliding_window})"
+                if slides
+                else "but no block has a window (`layer_types`, `use_attention`): set it to 0"
+            )
+            raise ValueError(f"`num_sink_tokens` is {self.num_sink_tokens}; {limit}.")
 
     def validate_inner_loop(self):
         """Check the settings of the inner loop, and that a model that learns unless told otherwise can."""

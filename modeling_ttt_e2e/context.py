@@ -15,6 +15,7 @@ import torch
 
 from .fast_weights import FastWeights
 from .layers import KeysValues
+from .sinks import split_sinks, with_new_sinks
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class LearnedContext:
     Attributes:
         tokens: tokens read, per row.
         next_positions: position id of the next token, per row.
-        past_key_values: per block, keys and values [rows, key/value heads, kept tokens, head_dim], or None.
+        past_key_values: per block, keys and values [rows, key/value heads, kept tokens, head_dim], or None. Those of
+            the attention sinks, if the block has some, stand before the window, and are in it too while it is there.
         fast: fast weights, or None before the first inner step.
         pending: the unfinished mini-batch, or None when no token waits.
     """
@@ -95,6 +97,43 @@ class LearnedContext:
             pending = replace(pending, inputs=pending.inputs.detach())
         past_key_values = tuple(kv and (kv[0].detach(), kv[1].detach()) for kv in self.past_key_values)
         return replace(self, fast=fast, pending=pending, past_key_values=past_key_values)
+
+
+def join_pairs(pairs: Sequence[KeysValues | None]) -> KeysValues:
+    """Keys and values one after the other."""
+    present = [pair for pair in pairs if pair is not None]
+    keys, values = (torch.cat(states, dim=2) if len(states) > 1 else states[0] for states in zip(*present, strict=True))
+    return keys, values
+
+
+def keep_visible(
+    past: KeysValues | None,
+    new: KeysValues,
+    tokens_read: Sequence[int],
+    counts: Sequence[int],
+    window: int | None,
+    num_sinks: int,
+) -> KeysValues:
+    """Earlier keys and values with new ones, as far as they will be seen.
+
+    Args:
+        past, new: each [rows, key/value heads, positions, channels].
+        tokens_read: per row, tokens before the new ones.
+        counts: per row, new tokens.
+        window: of the last ones how many are kept; None: all.
+        num_sinks: of the first ones how many are kept besides.
+    """
+    sinks, before = split_sinks(past, num_sinks)
+    num_past = 0 if before is None else before[0].shape[2]
+    kept = last_tokens(join_pairs((before, new)), [num_past + count for count in counts], window)
+    return kept if num_sinks == 0 else join_pairs((with_new_sinks(sinks, new, tokens_read, num_sinks), kept))
+
+
+def last_tokens(pair: KeysValues, ends: Sequence[int], length: int | None, num_sinks: int = 0) -> KeysValues:
+    """`take_last` of keys and values (None: all), behind the sinks that stand before them."""
+    sinks, (keys, values) = split_sinks(pair, num_sinks)
+    length = max(ends) if length is None else length
+    return join_pairs((sinks, (take_last(keys, ends, length), take_last(values, ends, length))))
 
 
 def take_last(states: torch.Tensor, ends: Sequence[int], length: int) -> torch.Tensor:

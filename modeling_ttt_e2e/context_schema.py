@@ -136,7 +136,8 @@ def _keys_and_values(headers: dict[str, Header], description: dict[str, Any], co
         if kind == "sliding_attention":
             window = config.sliding_window - 1
             pending = config.mini_batch_size if index > config.num_prefix_layers else 0
-            low, high = min(low, window), min(high, window + pending)
+            sinks = config.num_sink_tokens
+            low, high = sinks + min(low, window), sinks + min(high, window + pending)
         shape = headers[f"keys.{index}"].shape if f"keys.{index}" in headers else ()
         kept = min(max(shape[2], low), high) if len(shape) == 4 else low
         for name in ("keys", "values"):

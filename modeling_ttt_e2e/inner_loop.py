@@ -19,6 +19,7 @@ import torch
 from .causal_lm_loss import NO_TARGET, log_likelihood_loss, widened
 from .context import gather_positions
 from .fast_weights import FastWeights
+from .sinks import Sinks
 from .twice_differentiable import ClippedDescent, at_least_float32
 
 
@@ -83,6 +84,7 @@ class MiniBatch:
         targets: [B, T] ids of the next tokens, `NO_TARGET` where there is none or it is masked.
         labels: [B, T] what the outer loss predicts, or None.
         position_embeddings: cosines and sines of the RoPE angles, each [1 or B, T, channels of a head].
+        sinks: how sliding layers see their attention sinks; None where all of these are in every window.
         complete: which rows' mini-batch is full and has all its targets; the others report no inner loss.
         update: which rows take a step; a subset of `complete`.
         cut: the rows whose outer gradient ends behind this mini-batch (`UpdateRule.horizon`).
@@ -93,6 +95,7 @@ class MiniBatch:
     targets: torch.Tensor
     labels: torch.Tensor | None
     position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    sinks: Sinks | None
     complete: tuple[bool, ...]
     update: tuple[bool, ...]
     cut: tuple[bool, ...]

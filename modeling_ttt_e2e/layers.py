@@ -25,6 +25,7 @@ from .attention import (
     float64_device,
 )
 from .fast_weights import Delta, FastWeights, linear
+from .sinks import split_sinks, with_new_sinks, with_sink_channels
 from .twice_differentiable import at_least_float32, rms_normalize
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
@@ -117,6 +118,7 @@ class TTTE2EAttention(nn.Module):
         self.layer_idx = layer_idx
         self.layer_type = config.layer_types[layer_idx]
         self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
+        self.num_sinks = 0 if self.sliding_window is None else config.num_sink_tokens
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
@@ -132,7 +134,8 @@ class TTTE2EAttention(nn.Module):
     def forward(
         self, x: torch.Tensor, attention: AttentionInputs, past: KeysValues | None
     ) -> tuple[torch.Tensor, KeysValues, torch.Tensor | None]:
-        """x [B, T, D] and earlier keys and values, each [B, key/value heads, H, C], rotated.
+        """x [B, T, D] and earlier keys and values, each [B, key/value heads, H, C], rotated; of a sliding layer those of
+        the attention sinks first.
 
         Returns:
             The output [B, T, D], the new tokens' keys and values, and the weights [B, heads, T, H + T] (eager only).
@@ -152,24 +155,36 @@ class TTTE2EAttention(nn.Module):
         """As `forward`, from the projections [B, T, heads * C] to the output before its own, of the same shape."""
         shape = query.shape
         heads = (*shape[:-1], -1, self.head_dim)
-        query = rotate(self.q_norm(query.view(heads)).transpose(1, 2), *attention.position_embeddings)
+        query = self.q_norm(query.view(heads)).transpose(1, 2)
+        turned = rotate(query, *attention.position_embeddings)
         key = rotate(self.k_norm(key.view(heads)).transpose(1, 2), *attention.position_embeddings)
-        value = value.view(heads).transpose(1, 2)
+        new = (key, value.view(heads).transpose(1, 2))
         if past is not None:
             past = (past[0].to(key.dtype), past[1].to(value.dtype))
+        sinks, past = split_sinks(past, self.num_sinks)
+        parts = [pair for pair in (past, new) if pair is not None]
+        if attention.sinks is not None:
+            at_sinks = rotate(query, *attention.sinks.position_embeddings)
+            sinks = with_new_sinks(sinks, new, attention.sinks.tokens_read, self.num_sinks)
+            turned, sinks, parts = with_sink_channels(turned, at_sinks, sinks, parts)
+
+        def attend(query, keys, values, mask):
+            if attention.sinks is not None:
+                keys, values = (torch.cat(pair, dim=2) for pair in zip(sinks, (keys, values), strict=True))
+            return self._attend(attention.implementation, query, keys, values, mask)
+
         mask = attention.masks[self.layer_type]
         if isinstance(mask, BlockMasks):
-
-            def attend(*states: torch.Tensor) -> torch.Tensor:
-                return self._attend(attention.implementation, *states)[0]
-
-            output, weights = attend_in_blocks(attend, query, (key, value), past, mask), None
+            before = parts[0] if len(parts) > 1 else None
+            output, weights = attend_in_blocks(lambda *seen: attend(*seen)[0], turned, parts[-1], before, mask), None
         else:
-            seen = (key, value)
-            if past is not None:
-                seen = [torch.cat(pair, dim=2) for pair in zip(past, seen, strict=True)]
-            output, weights = self._attend(attention.implementation, query, *seen, mask)
-        return output.reshape(shape), (key, value), weights
+            seen = parts[0]
+            if len(parts) > 1:
+                seen = [torch.cat(pair, dim=2) for pair in zip(*parts, strict=True)]
+            output, weights = attend(turned, *seen, mask)
+        if weights is not None and attention.sinks is None:
+            weights = nn.functional.pad(weights, [self.num_sinks, 0])
+        return output[..., : self.head_dim].reshape(shape), new, weights
 
     def _attend(self, implementation: str, query, keys, values, mask) -> tuple[torch.Tensor, torch.Tensor | None]:
         attend = attention_function(implementation)

@@ -16,14 +16,15 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from .attention import AttentionInputs, BlockMasks, attention_mask, past_token_mask
+from .attention import AttentionInputs, BlockMasks, attention_mask
 from .causal_lm_loss import NO_TARGET
 from .checkpointing import run_checkpointed
-from .context import LearnedContext, Pending, gather_positions, take_last
+from .context import LearnedContext, Pending, gather_positions, join_pairs, last_tokens
 from .fast_weights import FastWeights, is_plain, linear
 from .inner_loop import InnerState, MiniBatch, StepOutput, cut_gradient, run_inner_loop
 from .layers import KeysValues, zero_fast_weights
 from .reader import Reader, SegmentMemory, SegmentOutput, run_blocks
+from .sinks import split_sinks, with_new_sinks
 from .tokens import Segment, added
 
 PastChunks = tuple[tuple[KeysValues, ...], ...]
@@ -116,7 +117,7 @@ def run_mini_batches(
     Args:
         steps: inner steps that each row has taken before in this call.
     """
-    batches = mini_batches(reader, segment, inputs, steps)
+    batches = mini_batches(reader, context.tokens, segment, inputs, steps)
     layers = reader.suffix_layers
     fast = context.fast
     if fast is None and any(any(batch.update) for batch in batches):
@@ -125,7 +126,7 @@ def run_mini_batches(
         fast = _own_fast_weights(fast, layers, differences=reader.rule.horizon is not None)
     waiting = max(context.pending_counts)
     suffix = Suffix(reader, context.tokens, forget=not segment.needs_context)
-    state = InnerState(fast, _first_chunks(reader, context, waiting))
+    state = InnerState(fast, _first_chunks(reader, context, waiting, inputs))
     if reader.checkpointing and torch.is_grad_enabled():
         every, offload = reader.config.inner_checkpoint_every, reader.config.inner_checkpoint_offload
         state, outputs = run_checkpointed(suffix, state, batches, reader.rule, suffix.parameters(), every, offload)
@@ -138,21 +139,24 @@ def run_mini_batches(
     pending = _pending_after(context, segment, inputs, tuple(count * reader.config.mini_batch_size for count in done))
     past_key_values = list(context.past_key_values)
     for part, chunks in zip(reader.inner_parts[1:], state.past_key_values, strict=True):
-        keep = reader.window_before(part.index)
-        joined = join(chunks, None)
-        ends = [joined[0].shape[2] - segment.length + count for count in segment.counts]
-        keep = max(ends) if keep is None else keep + (max(pending.counts) if pending is not None else 0)
-        past_key_values[part.index] = tuple(take_last(states, ends, keep) for states in joined)
+        window, sinks, joined = reader.window_before(part.index), reader.num_sinks(part.index), join_pairs(chunks)
+        ends = [joined[0].shape[2] - sinks - segment.length + count for count in segment.counts]
+        if window is not None and pending is not None:
+            window += max(pending.counts)
+        past_key_values[part.index] = last_tokens(joined, ends, window, sinks)
     fast = state.fast
     if fast is not None and fast.whole:
         fast = fast.less(_projections(layers))
     return replace(context, fast=fast, pending=pending, past_key_values=tuple(past_key_values))
 
 
-def mini_batches(reader: Reader, segment: Segment, inputs: torch.Tensor, steps: tuple[int, ...]) -> list[MiniBatch]:
+def mini_batches(
+    reader: Reader, tokens_before: tuple[int, ...], segment: Segment, inputs: torch.Tensor, steps: tuple[int, ...]
+) -> list[MiniBatch]:
     """Cut a segment into mini-batches; the last one may be shorter.
 
     Args:
+        tokens_before: tokens that precede the segment, per row.
         inputs: [B, T, D], the hidden states that enter the inner loop.
         steps: inner steps that each row has taken before in this call.
     """
@@ -173,6 +177,7 @@ def mini_batches(reader: Reader, segment: Segment, inputs: torch.Tensor, steps: 
                 targets=targets[:, part],
                 labels=None if segment.labels is None else segment.labels[:, part],
                 position_embeddings=(cosines[:, part], sines[:, part]),
+                sinks=reader.sinks(segment.position_ids[:, part], [count + index * size for count in tokens_before]),
                 complete=complete,
                 # A step is taken only where something will be read with its result.
                 update=tuple(full and (segment.needs_context or count > end) for full, count in follows),
@@ -240,24 +245,28 @@ class Suffix:
         logits = linear(reader.model.lm_head, hidden) if with_logits else None
         return output, tuple(memory.past_key_values), logits
 
-    def mask(self, batch: MiniBatch, window: int | None, num_past: int) -> torch.Tensor | None:
-        """The mask of a mini-batch over `num_past` earlier keys and its own."""
-        rows, tokens = batch.inputs.shape[:2]
-        device, implementation = batch.inputs.device, self.reader.inner_implementation
-        # Places of this segment hold tokens wherever a token sees them; only those before it can lack some.
-        before_segment = num_past - batch.index * self.reader.config.mini_batch_size
-        valid = past_token_mask(self.tokens_before, before_segment, device) if before_segment > 0 else None
-        if valid is not None:
-            valid = torch.cat([valid, valid.new_ones(rows, num_past - before_segment)], dim=1)
-            return attention_mask(implementation, window, num_past, tokens, rows, valid, device)
-        key = (window, num_past, tokens)
+    def tokens_read(self, batch: MiniBatch) -> tuple[int, ...]:
+        """Tokens before the mini-batch, per row."""
+        return tuple(count + batch.index * self.reader.config.mini_batch_size for count in self.tokens_before)
+
+    def mask(self, batch: MiniBatch, window: int | None, num_past: int, num_sinks: int) -> torch.Tensor | None:
+        """The mask of a mini-batch over `num_past` earlier keys and its own, and the sinks before them."""
+        tokens, implementation = batch.inputs.shape[1], self.reader.inner_implementation
+        # Rows that have read more have all earlier keys, and see all sinks.
+        most = num_past if window is None or not num_sinks else num_past + window + num_sinks
+        read = tuple(min(count, most) for count in self.tokens_read(batch))
+        key = (window, num_past, tokens, num_sinks, read)
         if key not in self.masks:
-            self.masks[key] = attention_mask(implementation, window, num_past, tokens, rows, None, device)
+            device = batch.inputs.device
+            self.masks[key] = attention_mask(implementation, window, num_past, tokens, read, device, num_sinks)
         return self.masks[key]
 
 
 class StepMemory:
-    """Keys and values around one inner step: chunks in order of time, to which the step adds one per block."""
+    """Keys and values around one inner step: chunks in order of time, to which the step adds one per block.
+
+    The first chunk of a block with attention sinks is theirs.
+    """
 
     def __init__(self, suffix: Suffix, batch: MiniBatch, past_key_values: PastChunks):
         self.suffix, self.batch = suffix, batch
@@ -265,42 +274,50 @@ class StepMemory:
         self.first = suffix.reader.config.num_prefix_layers + 1
 
     def before(self, index: int) -> tuple[AttentionInputs, KeysValues | None]:
-        reader, keep = self.suffix.reader, self.suffix.reader.window_before(index)
-        past = join(self.past_key_values[index - self.first], keep)
-        num_past = 0 if past is None else past[0].shape[2]
+        reader, window = self.suffix.reader, self.suffix.reader.window_before(index)
+        sinks, chunks = self._chunks(index)
+        chunks = last_chunks(chunks, window)
+        past = join_pairs((*sinks, *chunks)) if sinks or chunks else None
+        seen = self.batch.sinks if sinks else None
         mask = None
         if reader.config.use_attention:
-            mask = self.suffix.mask(self.batch, None if keep is None else keep + 1, num_past)
+            num_past, count = sum(keys.shape[2] for keys, _ in chunks), 0 if seen is None else seen.count
+            mask = self.suffix.mask(self.batch, None if window is None else window + 1, num_past, count)
         masks: dict[str, torch.Tensor | BlockMasks | None] = {reader.config.layer_types[index]: mask}
-        return AttentionInputs(self.batch.position_embeddings, masks, reader.inner_implementation), past
+        return AttentionInputs(self.batch.position_embeddings, masks, reader.inner_implementation, seen), past
 
     def add(self, index: int, new: KeysValues) -> None:
-        chunks, keep = (*self.past_key_values[index - self.first], new), self.suffix.reader.window_before(index)
-        if self.suffix.forget and keep is not None:
+        sinks, chunks = self._chunks(index)
+        window = self.suffix.reader.window_before(index)
+        if sinks:
+            sinks = (with_new_sinks(*sinks, new, self.suffix.tokens_read(self.batch), sinks[0][0].shape[2]),)
+        chunks = (*chunks, new)
+        if self.suffix.forget and window is not None:
             num_past = sum(keys.shape[2] for keys, _ in chunks)
-            while chunks and num_past - chunks[0][0].shape[2] >= keep:
+            while chunks and num_past - chunks[0][0].shape[2] >= window:
                 num_past -= chunks[0][0].shape[2]
                 chunks = chunks[1:]
-        self.past_key_values[index - self.first] = chunks
+        self.past_key_values[index - self.first] = (*sinks, *chunks)
+
+    def _chunks(self, index: int) -> tuple[tuple[KeysValues, ...], tuple[KeysValues, ...]]:
+        """The chunk of the sinks, if the block has some, and the others."""
+        chunks, split = self.past_key_values[index - self.first], self.suffix.reader.num_sinks(index) > 0
+        return chunks[:split], chunks[split:]
 
 
-def join(chunks: Sequence[KeysValues], length: int | None) -> KeysValues | None:
-    """Chunks of keys and values as one pair, cut to the last `length` tokens (None: all); None for no chunk."""
-    if not chunks:
-        return None
-    if length is not None:
-        # Whole chunks beyond the window go first; then at most one is cut, before joining, which copies less.
-        surplus = sum(keys.shape[2] for keys, _ in chunks) - length
-        while surplus > 0 and chunks[0][0].shape[2] <= surplus:
-            surplus -= chunks[0][0].shape[2]
-            chunks = chunks[1:]
-        if not chunks:
-            return None
-        if surplus > 0:
-            keys, values = chunks[0]
-            chunks = ((keys[:, :, surplus:], values[:, :, surplus:]), *chunks[1:])
-    keys, values = (torch.cat(states, dim=2) if len(states) > 1 else states[0] for states in zip(*chunks, strict=True))
-    return keys, values
+def last_chunks(chunks: tuple[KeysValues, ...], length: int | None) -> tuple[KeysValues, ...]:
+    """What of chunks of keys and values the last `length` tokens (None: all) are in, cut to these."""
+    if length is None:
+        return chunks
+    # Whole chunks beyond the window go first; then at most one is cut, before joining, which copies less.
+    surplus = sum(keys.shape[2] for keys, _ in chunks) - length
+    while surplus > 0 and chunks[0][0].shape[2] <= surplus:
+        surplus -= chunks[0][0].shape[2]
+        chunks = chunks[1:]
+    if chunks and surplus > 0:
+        keys, values = chunks[0]
+        return ((keys[:, :, surplus:], values[:, :, surplus:]), *chunks[1:])
+    return chunks
 
 
 def _projections(layers: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
@@ -319,27 +336,31 @@ def _own_fast_weights(fast: FastWeights, layers: Sequence[torch.nn.Module], diff
     return fast.own_copies()
 
 
-def _first_chunks(reader: Reader, context: LearnedContext, waiting: int) -> PastChunks:
-    """Keys and values of the inner attention layers as first chunks: the window, and what the `waiting` tokens of a row
-    with a begun mini-batch have left."""
-    chunks = []
+def _first_chunks(reader: Reader, context: LearnedContext, waiting: int, inputs: torch.Tensor) -> PastChunks:
+    """Keys and values of the inner attention layers as first chunks: the sinks, the window, and what the `waiting` tokens
+    of a row with a begun mini-batch have left."""
+    first = []
     for part in reader.inner_parts[1:]:
-        past, keep = context.past_key_values[part.index], reader.window_before(part.index)
-        if past is not None and keep is not None:
-            num_past = past[0].shape[2]
-            past = tuple(take_last(states, [num_past], keep + waiting) for states in past)
-        chunks.append(() if past is None else (past,))
-    return tuple(chunks)
+        past, window = context.past_key_values[part.index], reader.window_before(part.index)
+        count = reader.num_sinks(part.index)
+        sinks, before = split_sinks(past, count)
+        if count and sinks is None:  # no row has read any
+            shape = (context.rows, reader.config.num_key_value_heads, count, reader.config.head_dim)
+            sinks = inputs.new_zeros(shape), inputs.new_zeros(shape)
+        if before is not None and window is not None:
+            before = last_tokens(before, [before[0].shape[2]], window + waiting)
+        first.append(tuple(pair for pair in (sinks, before) if pair is not None))
+    return tuple(first)
 
 
 def _without_pending(reader: Reader, context: LearnedContext) -> LearnedContext:
     """The context before its pending tokens were read, as far as the inner blocks are concerned."""
     past_key_values = list(context.past_key_values)
     for part in reader.inner_parts[1:]:
-        past, keep = past_key_values[part.index], reader.window_before(part.index)
-        ends = [past[0].shape[2] - count for count in context.pending_counts]
-        length = max(ends) if keep is None else keep
-        past_key_values[part.index] = tuple(take_last(states, ends, length) for states in past) if max(ends) else None
+        past, sinks = past_key_values[part.index], reader.num_sinks(part.index)
+        ends = [past[0].shape[2] - sinks - count for count in context.pending_counts]
+        visible = last_tokens(past, ends, reader.window_before(part.index), sinks) if max(ends) else None
+        past_key_values[part.index] = visible
     tokens = tuple(read - count for read, count in zip(context.tokens, context.pending_counts, strict=True))
     return replace(context, tokens=tokens, past_key_values=tuple(past_key_values), pending=None)
 

@@ -144,6 +144,7 @@ class AttentionWriter:
     """Collects one block's attention weights and returns them over the positions of a call.
 
     Args:
+        num_sinks: attention sinks, whose weights when they have left the window stand before all others.
         num_past: key positions from before the call, the last ones that were read.
         positions_read: positions from before the call.
         past_positions: per row, those of its tokens from before the call; those beyond `num_past` are left out.
@@ -153,13 +154,14 @@ class AttentionWriter:
 
     def __init__(
         self,
+        num_sinks: int,
         num_past: int,
         positions_read: int,
         past_positions: Sequence[torch.Tensor],
         positions_of_rows: Sequence[torch.Tensor],
         length: int,
     ):
-        self.num_past = num_past
+        self.num_sinks, self.num_past = num_sinks, num_past
         # The place of every token of a row among the keys, those from before the call first; negative: left out.
         shifted = zip(past_positions, positions_of_rows, strict=True)
         self.key_places = [torch.cat([old - positions_read, new]) + num_past for old, new in shifted]
@@ -173,14 +175,16 @@ class AttentionWriter:
         self.parts.append((weights, segment, start))
 
     def result(self) -> torch.Tensor:
-        """[B, heads, N, num_past + N]; zero where a query or key is padding."""
+        """[B, heads, N, num_sinks + num_past + N]; zero where a query or key is padding."""
         weights, segment, start = self.parts[0]
-        size = (*weights.shape[:2], self.length, self.num_past + self.length)
+        size = (*weights.shape[:2], self.length, self.num_sinks + self.num_past + self.length)
         alone = len(self.parts) == 1 and weights.shape == size
         if alone and not self.num_past and not start and min(segment.counts) == self.length:
             return weights
         result = weights.new_zeros(size)
+        of_sinks, others = result[..., : self.num_sinks], result[..., self.num_sinks :]
         for weights, segment, start in self.parts:
+            at_sinks, weights = weights[..., : self.num_sinks], weights[..., self.num_sinks :]
             for row, (begin, end) in enumerate(zip(segment.begin, segment.end, strict=True)):
                 first = begin + start
                 places, earlier = self.positions_of_rows[row], self.past_tokens[row]
@@ -191,7 +195,9 @@ class AttentionWriter:
                 key_positions = self.key_places[row][keys.clamp(0, len(self.key_places[row]) - 1)]
                 good_keys = (keys >= 0) & (keys < earlier + end) & (key_positions >= 0)
                 block = weights[row][:, good_queries][:, :, good_keys]
-                result[row][:, places[queries[good_queries]][:, None], key_positions[good_keys][None, :]] = block
+                written = places[queries[good_queries]]
+                others[row][:, written[:, None], key_positions[good_keys][None, :]] = block
+                of_sinks[row][:, written] = at_sinks[row][:, good_queries]
         return result
 
 
@@ -208,11 +214,11 @@ def attention_writers(
     places = [every if tokens.token_mask is None else every[tokens.token_mask[row]] for row in range(tokens.rows)]
     past = _past_positions(attention_mask, positions_read, tokens_before, tokens.device)
     kept = {
-        "full_attention": positions_read,
-        "sliding_attention": min(positions_read, (config.sliding_window or 1) - 1),
+        "full_attention": (0, positions_read),
+        "sliding_attention": (config.num_sink_tokens, min(positions_read, (config.sliding_window or 1) - 1)),
     }
     return {
-        index: AttentionWriter(kept[kind], positions_read, past, places, tokens.length)
+        index: AttentionWriter(*kept[kind], positions_read, past, places, tokens.length)
         for index, kind in enumerate(config.layer_types)
         if kind in kept
     }

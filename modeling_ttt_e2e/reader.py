@@ -19,10 +19,11 @@ import torch
 
 from .attention import AttentionInputs, BlockMasks, segment_masks
 from .causal_lm_loss import hidden_nll
-from .context import LearnedContext, take_last
+from .context import LearnedContext, keep_visible, last_tokens
 from .fast_weights import FastWeights
 from .inner_loop import UpdateRule
 from .layers import KeysValues
+from .sinks import Sinks, positions_at_sinks, sinks_left_behind
 from .tokens import Segment
 
 
@@ -185,17 +186,32 @@ class Reader:
         sliding = self.config.layer_types[index] == "sliding_attention"
         return self.config.sliding_window - 1 if sliding else None
 
+    def num_sinks(self, index: int) -> int:
+        """Attention sinks of block `index`."""
+        return self.config.num_sink_tokens if self.config.layer_types[index] == "sliding_attention" else 0
+
+    def sinks(self, position_ids: torch.Tensor, tokens_read: Sequence[int]) -> Sinks | None:
+        """How the tokens at `position_ids` [1 or B, T] see the sinks of sliding blocks; None where the windows hold all
+        sinks.
+
+        Args:
+            tokens_read: per row, tokens before these.
+        """
+        count, window = self.config.num_sink_tokens, self.config.sliding_window
+        if not sinks_left_behind(count, window, tokens_read, position_ids.shape[1]):
+            return None
+        positions = positions_at_sinks(position_ids, tokens_read, window, count)
+        return Sinks(count, tuple(tokens_read), self.model.rotary_emb(positions, self.model.dtype))
+
     def drop_pending(self, context: LearnedContext) -> LearnedContext:
         """Forget the pending mini-batch, and the keys that were kept only to learn from it."""
         if context.pending is None:
             return context
         past_key_values = []
         for index, past in enumerate(context.past_key_values):
-            keep = self.window_before(index)
-            ends = [past[0].shape[2]] * context.rows
-            if keep is not None:
-                past = take_last(past[0], ends, keep), take_last(past[1], ends, keep)
-            past_key_values.append(past)
+            sinks = self.num_sinks(index)
+            ends = [past[0].shape[2] - sinks] * context.rows
+            past_key_values.append(last_tokens(past, ends, self.window_before(index), sinks))
         return replace(context, pending=None, past_key_values=tuple(past_key_values))
 
     def finish(self, output: SegmentOutput, x: torch.Tensor, labels: torch.Tensor | None) -> None:
@@ -220,6 +236,7 @@ class SegmentMemory:
         self.reader, self.segment, self.pending = reader, segment, pending
         self.before_segment, self.past_key_values = context, list(context.past_key_values)
         self.angles = reader.model.rotary_emb(segment.position_ids, reader.model.dtype)
+        self.sinks = reader.sinks(segment.position_ids, context.tokens)
         self.inputs: dict[tuple[str, int], AttentionInputs] = {}
 
     @property
@@ -229,27 +246,27 @@ class SegmentMemory:
 
     def before(self, index: int) -> tuple[AttentionInputs, KeysValues | None]:
         past = self.past_key_values[index]
-        kind, num_past = self.reader.config.layer_types[index], 0 if past is None else past[0].shape[2]
+        kind = self.reader.config.layer_types[index]
+        num_past = 0 if past is None else past[0].shape[2] - self.reader.num_sinks(index)
         if (kind, num_past) not in self.inputs:
-            masks = {kind: self._mask(kind, num_past)}
-            self.inputs[kind, num_past] = AttentionInputs(self.angles, masks, self.reader.implementation)
+            sinks = self.sinks if kind == "sliding_attention" else None
+            masks = {kind: self._mask(kind, num_past, 0 if sinks is None else sinks.count)}
+            self.inputs[kind, num_past] = AttentionInputs(self.angles, masks, self.reader.implementation, sinks)
         return self.inputs[kind, num_past], past
 
     def add(self, index: int, new: KeysValues) -> None:
         """Earlier keys and values with the new ones, aligned right, as many as will be seen."""
         if not self.segment.needs_context:
             return
-        past, keep = self.past_key_values[index], self.reader.window_before(index)
-        num_past = 0 if past is None else past[0].shape[2]
-        ends = [num_past + count for count in self.segment.counts]
-        keep = max(ends) if keep is None else keep + self.pending
-        joined = new if past is None else tuple(torch.cat(pair, dim=2) for pair in zip(past, new, strict=True))
-        self.past_key_values[index] = tuple(take_last(states, ends, keep) for states in joined)
+        past, window = self.past_key_values[index], self.reader.window_before(index)
+        window = None if window is None else window + self.pending
+        counts = (self.before_segment.tokens, self.segment.counts)
+        self.past_key_values[index] = keep_visible(past, new, *counts, window, self.reader.num_sinks(index))
 
-    def _mask(self, kind: str, num_past: int) -> torch.Tensor | BlockMasks | None:
+    def _mask(self, kind: str, num_past: int, num_sinks: int) -> torch.Tensor | BlockMasks | None:
         reader, segment = self.reader, self.segment
         if not reader.config.use_attention:
             return None
         window = reader.config.sliding_window if kind == "sliding_attention" else None
         sizes, device = (num_past, segment.length, self.before_segment.tokens), segment.position_ids.device
-        return segment_masks(reader.implementation, window, *sizes, device, reader.want_attentions)
+        return segment_masks(reader.implementation, window, *sizes, device, reader.want_attentions, num_sinks)

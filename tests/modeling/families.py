@@ -32,6 +32,7 @@ TTT_E2E = {
     "learning-off": {"test_time_training": False},
     "attention-free": {"use_attention": False},
     "inner-mlp": {"use_prime_mlp": False},
+    "sinks": {"num_sink_tokens": 3},
 }
 
 

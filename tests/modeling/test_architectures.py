@@ -30,6 +30,8 @@ ARCHITECTURES = {
     "gelu untied": {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": False},
     "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
     "no attention": {"use_attention": False, "mini_batch_size": 4, "sliding_window": 2, "use_prime_mlp": False},
+    "sinks": {"num_sink_tokens": 3},
+    "sinks of a hybrid": {"num_sink_tokens": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
 }
 

@@ -16,8 +16,7 @@ def attention_case(groups=1, queries=5, history=4):
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 4, queries, 6), (2, 4 // groups, history + queries, 6), (2, 4 // groups, history + queries, 6)]
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    valid = torch.tensor([[True] * history, [False] * (history - 1) + [True]])
-    mask = attention_mask(TWICE_DIFFERENTIABLE, 6, history, queries, 2, valid, torch.device("cpu"))
+    mask = attention_mask(TWICE_DIFFERENTIABLE, 6, history, queries, (history, 1), torch.device("cpu"))
     module = SimpleNamespace(num_key_value_groups=groups, training=False)
 
     def attend(implementation):
@@ -48,9 +47,7 @@ def test_twice_differentiable_attention_passes_gradcheck():
 @pytest.mark.parametrize("history", [0, 3, WINDOW - 1])
 def test_a_query_sees_itself_and_its_window_and_nothing_a_row_has_not_read(window, history):
     new, tokens = 7, [history, max(history - 2, 0)]
-    first = torch.tensor([[history - n] for n in tokens])
-    valid = torch.arange(history) >= first if history else None
-    mask = attention_mask("eager", window, history, new, 2, valid, torch.device("cpu")).expand(2, 1, new, -1)
+    mask = attention_mask("eager", window, history, new, tokens, torch.device("cpu")).expand(2, 1, new, -1)
     for row in range(2):
         for query in range(new):
             seen = [

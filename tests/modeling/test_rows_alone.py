@@ -21,6 +21,7 @@ MODES = {
     "cut at every second step": {"meta_gradient_horizon": 2, "num_suffix_layers": 3},
     "full attention": {"layer_types": ["full_attention"] * 4, "meta_gradient_horizon": 3},
     "ordinary MLPs learn": {"use_prime_mlp": False},
+    "sinks": {"num_sink_tokens": 3, "num_suffix_layers": 3},
 }
 
 
