@@ -134,8 +134,7 @@ class TTTE2EAttention(nn.Module):
     def forward(
         self, x: torch.Tensor, attention: AttentionInputs, past: KeysValues | None
     ) -> tuple[torch.Tensor, KeysValues, torch.Tensor | None]:
-        """x [B, T, D] and earlier keys and values, each [B, key/value heads, H, C], rotated; of a sliding layer those of
-        the attention sinks first.
+        """x [B, T, D] and earlier keys and values [B, key/value heads, H, C], rotated; of a sliding layer the sinks first.
 
         Returns:
             The output [B, T, D], the new tokens' keys and values, and the weights [B, heads, T, H + T] (eager only).
@@ -182,8 +181,6 @@ class TTTE2EAttention(nn.Module):
             if len(parts) > 1:
                 seen = [torch.cat(pair, dim=2) for pair in zip(*parts, strict=True)]
             output, weights = attend(turned, *seen, mask)
-        if weights is not None and attention.sinks is None:
-            weights = nn.functional.pad(weights, [self.num_sinks, 0])
         return output[..., : self.head_dim].reshape(shape), new, weights
 
     def _attend(self, implementation: str, query, keys, values, mask) -> tuple[torch.Tensor, torch.Tensor | None]:

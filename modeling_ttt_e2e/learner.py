@@ -337,8 +337,8 @@ def _own_fast_weights(fast: FastWeights, layers: Sequence[torch.nn.Module], diff
 
 
 def _first_chunks(reader: Reader, context: LearnedContext, waiting: int, inputs: torch.Tensor) -> PastChunks:
-    """Keys and values of the inner attention layers as first chunks: the sinks, the window, and what the `waiting` tokens
-    of a row with a begun mini-batch have left."""
+    """Keys and values of the inner attention layers as first chunks: the sinks, the window, and what the `waiting`
+    tokens of a row with a begun mini-batch have left."""
     first = []
     for part in reader.inner_parts[1:]:
         past, window = context.past_key_values[part.index], reader.window_before(part.index)

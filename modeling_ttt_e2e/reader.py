@@ -191,14 +191,15 @@ class Reader:
         return self.config.num_sink_tokens if self.config.layer_types[index] == "sliding_attention" else 0
 
     def sinks(self, position_ids: torch.Tensor, tokens_read: Sequence[int]) -> Sinks | None:
-        """How the tokens at `position_ids` [1 or B, T] see the sinks of sliding blocks; None where the windows hold all
-        sinks.
+        """How the tokens at `position_ids` [1 or B, T] see the sinks of sliding blocks; None where these are in every
+        window, unless attention weights are wanted.
 
         Args:
             tokens_read: per row, tokens before these.
         """
         count, window = self.config.num_sink_tokens, self.config.sliding_window
-        if not sinks_left_behind(count, window, tokens_read, position_ids.shape[1]):
+        left_behind = sinks_left_behind(count, window, tokens_read, position_ids.shape[1])
+        if count == 0 or not (left_behind or self.want_attentions):
             return None
         positions = positions_at_sinks(position_ids, tokens_read, window, count)
         return Sinks(count, tuple(tokens_read), self.model.rotary_emb(positions, self.model.dtype))
