@@ -16,6 +16,13 @@ def transformer(
         int | None,
         typer.Option(help="sliding_window, in tokens. [default: the source's, where all its layers slide]"),
     ] = None,
+    sinks: Annotated[
+        int | None,
+        typer.Option(
+            help="num_sink_tokens: first tokens of a text that stay visible. [default: 4, or 0 for a source all of "
+            "whose layers slide]"
+        ),
+    ] = None,
     suffix: Annotated[
         int | None, typer.Option(help="num_suffix_layers: blocks at the end that learn. [default: a quarter]")
     ] = None,
@@ -57,15 +64,16 @@ def transformer(
         prime_intermediate_size=prime_size,
         inner_learning_rate=inner_lr,
         inner_max_grad_norm=inner_clip,
+        num_sink_tokens=sinks,
     )
     with refusals("Interrupted. Nothing was left behind."), claimed(output):
         start = prepare_warm_start(WarmStartRequest(model, output, settings, dtype, seed, max_shard_size))
         config = start.config
         typer.echo(
             f"{start.parameters:,} parameters, {start.new_parameters:,} of them new; "
-            f"{start.total_bytes / 2**20:,.0f} MiB. Window {config.sliding_window:,}, mini-batch "
-            f"{config.mini_batch_size:,}, the last {config.num_suffix_layers} of {config.num_hidden_layers} blocks "
-            "learn."
+            f"{start.total_bytes / 2**20:,.0f} MiB. Window {config.sliding_window:,} and "
+            f"{config.num_sink_tokens} attention sinks, mini-batch {config.mini_batch_size:,}, the last "
+            f"{config.num_suffix_layers} of {config.num_hidden_layers} blocks learn."
         )
         write_warm_start(start)
     if start.tokenizer is None:

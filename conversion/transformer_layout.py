@@ -32,6 +32,7 @@ from .strictness import model_shapes
 SUPPORTED_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DEFAULT_MINI_BATCH = 1024  # that of the paper
+DEFAULT_SINKS = 4  # those of arXiv 2309.17453
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class WarmStartSettings:
             their own MLPs the inner weights, and adds no parameters.
         prime_intermediate_size: width of the prime MLPs (default: `intermediate_size`).
         inner_learning_rate, inner_max_grad_norm: of the inner loop.
+        num_sink_tokens: attention sinks, the first tokens of a text that stay visible (default: 4 where layers of the
+            source see its whole text, whose attention leans on them; none where all of them slide).
     """
 
     sliding_window: int | None = None
@@ -56,6 +59,7 @@ class WarmStartSettings:
     prime_intermediate_size: int | None = None
     inner_learning_rate: float = 1.0
     inner_max_grad_norm: float = 1.0
+    num_sink_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,11 @@ def config_from_transformer(source: PreTrainedConfig, settings: WarmStartSetting
     """
     check_convertible(source.to_dict())
     _check_source(source)
-    window = _window(source, settings.sliding_window)
+    own_window, sees_all = _reach(source)
+    window = _window(own_window, sees_all, settings.sliding_window)
+    sinks = settings.num_sink_tokens
+    if sinks is None:
+        sinks = min(DEFAULT_SINKS, window) if sees_all else 0
     layers, suffix = source.num_hidden_layers, settings.num_suffix_layers
     if suffix is not None and not 1 <= suffix <= layers:
         raise ValueError(f"`num_suffix_layers`={suffix}: must be between 1 and {layers}, the blocks of the source.")
@@ -132,6 +140,7 @@ def config_from_transformer(source: PreTrainedConfig, settings: WarmStartSetting
         prime_intermediate_size=settings.prime_intermediate_size,
         inner_learning_rate=settings.inner_learning_rate,
         inner_max_grad_norm=settings.inner_max_grad_norm,
+        num_sink_tokens=sinks,
     )
 
 
@@ -232,14 +241,19 @@ def _check_source(source: PreTrainedConfig) -> None:
         )
 
 
-def _window(source: PreTrainedConfig, asked: int | None) -> int:
-    """The window of the new model, which is never wider than that of the source's sliding layers."""
+def _reach(source: PreTrainedConfig) -> tuple[int | None, bool]:
+    """The window of the source's sliding layers, if it has some, and whether layers of it see the whole text."""
     kinds = {"llama": {"full_attention"}, "mistral": {"sliding_attention"}}.get(source.model_type)
     kinds = set(source.layer_types) if kinds is None else kinds
     own = source.sliding_window if "sliding_attention" in kinds else None
+    return own, own is None or "full_attention" in kinds
+
+
+def _window(own: int | None, sees_all: bool, asked: int | None) -> int:
+    """The window of the new model, which is never wider than that of the source's sliding layers."""
     if asked is not None and asked < 1:
         raise ValueError(f"`sliding_window`={asked}: must be at least 1, and at least the mini-batch.")
-    if asked is None and (own is None or "full_attention" in kinds):
+    if asked is None and sees_all:
         raise ValueError(
             "`sliding_window` is missing: layers of the source see its whole text, so that the window must be chosen, "
             "as in --window 8192 (at least the mini-batch)."

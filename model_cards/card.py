@@ -178,7 +178,7 @@ def sequence_memory(config: PreTrainedConfig, dtype: torch.dtype) -> SequenceMem
         if kind == "sliding_attention":
             # The attention of the first suffix block comes before all inner weights, and is not run again.
             pending = mini_batch if index > config.num_hidden_layers - suffix else 0
-            window += (config.sliding_window - 1 + pending) * column
+            window += (config.num_sink_tokens + config.sliding_window - 1 + pending) * column
     return SequenceMemory(
         fast_weights=suffix * 3 * config.hidden_size * width * FAST_WEIGHT_BYTES,
         window=window,

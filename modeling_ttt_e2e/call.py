@@ -271,6 +271,11 @@ def make_reader(model: torch.nn.Module, call: Call) -> Reader:
         horizon=config.meta_gradient_horizon,
     )
     implementation = "eager" if call.want_attentions else config._attn_implementation
+    if config.num_sink_tokens and "flash" in implementation:
+        raise ValueError(
+            f"`attn_implementation={implementation!r}` knows no attention sinks (`num_sink_tokens` is "
+            f"{config.num_sink_tokens}): use 'sdpa', as in model.set_attn_implementation('sdpa')."
+        )
     inner_implementation = implementation
     differentiated = torch.is_grad_enabled() and rule.second_order and call.learning
     if call.learning:

@@ -134,7 +134,7 @@ class TTTE2EAttention(nn.Module):
     def forward(
         self, x: torch.Tensor, attention: AttentionInputs, past: KeysValues | None
     ) -> tuple[torch.Tensor, KeysValues, torch.Tensor | None]:
-        """x [B, T, D] and earlier keys and values [B, key/value heads, H, C], rotated; of a sliding layer the sinks first.
+        """x [B, T, D] and earlier keys and values [B, key/value heads, H, C], rotated; those of sinks come first.
 
         Returns:
             The output [B, T, D], the new tokens' keys and values, and the weights [B, heads, T, H + T] (eager only).

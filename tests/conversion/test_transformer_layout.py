@@ -77,6 +77,23 @@ def test_a_narrower_window_changes_only_what_lies_beyond_it():
 
 
 @torch.no_grad()
+def test_a_window_and_sinks_that_hold_the_text_change_nothing():
+    """Sources that see everything get four sinks unless told otherwise; those that slide get none."""
+    source = random_source(LlamaConfig, {})
+    model = warm_started_model(source, WarmStartSettings(sliding_window=16, mini_batch_size=8))
+    assert model.config.num_sink_tokens == 4
+    ids = random_ids(1, 16 + 4)
+    theirs = source(ids).logits
+    assert_same(model(ids, test_time_training=False).logits, theirs)
+    other = warm_started_model(source, WarmStartSettings(sliding_window=16, mini_batch_size=8, num_sink_tokens=0))
+    assert (other(ids, test_time_training=False).logits - theirs)[:, 16:].abs().max() > 1e-3 * theirs.abs().max()
+    sliding = random_source(MistralConfig, {"sliding_window": 9})
+    assert warm_started_model(sliding, WarmStartSettings(mini_batch_size=4)).config.num_sink_tokens == 0
+    with pytest.raises(ValueError, match="`num_sink_tokens` is 17; it must lie between"):
+        warm_started_model(source, WarmStartSettings(sliding_window=16, mini_batch_size=8, num_sink_tokens=17))
+
+
+@torch.no_grad()
 def test_without_prime_mlps_the_ordinary_ones_learn():
     source = random_source(*SOURCES["llama"])
     model = warm_started_model(source, WarmStartSettings(64, 2, BATCH, use_prime_mlp=False))
