@@ -290,7 +290,7 @@ class StepMemory:
         sinks, chunks = self._chunks(index)
         window = self.suffix.reader.window_before(index)
         if sinks:
-            sinks = (with_new_sinks(*sinks, new, self.suffix.tokens_read(self.batch), sinks[0][0].shape[2]),)
+            sinks = (with_new_sinks(sinks[0], new, self.suffix.tokens_read(self.batch), sinks[0][0].shape[2]),)
         chunks = (*chunks, new)
         if self.suffix.forget and window is not None:
             num_past = sum(keys.shape[2] for keys, _ in chunks)
