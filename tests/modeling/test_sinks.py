@@ -122,7 +122,7 @@ def test_attention_weights_of_sinks_stand_before_the_others():
 def test_a_flash_kernel_knows_no_sinks():
     model = small_model(num_sink_tokens=SINKS)
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="'flash_attention_2'` knows no attention sinks .* 'sdpa'"):
+    with pytest.raises(ValueError, match=r"'flash_attention_2'` knows no attention sinks .* 'sdpa'"):
         model(random_ids(1, 4))
 
 
