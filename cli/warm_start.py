@@ -10,7 +10,9 @@ from .errors import refusals
 
 
 def transformer(
-    model: Annotated[str, typer.Option(help="A Llama, Mistral, Qwen2 or Qwen3: a folder, or an id of the Hub.")],
+    model: Annotated[
+        str, typer.Option(help="A Llama, Mistral, Qwen2 or Qwen3: a folder, a GGUF file, or an id of the Hub.")
+    ],
     output: Annotated[Path, typer.Option(help="The new model's folder, new or empty.", file_okay=False)],
     window: Annotated[
         int | None,

@@ -4,7 +4,6 @@ Tensors are read one by one and written shard by shard, so that memory holds one
 new folder appears when it is complete: until then it has a temporary name beside it.
 """
 
-import shutil
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
@@ -21,6 +20,7 @@ from ..data.tokenizer import find_tokenizer, load_tokenizer
 from ..loading import DTYPES, dtype_named
 from ..storage.disk import check_disk_space, folder_written_whole
 from ..storage.record import check_output
+from .gguf_file import LoadedWeights, gguf_config, gguf_file, gguf_tokenizer, gguf_weights
 from .transformer_layout import (
     EMBEDDINGS,
     HEAD,
@@ -45,10 +45,10 @@ class WarmStartRequest:
     """What to convert, how, and where to.
 
     Attributes:
-        model: a folder that `save_pretrained` has written, or an id of the Hub.
+        model: a folder that `save_pretrained` has written, a GGUF file or a folder with one, or an id of the Hub.
         output: the new folder; must not exist, or be empty.
         settings: of the new model.
-        dtype: of all tensors, a key of `DTYPES`; "auto" leaves each as it is.
+        dtype: of all tensors, a key of `DTYPES`; "auto" leaves each as it is (of a GGUF file: float32).
         seed: of the prime MLPs' random weights.
         max_shard_size: of a file of weights, in bytes or as "5GB"; also bounds the memory that is used.
     """
@@ -68,14 +68,14 @@ class WarmStart:
     Attributes:
         config: of the new model.
         plans: its tensors; weights: those of the source.
-        folder: of the source; tokenizer: its tokenizer, None where there is none.
+        generation: generation configuration of the source, as JSON; tokenizer: its tokenizer; None where it has none.
     """
 
     request: WarmStartRequest
     config: TTTE2EConfig
     plans: list[TensorPlan]
-    weights: StoredWeights
-    folder: Path
+    weights: StoredWeights | LoadedWeights
+    generation: str | None
     tokenizer: PreTrainedTokenizerBase | None
 
     @property
@@ -115,22 +115,22 @@ def prepare_warm_start(request: WarmStartRequest) -> WarmStart:
 
     Raises:
         FileNotFoundError: there is no such folder, or a file of it is missing.
+        ImportError: a package that reads the source is not installed.
         ValueError: the source cannot be converted, `settings` do not fit it, or `output` is not empty.
         OSError: a model of the Hub cannot be fetched, or the disk has no room.
     """
     dtype_named(request.dtype)
     request = replace(request, output=request.output.expanduser())
     check_output(request.output, resume=False)
-    folder = path_or_id(request.model, "model")
-    source = source_config(folder or request.model)
+    path = path_or_id(request.model, "model")
+    file = gguf_file(path)
+    source = source_config(path or request.model) if file is None else gguf_config(file)
     config = config_from_transformer(source, request.settings)
-    if folder is None:
-        folder = Path(snapshot_download(request.model, allow_patterns=DOWNLOADED))
-    weights = stored_weights(folder)
+    weights, generation, tokenizer = _contents(path, request.model) if file is None else _contents_of_gguf(file)
     if config.tie_word_embeddings and _has_own_head(weights):
         config.tie_word_embeddings = False
     plans = plan_tensors(config, source.model_type, weights.shapes)
-    start = WarmStart(request, config, plans, weights, folder, find_tokenizer(folder))
+    start = WarmStart(request, config, plans, weights, generation, tokenizer)
     start.shards()
     check_disk_space(request.output, start.total_bytes, "the converted model")
     return start
@@ -148,13 +148,24 @@ def write_warm_start(start: WarmStart) -> None:
         start.config.architectures = ["TTTE2EForCausalLM"]
         start.config.dtype = DTYPES[start.request.dtype] or start.weights.dtypes[EMBEDDINGS]
         start.config.save_pretrained(part)
-        if (start.folder / GENERATION).is_file():
-            shutil.copyfile(start.folder / GENERATION, part / GENERATION)
+        if start.generation is not None:
+            (part / GENERATION).write_text(start.generation, encoding="utf-8")
         if start.tokenizer is not None:
             _write_tokenizer(start.tokenizer, part)
         plans, split = {plan.name: plan for plan in start.plans}, start.shards()
         names = chain.from_iterable(split.filename_to_tensors.values())
         write_shards(part, split, ((name, _tensor(start, plans[name])) for name in names))
+
+
+def _contents(path: Path | None, model: str) -> tuple[StoredWeights, str | None, PreTrainedTokenizerBase | None]:
+    folder = path or Path(snapshot_download(model, allow_patterns=DOWNLOADED))
+    generation = folder / GENERATION
+    text = generation.read_text(encoding="utf-8") if generation.is_file() else None
+    return stored_weights(folder), text, find_tokenizer(folder)
+
+
+def _contents_of_gguf(file: Path) -> tuple[LoadedWeights, str, PreTrainedTokenizerBase]:
+    return *gguf_weights(file), gguf_tokenizer(file)
 
 
 def source_config(model: Path | str) -> PreTrainedConfig:
@@ -177,9 +188,9 @@ def source_config(model: Path | str) -> PreTrainedConfig:
         raise ValueError(f"model={str(model)!r}: its config.json cannot be read ({error})") from error
 
 
-def _has_own_head(weights: StoredWeights) -> bool:
+def _has_own_head(weights: StoredWeights | LoadedWeights) -> bool:
     """Whether the files hold a head that differs from the embeddings, which transformers then does not tie to them."""
-    if not {HEAD, EMBEDDINGS} <= weights.files.keys():
+    if not {HEAD, EMBEDDINGS} <= weights.shapes.keys():
         return False
     return not torch.equal(weights.read(HEAD), weights.read(EMBEDDINGS))
 
