@@ -41,6 +41,14 @@ def train(
             "--set", metavar="FIELD=VALUE", help="Override a field of the recipe, as training.learning_rate=1e-3."
         ),
     ] = None,
+    trained: Annotated[
+        str,
+        typer.Option(
+            "--train",
+            help="What is trained: all, or prime (the prime MLPs of a warm start alone: the result is a small folder "
+            "that names the model below).",
+        ),
+    ] = "all",
     lora: Annotated[
         str | None, typer.Option(help="Train low-rank adapters only: all-linear, or prime (the inner weights').")
     ] = None,
@@ -82,7 +90,7 @@ def train(
             if tokenizer is not None:
                 config = fit_to_tokenizer(source, config, load_tokenizer(tokenizer), trained=False)
             adapter = None if lora is None else (lora, lora_rank)
-            for line in estimate_run(config, chosen, int(os.environ.get("WORLD_SIZE", 1)), adapter).lines():
+            for line in estimate_run(config, chosen, int(os.environ.get("WORLD_SIZE", 1)), adapter, trained).lines():
                 typer.echo(line)
             return
         request = TrainingRequest(
@@ -93,6 +101,7 @@ def train(
             cache=cache,
             validation_data=validation_data,
             tokenizer=tokenizer,
+            train=trained,
             adapter=Adapter(lora, lora_rank, lora_alpha) if lora else None,
             resume=resume,
         )

@@ -78,7 +78,7 @@ def transformer(
             f"{config.num_suffix_layers} of {config.num_hidden_layers} blocks learn."
         )
         write_warm_start(start)
-    if start.tokenizer is None:
+    if start.source.tokenizer is None:
         typer.echo("The source has no tokenizer: name one with --tokenizer from here on.")
     typer.echo(
         f"The model is in {output}. Choose its inner learning rate before you use it: ttt-e2e tune-inner-lr --model "

@@ -15,15 +15,15 @@ from typing import cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .. import TTTE2EConfig
 from ..configuration import load_config, preset_names
 from ..data.tokenizer import load_tokenizer
-from ..loading import dtype_named, find_saved_model
 from ..storage.disk import check_disk_space, folder_written_whole
-from ..storage.record import check_output
+from ..storage.dtypes import dtype_named
+from ..storage.record import check_output, saved_folder
 from .official_layout import (
     check_shapes,
     config_from_official,
@@ -134,8 +134,10 @@ def export_official(model: str | Path, output: str | Path) -> None:
     import_tensorstore()
     output = Path(output).expanduser()
     check_output(output, resume=False)
-    source = find_saved_model(Path(model))
-    folder, config = Path(source.folder), source.config
+    folder = saved_folder(Path(model).expanduser())
+    if folder is None:
+        raise FileNotFoundError(f"model={str(model)!r}: no config.json in it; name the folder of a saved model")
+    config = AutoConfig.from_pretrained(folder)
     if not isinstance(config, TTTE2EConfig):
         raise ValueError(f"model={str(model)!r} is a {config.model_type} model; only ttt_e2e has an official layout")
     official = config_to_official(config)

@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 
 from .. import TTTLayersForCausalLM
 from ..data.tokenizer import load_tokenizer
-from ..loading import DTYPES, dtype_named
 from ..storage.disk import check_disk_space, folder_written_whole, read_json
+from ..storage.dtypes import DTYPES, dtype_named
 from ..storage.record import check_output
 from .ttt_layers_layout import ttt_layers_config_from_official, ttt_layers_from_official
 

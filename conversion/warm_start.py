@@ -10,17 +10,16 @@ from math import prod
 from pathlib import Path
 
 import torch
-from huggingface_hub import StateDictSplit, snapshot_download
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from huggingface_hub import StateDictSplit
+from transformers import PreTrainedTokenizerBase
 
 from .. import TTTE2EConfig
-from ..data.sources import path_or_id
-from ..data.tokenizer import find_tokenizer, load_tokenizer
-from ..loading import DTYPES, dtype_named
+from ..data.tokenizer import load_tokenizer
 from ..storage.disk import check_disk_space, folder_written_whole
+from ..storage.dtypes import DTYPES, dtype_named
 from ..storage.record import check_output
-from .gguf_file import LoadedWeights, gguf_config, gguf_file, gguf_tokenizer, gguf_weights
+from .gguf_file import LoadedWeights
+from .pretrained import GENERATION, SourceContents, find_source
 from .transformer_layout import (
     EMBEDDINGS,
     HEAD,
@@ -31,13 +30,10 @@ from .transformer_layout import (
     new_tensor,
     plan_tensors,
 )
-from .weight_files import StoredWeights, split_into_shards, stored_weights, write_shards
+from .weight_files import StoredWeights, split_into_shards, write_shards
 
-GENERATION = "generation_config.json"
 # A tokenizer that was changed by saving would cut one of these into other tokens.
 PROBES = ("The old mill, 1853:\n\n  naïve façade — 水车.", " leading and trailing ", "")
-# What is fetched of a model on the Hub: weights, configuration, and every kind of tokenizer.
-DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 
 
 @dataclass(frozen=True)
@@ -67,16 +63,13 @@ class WarmStart:
 
     Attributes:
         config: of the new model.
-        plans: its tensors; weights: those of the source.
-        generation: generation configuration of the source, as JSON; tokenizer: its tokenizer; None where it has none.
+        plans: its tensors; source: what there is of the source.
     """
 
     request: WarmStartRequest
     config: TTTE2EConfig
     plans: list[TensorPlan]
-    weights: StoredWeights | LoadedWeights
-    generation: str | None
-    tokenizer: PreTrainedTokenizerBase | None
+    source: SourceContents
 
     @property
     def parameters(self) -> int:
@@ -95,7 +88,7 @@ class WarmStart:
 
     def dtype_of(self, plan: TensorPlan) -> torch.dtype:
         """In which a tensor is written; a new one like the embeddings."""
-        return DTYPES[self.request.dtype] or self.weights.dtypes[plan.source or EMBEDDINGS]
+        return DTYPES[self.request.dtype] or self.source.weights.dtypes[plan.source or EMBEDDINGS]
 
     def bytes_of(self, plan: TensorPlan) -> int:
         """Of one tensor on the disk."""
@@ -122,15 +115,13 @@ def prepare_warm_start(request: WarmStartRequest) -> WarmStart:
     dtype_named(request.dtype)
     request = replace(request, output=request.output.expanduser())
     check_output(request.output, resume=False)
-    path = path_or_id(request.model, "model")
-    file = gguf_file(path)
-    source = source_config(path or request.model) if file is None else gguf_config(file)
-    config = config_from_transformer(source, request.settings)
-    weights, generation, tokenizer = _contents(path, request.model) if file is None else _contents_of_gguf(file)
-    if config.tie_word_embeddings and _has_own_head(weights):
+    source = find_source(request.model, check_convertible)
+    config = config_from_transformer(source.config, request.settings)
+    contents = source.contents()
+    if config.tie_word_embeddings and _has_own_head(contents.weights):
         config.tie_word_embeddings = False
-    plans = plan_tensors(config, source.model_type, weights.shapes)
-    start = WarmStart(request, config, plans, weights, generation, tokenizer)
+    plans = plan_tensors(config, source.config.model_type, contents.weights.shapes)
+    start = WarmStart(request, config, plans, contents)
     start.shards()
     check_disk_space(request.output, start.total_bytes, "the converted model")
     return start
@@ -146,46 +137,15 @@ def write_warm_start(start: WarmStart) -> None:
     """
     with folder_written_whole(start.request.output) as part:
         start.config.architectures = ["TTTE2EForCausalLM"]
-        start.config.dtype = DTYPES[start.request.dtype] or start.weights.dtypes[EMBEDDINGS]
+        start.config.dtype = DTYPES[start.request.dtype] or start.source.weights.dtypes[EMBEDDINGS]
         start.config.save_pretrained(part)
-        if start.generation is not None:
-            (part / GENERATION).write_text(start.generation, encoding="utf-8")
-        if start.tokenizer is not None:
-            _write_tokenizer(start.tokenizer, part)
+        if start.source.generation is not None:
+            (part / GENERATION).write_text(start.source.generation, encoding="utf-8")
+        if start.source.tokenizer is not None:
+            _write_tokenizer(start.source.tokenizer, part)
         plans, split = {plan.name: plan for plan in start.plans}, start.shards()
         names = chain.from_iterable(split.filename_to_tensors.values())
         write_shards(part, split, ((name, _tensor(start, plans[name])) for name in names))
-
-
-def _contents(path: Path | None, model: str) -> tuple[StoredWeights, str | None, PreTrainedTokenizerBase | None]:
-    folder = path or Path(snapshot_download(model, allow_patterns=DOWNLOADED))
-    generation = folder / GENERATION
-    text = generation.read_text(encoding="utf-8") if generation.is_file() else None
-    return stored_weights(folder), text, find_tokenizer(folder)
-
-
-def _contents_of_gguf(file: Path) -> tuple[LoadedWeights, str, PreTrainedTokenizerBase]:
-    return *gguf_weights(file), gguf_tokenizer(file)
-
-
-def source_config(model: Path | str) -> PreTrainedConfig:
-    """The configuration of a source: a folder, or an id of the Hub.
-
-    Raises:
-        FileNotFoundError: there is no config.json in the folder.
-        ValueError: another architecture, or quantised weights.
-        OSError: it cannot be fetched from the Hub.
-    """
-    if isinstance(model, Path) and not (model / "config.json").is_file():
-        raise FileNotFoundError(
-            f"model={str(model)!r}: no config.json in it; name a folder that save_pretrained has written, or an id of "
-            "the Hub"
-        )
-    check_convertible(PreTrainedConfig.get_config_dict(model)[0])
-    try:
-        return AutoConfig.from_pretrained(model)
-    except (StrictDataclassError, KeyError, TypeError) as error:
-        raise ValueError(f"model={str(model)!r}: its config.json cannot be read ({error})") from error
 
 
 def _has_own_head(weights: StoredWeights | LoadedWeights) -> bool:
@@ -212,7 +172,7 @@ def _tensor(start: WarmStart, plan: TensorPlan) -> torch.Tensor:
     dtype = start.dtype_of(plan)
     if plan.source is None:
         return new_tensor(plan, start.config, dtype, start.request.seed)
-    tensor = start.weights.read(plan.source).to(dtype).contiguous()
+    tensor = start.source.weights.read(plan.source).to(dtype).contiguous()
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(
             f"{plan.source}: it has values that are not finite as {dtype}; the source is damaged, or needs a wider "

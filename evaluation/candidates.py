@@ -11,8 +11,9 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from ..data.tokenizer import find_tokenizer, tokenizer_digest
-from ..loading import ModelSource, chosen_device, dtype_named, find_model, load_model, model_label
+from ..loading import ModelSource, chosen_device, find_model, load_model, model_label
 from ..storage.digests import digest
+from ..storage.dtypes import dtype_named
 from .results import folder_digest
 from .subject import Subject
 from .tasks import Task

@@ -20,9 +20,9 @@ from ..data.rows import document_prefixes
 from ..data.sources import load_documents
 from ..data.texts import text_batches
 from ..data.token_store import tokenize_documents
-from ..loading import dtype_named
 from ..storage.digests import digest
 from ..storage.disk import write_text
+from ..storage.dtypes import dtype_named
 from ..storage.record import check_output
 from .bits_per_byte import first_bytes
 from .candidates import Candidate, find_candidates, find_judge, load_candidate

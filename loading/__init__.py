@@ -1,19 +1,16 @@
 """One way from the name of a model (preset, YAML file, folder, run, checkpoint, id of the Hub) to the model itself."""
 
-from .sources import ModelSource, check_saved, find_model, find_saved_model, model_label, saved_folder, weight_files
-from .weights import DTYPES, chosen_device, dtype_named, load_model, load_saved
+from .sources import ModelSource, check_saved, find_model, find_saved_model, model_label, weight_files
+from .weights import chosen_device, load_model, load_saved
 
 __all__ = [
-    "DTYPES",
     "ModelSource",
     "check_saved",
     "chosen_device",
-    "dtype_named",
     "find_model",
     "find_saved_model",
     "load_model",
     "load_saved",
     "model_label",
-    "saved_folder",
     "weight_files",
 ]

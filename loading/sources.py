@@ -6,12 +6,13 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..configuration import load_config, load_preset, preset_names
+from ..conversion.prime_weights import PRIME_CONFIG, PrimeWeights
 from ..data.sources import path_or_id
+from ..storage.record import MODEL, saved_folder
 
 SIZES = (
     "hidden_size intermediate_size num_hidden_layers num_attention_heads num_suffix_layers layer_types mixer_types"
 ).split()
-MODEL = "model"  # the folder in that of a run
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,6 @@ def check_saved(source: ModelSource) -> None:
         )
 
 
-def saved_folder(path: Path, file: str = "config.json") -> Path | None:
-    """The folder itself, or `model` in it, as runs have it: where a file of a saved model is; None if in neither."""
-    return next((folder for folder in (path, path / MODEL) if (folder / file).is_file()), None)
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The files with the weights of a saved model, sorted.
 
@@ -115,6 +111,11 @@ def model_label(model: str | Path) -> str:
 def _saved_model(path: Path) -> ModelSource:
     if saved_folder(path, "adapter_config.json"):
         raise ValueError(f"model={str(path)!r} is an adapter: merge it into its model first (ttt-e2e merge)")
+    folder = saved_folder(path, PRIME_CONFIG)
+    if folder is not None:
+        weights = PrimeWeights.from_pretrained(folder)
+        config: PreTrainedConfig = weights.config
+        return ModelSource(preset_of(config) or path.name, str(folder.resolve()), type(config), config.to_dict())
     folder = saved_folder(path)
     if folder is None:
         raise FileNotFoundError(

@@ -1,30 +1,13 @@
 """Models from where they were found: weights, their dtype, and their device."""
 
-from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from ..conversion.prime_weights import PRIME_CONFIG, PrimeWeights
 from .sources import ModelSource
-
-# By the name that commands take; "auto" is the dtype that the weights were saved in.
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def dtype_named(name: str, choices: Collection[str] = tuple(DTYPES)) -> torch.dtype | None:
-    """The dtype of a name; None for "auto".
-
-    Args:
-        choices: those keys of `DTYPES` that will do.
-
-    Raises:
-        ValueError: another name.
-    """
-    if name not in choices:
-        raise ValueError(f"dtype={name!r}: choose one of {', '.join(choices)}")
-    return DTYPES[name]
 
 
 def chosen_device(name: torch.device | str | None) -> torch.device:
@@ -67,6 +50,8 @@ def load_saved(
     Returns:
         The model, and names of saved weights that it has no place for.
     """
+    if (Path(folder) / PRIME_CONFIG).is_file():
+        return PrimeWeights.from_pretrained(folder).on_base(config=config, dtype=dtype), []  # type: ignore[arg-type]  # found with them
     arguments = {"dtype": dtype or "auto"} | ({} if config is None else {"config": config})
     try:
         model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)

@@ -25,8 +25,9 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import CHAT_TEMPLATE_FILE
 
 from ..data.tokenizer import PLAIN_TEMPLATE, check_vocabulary, find_tokenizer, load_tokenizer
-from ..loading import ModelSource, dtype_named, find_saved_model, load_saved, model_label, weight_files
+from ..loading import ModelSource, find_saved_model, load_saved, model_label, weight_files
 from ..storage.disk import check_disk_space, folder_written_whole, read_json, write_text
+from ..storage.dtypes import dtype_named
 from ..storage.record import check_output
 from .card import ModelCardContents, TrainingHistory, refresh_model_card, write_model_card
 from .history import training_history

@@ -5,9 +5,9 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ..loading.sources import MODEL, model_label
+from ..loading import model_label
 from ..storage.disk import read_json
-from ..storage.record import RECORD, first_difference
+from ..storage.record import MODEL, RECORD, first_difference
 from ..training.checkpoints import compared_settings
 from ..training.run import LOG
 from .card import TrainingHistory

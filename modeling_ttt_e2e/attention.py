@@ -21,12 +21,14 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .sinks import Sinks, sink_mask_function
+from .sinks import KeysValues, Sinks, sink_mask_function
 from .twice_differentiable import plain_attention, twice_differentiable_attention
 
 TWICE_DIFFERENTIABLE = "twice_differentiable"
-# A text of more windows than this is read block by block, so that no mask or score grows with its square.
-BLOCKS_FROM_WINDOWS = 4
+# A text of more than two blocks is read block by block, so that no mask or score grows with its square, and few are of
+# keys outside of the window.
+BLOCKS_IN_A_WINDOW = 4
+SMALLEST_BLOCK = 64
 
 
 def float64_device(device: torch.device) -> torch.device:
@@ -101,17 +103,24 @@ def attention_mask(
 
 @dataclass(frozen=True)
 class BlockMasks:
-    """Masks of a sliding-window layer that reads a long text block by block, each block together with the one before.
+    """Masks of a sliding-window layer that reads a long text block by block, each block with what its window holds.
 
-    Memory then grows with the length and not with its square.
+    Memory and time then grow with the length and not with its square.
 
     Attributes:
-        size: tokens of a block, the window.
+        size: tokens of a block.
+        before: keys before a block, at most.
         masks: of each block; equal ones are the same tensor.
     """
 
     size: int
+    before: int
     masks: tuple[torch.Tensor | None, ...]
+
+
+def block_size(sliding_window: int) -> int:
+    """Tokens of a block: few against the window, of which each block sees one besides itself."""
+    return max(sliding_window // BLOCKS_IN_A_WINDOW, SMALLEST_BLOCK)
 
 
 def block_masks(
@@ -123,17 +132,18 @@ def block_masks(
     device: torch.device,
     num_sinks: int = 0,
 ) -> BlockMasks:
-    """Masks of blocks of one window; the arguments are those of `attention_mask`."""
+    """Masks of the blocks of a text; the arguments are those of `attention_mask`."""
+    size, before = block_size(sliding_window), sliding_window - 1
     made: dict[tuple, torch.Tensor | None] = {}
     masks = []
-    for begin in range(0, num_new, sliding_window):
-        past, new = (num_past if begin == 0 else sliding_window), min(sliding_window, num_new - begin)
+    for begin in range(0, num_new, size):
+        past, new = min(num_past + begin, before), min(size, num_new - begin)
         # Rows that have read more see all sinks and have all earlier keys.
-        read = tuple(min(count + begin, sliding_window + num_sinks + num_past) for count in tokens_read)
+        read = tuple(min(count + begin, sliding_window + num_sinks + past) for count in tokens_read)
         if (past, new, read) not in made:
             made[past, new, read] = attention_mask(implementation, sliding_window, past, new, read, device, num_sinks)
         masks.append(made[past, new, read])
-    return BlockMasks(sliding_window, tuple(masks))
+    return BlockMasks(size, before, tuple(masks))
 
 
 def segment_masks(
@@ -146,15 +156,15 @@ def segment_masks(
     want_weights: bool,
     num_sinks: int = 0,
 ) -> torch.Tensor | BlockMasks | None:
-    """The masks with which a segment is read: of blocks where it is many windows long.
+    """The masks with which a segment is read: of blocks where it is long.
 
     Args:
         tokens_read, num_sinks: as `attention_mask` has them.
         want_weights: the attention weights are asked for, which blocks do not give.
     """
-    in_blocks = sliding_window is not None and num_new > BLOCKS_FROM_WINDOWS * sliding_window and not want_weights
     # A flash kernel needs no mask and no scores at any length.
-    make = block_masks if in_blocks and "flash" not in implementation else attention_mask
+    whole = sliding_window is None or want_weights or "flash" in implementation
+    make = attention_mask if whole or num_new <= 2 * block_size(sliding_window) else block_masks
     return make(implementation, sliding_window, num_past, num_new, tokens_read, device, num_sinks)
 
 
@@ -174,17 +184,28 @@ def attend_in_blocks(
     Returns:
         [B, T, H, C].
     """
-    blocks = list(zip(*(states.split(masks.size, dim=2) for states in (query, *new)), strict=True))
-    outputs, before = [], past
-    for (queries, *keys_values), mask in zip(blocks, masks.masks, strict=True):
-        seen = (
-            keys_values
-            if before is None
-            else [torch.cat(pair, dim=2) for pair in zip(before, keys_values, strict=True)]
-        )
+    blocks = zip(*(states.split(masks.size, dim=2) for states in (query, *new)), masks.masks, strict=True)
+    outputs, chunks = [], () if past is None else (past,)
+    for queries, keys, values, mask in blocks:
+        chunks = (*last_chunks(chunks, masks.before), (keys, values))
+        seen = [torch.cat(states, dim=2) for states in zip(*chunks, strict=True)]
         outputs.append(attend(queries, *seen, mask))
-        before = keys_values
     return torch.cat(outputs, dim=1)
+
+
+def last_chunks(chunks: tuple[KeysValues, ...], length: int | None) -> tuple[KeysValues, ...]:
+    """What of chunks of keys and values the last `length` tokens (None: all) are in, cut to these."""
+    if length is None:
+        return chunks
+    # Whole chunks beyond the window go first; then at most one is cut, before joining, which copies less.
+    surplus = sum(keys.shape[2] for keys, _ in chunks) - length
+    while surplus > 0 and chunks[0][0].shape[2] <= surplus:
+        surplus -= chunks[0][0].shape[2]
+        chunks = chunks[1:]
+    if chunks and surplus > 0:
+        keys, values = chunks[0]
+        return ((keys[:, :, surplus:], values[:, :, surplus:]), *chunks[1:])
+    return chunks
 
 
 def past_token_mask(tokens: Sequence[int], num_past: int, device: torch.device) -> torch.Tensor | None:

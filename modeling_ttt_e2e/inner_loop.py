@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .causal_lm_loss import NO_TARGET, log_likelihood_loss, widened
+from .causal_lm_loss import NO_TARGET, token_nll
 from .context import gather_positions
 from .fast_weights import FastWeights
 from .sinks import Sinks
@@ -194,11 +194,12 @@ def inner_step(
         output, past_key_values, logits = suffix(batch, fast, state.past_key_values, needs_logits)
         label_nll, losses = None, None
         if needs_logits:
-            logits, normalizer = widened(logits)
+            labels = [] if batch.labels is None else [batch.labels]
+            found = token_nll(logits, *labels, *([batch.targets] if any(batch.complete) else []))
             if batch.labels is not None:
-                label_nll = log_likelihood_loss(logits, batch.labels, normalizer)
+                label_nll = found[0]
             if any(batch.complete):
-                losses = row_losses(log_likelihood_loss(logits, batch.targets, normalizer), batch.targets)
+                losses = row_losses(found[-1], batch.targets)
         if learns:
             second_order = differentiable and rule.second_order
             wanted = losses

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from .attention import AttentionInputs, BlockMasks, attention_mask
+from .attention import AttentionInputs, BlockMasks, attention_mask, last_chunks
 from .causal_lm_loss import NO_TARGET
 from .checkpointing import run_checkpointed
 from .context import LearnedContext, Pending, gather_positions, join_pairs, last_tokens
@@ -303,21 +303,6 @@ class StepMemory:
         """The chunk of the sinks, if the block has some, and the others."""
         chunks, split = self.past_key_values[index - self.first], self.suffix.reader.num_sinks(index) > 0
         return chunks[:split], chunks[split:]
-
-
-def last_chunks(chunks: tuple[KeysValues, ...], length: int | None) -> tuple[KeysValues, ...]:
-    """What of chunks of keys and values the last `length` tokens (None: all) are in, cut to these."""
-    if length is None:
-        return chunks
-    # Whole chunks beyond the window go first; then at most one is cut, before joining, which copies less.
-    surplus = sum(keys.shape[2] for keys, _ in chunks) - length
-    while surplus > 0 and chunks[0][0].shape[2] <= surplus:
-        surplus -= chunks[0][0].shape[2]
-        chunks = chunks[1:]
-    if chunks and surplus > 0:
-        keys, values = chunks[0]
-        return ((keys[:, :, surplus:], values[:, :, surplus:]), *chunks[1:])
-    return chunks
 
 
 def _projections(layers: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:

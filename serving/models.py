@@ -8,7 +8,8 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from .. import TTTE2EConfig, TTTE2EForCausalLM
 from ..data.tokenizer import load_tokenizer
-from ..loading import chosen_device, dtype_named, find_saved_model, load_model
+from ..loading import chosen_device, find_saved_model, load_model
+from ..storage.dtypes import dtype_named
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from .disk import write_json
 
 RECORD = "run.json"
+MODEL = "model"  # the folder of a run that holds its model
 
 
 def check_output(folder: Path, resume: bool, besides: Collection[str] = ()) -> None:
@@ -83,3 +84,8 @@ def first_difference(one: dict, other: dict, above: str = "") -> tuple[str, obje
         elif before != after:
             return f"{above}{name}", before, after
     return None
+
+
+def saved_folder(path: Path, file: str = "config.json") -> Path | None:
+    """The folder itself, or `model` in it, as runs have it: where a file of a saved model is; None if in neither."""
+    return next((folder for folder in (path, path / MODEL) if (folder / file).is_file()), None)

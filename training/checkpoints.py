@@ -15,6 +15,7 @@ from safetensors import safe_open
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from ..conversion.prime_weights import BASE_SKETCHES, PRIME_CONFIG
 from ..storage.disk import follow_umask
 from ..storage.manifest import damage, has_sizes, write_manifest
 
@@ -135,11 +136,12 @@ def check_same_model(folder: Path, model: torch.nn.Module) -> None:
 
 
 def _configuration_differences(folder: Path, model: torch.nn.Module) -> Iterator[tuple[str, object, object]]:
-    files = [folder / name for name in ("config.json", BASE_CONFIG)]
+    files = [folder / name for name in ("config.json", BASE_CONFIG, PRIME_CONFIG)]
     file, config = next((file for file in files if file.is_file()), None), getattr(model, "config", None)
     if file is None or config is None:
         return
     saved, own = json.loads(file.read_text(encoding="utf-8")), compared_settings(config)
+    saved = saved.get("config", saved)
     for name in sorted(saved.keys() & own.keys()):
         if saved[name] != own[name]:
             yield name, saved[name], own[name]
@@ -162,7 +164,7 @@ def _adapter_differences(folder: Path, model: torch.nn.Module) -> Iterator[tuple
 def _shape_differences(folder: Path, model: torch.nn.Module) -> Iterator[tuple[str, object, object]]:
     shapes = {_adapter_key(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     whole = not (folder / ADAPTER_CONFIG).is_file()  # an adapter may rename the other modules that it saves
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted({*folder.glob("*.safetensors")} - {folder / BASE_SKETCHES}):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (a safetensors file is no mapping)
                 shape = tuple(tensors.get_slice(name).get_shape())

@@ -15,9 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .. import TTTE2EConfig, TTTE2EForCausalLM, TTTLayersConfig
-from ..attention import BLOCKS_FROM_WINDOWS
+from ..attention import block_size
 from ..configuration import Recipe
 from .lora import add_lora
+from .prime_trainer import ALL, PRIME, freeze_all_but_prime
 
 FLOAT32 = 4  # bytes
 # Attention weights of one mini-batch that exist at once in the second derivative: see `attention.py`.
@@ -48,7 +49,7 @@ class RunEstimate:
 
     Attributes:
         parameters: of the model, tied ones once.
-        trained_parameters: those that the outer loop changes: all of them, or an adapter's.
+        trained_parameters: those that the outer loop changes: all of them, the prime MLPs', or an adapter's.
         fast_weight_bytes_per_sequence: one copy of all fast weights, in float32; 0 where there are none.
         steps: outer steps; None when the recipe counts epochs.
         tokens: steps x batch size x sequence length; None when the steps are unknown.
@@ -79,7 +80,11 @@ class RunEstimate:
 
 
 def estimate_run(
-    config: PreTrainedConfig, recipe: Recipe, processes: int = 1, lora: tuple[str, int] | None = None
+    config: PreTrainedConfig,
+    recipe: Recipe,
+    processes: int = 1,
+    lora: tuple[str, int] | None = None,
+    train: str = ALL,
 ) -> RunEstimate:
     """Count what can be counted and estimate the peak memory of one process, parameters in float32 on its device.
 
@@ -100,7 +105,8 @@ def estimate_run(
     Args:
         config: of the model that is trained, with the recipe's changes already in it.
         processes: data-parallel processes, each with a whole copy of the model.
-        lora: targets and rank of adapters, which alone are trained then; None: everything is.
+        lora: targets and rank of adapters, which alone are trained then; None: what `train` says.
+        train: "all" parameters, or the "prime" MLPs alone.
 
     Returns:
         The estimate; without `memory_parts` for a model that is none of ours.
@@ -108,11 +114,13 @@ def estimate_run(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     sizes = _Sizes(model, recipe, processes) if isinstance(config, TTTE2EConfig) else None
-    parameters = trained = model.num_parameters()
+    parameters = model.num_parameters()
     if lora is not None:
         with torch.device("meta"):
-            adapted = add_lora(model, *lora, alpha=1)
-        trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+            model = add_lora(model, *lora, alpha=1)
+    if train == PRIME:
+        freeze_all_but_prime(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     steps = recipe.training.get("max_steps")
     steps = steps if steps is not None and steps > 0 else None
     tokens = None if steps is None else steps * recipe.batch_size * recipe.data.sequence_length
@@ -230,9 +238,10 @@ def _attention(sizes: _Sizes) -> float:
     config, window = sizes.config, sizes.config.sliding_window
     masks = scores = 0
     if "sliding_attention" in config.layer_types and window < sizes.length:
-        in_blocks = sizes.length > BLOCKS_FROM_WINDOWS * window
+        block = block_size(window)
         # As bool, and as numbers in the computing dtype while it is used.
-        masks = (1 + sizes.saved["value"]) * (2 * window**2 if in_blocks else sizes.length**2)
+        pairs = 2 * block * (window + block) if sizes.length > 2 * block else sizes.length**2
+        masks = (1 + sizes.saved["value"]) * pairs
     if sizes.suffix_layers > 1:
         slides = "full_attention" not in config.layer_types[-sizes.suffix_layers + 1 :]
         keys = min(sizes.length, window + config.mini_batch_size) if slides else sizes.length

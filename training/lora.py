@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..data.tokenizer import find_tokenizer
-from ..loading import saved_folder
 from ..storage.disk import check_disk_space, folder_written_whole
+from ..storage.record import saved_folder
 from .checkpoints import ADAPTER_CONFIG, BASE_CONFIG
 
 if TYPE_CHECKING:

@@ -286,6 +286,12 @@ class _InnerWarmup(TrainerCallback):
     def on_train_begin(self, args, state, control, **named):
         check_prepared(self.trainer.model_wrapped)
         check_saves_follow_logs(args, state.save_steps, state.logging_steps, state.eval_steps)
+        if any(part.config.test_time_training for part in learning_models(self.trainer.model)):
+            # Trainer lets the embeddings' outputs take gradients, which only reentrant checkpointing needs: frozen
+            # blocks before the first trained weight would keep a graph and be computed twice.
+            for part in self.trainer.model.modules():
+                if isinstance(part, PreTrainedModel):
+                    part.disable_input_require_grads()
         self.trainer._last_log = time.perf_counter()
 
     def on_step_begin(self, args, state, control, **named):

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,16 +20,16 @@ from ..configuration import Recipe
 from ..data.rows import collate_rows
 from ..data.run_data import DataRequest, TrainingData, prepare_data
 from ..loading import ModelSource, find_model, load_model
-from ..loading.sources import MODEL
 from ..storage.claims import RUN_LOCK, claimed_run
 from ..storage.disk import check_disk_space, follow_umask, write_json, written_whole
-from ..storage.record import check_output, check_record, write_record
+from ..storage.record import MODEL, check_output, check_record, write_record
 from .agreement import of_one_process
 from .arguments import MetaTrainingArguments
 from .checkpoints import checkpoint_bytes, compared_settings
 from .lora import add_lora, check_lora
 from .meta_trainer import MetaTrainer
 from .pictures import plot_training
+from .prime_trainer import ALL, TRAINED, PrimeTrainer, base_of
 from .run_model import changed_config, fit_to_tokenizer
 
 LOG, PICTURE = "training_log.json", "training.png"
@@ -53,7 +54,8 @@ class TrainingRequest:
         data: as `load_documents` takes it; validation_data: the same, or None.
         tokenizer: a folder or an id of the Hub; None for the saved model's own, or one trained on the data.
         output: the run's folder; cache: where prepared data is kept.
-        adapter: train adapters only; None for all parameters.
+        train: "all" parameters, or the "prime" MLPs of a warm start alone.
+        adapter: train adapters only; None for what `train` says.
         resume: go on with the run in the folder.
     """
 
@@ -64,6 +66,7 @@ class TrainingRequest:
     cache: Path
     validation_data: str | None = None
     tokenizer: str | None = None
+    train: str = ALL
     adapter: Adapter | None = None
     resume: bool = False
 
@@ -119,7 +122,7 @@ def prepare_run(request: TrainingRequest) -> MetaTrainer:
     model = load_model(source, config, torch.float32)
     if request.adapter is not None:
         model = add_lora(model, request.adapter.targets, request.adapter.rank, request.adapter.alpha)
-    trainer = MetaTrainer(
+    trainer = (MetaTrainer if request.train == ALL else partial(PrimeTrainer, base=base_of(source.folder)))(
         model,
         arguments,
         train_dataset=data.rows,
@@ -151,6 +154,19 @@ def check_start(request: TrainingRequest, source: ModelSource) -> None:
         raise ValueError(
             f"recipe={request.recipe.name!r} goes on with a saved model, but model={request.model!r} is a preset with "
             "random weights: name a folder"
+        )
+    if request.train not in TRAINED:
+        raise ValueError(f"train={request.train!r}: choose one of {', '.join(TRAINED)}")
+    if request.train != ALL and request.adapter is not None:
+        raise ValueError(f"train={request.train!r} and an adapter: give one or the other")
+    if request.train != ALL and source.folder is None:
+        raise ValueError(
+            f"train={request.train!r} trains what is new of a saved model, but {request.model!r} is a preset"
+        )
+    if request.train != ALL and not getattr(source.config, "use_prime_mlp", False):
+        raise ValueError(
+            f"train={request.train!r}: model={request.model!r} has no prime MLPs; train all of it, or convert a "
+            "transformer with --prime"
         )
     if request.adapter is not None:
         if source.folder is None:
@@ -217,7 +233,8 @@ def run_record(request: TrainingRequest, source: ModelSource, config: PreTrained
     """All that decides what a run computes, as plain values."""
     recipe = asdict(request.recipe)
     del recipe["description"]
-    return {
+    trained = {} if request.train == ALL else {"train": request.train}
+    return trained | {
         "model": compared_settings(config),
         "start": source.folder,
         "recipe": recipe,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, Qwen2Config
 
 from ttt_e2e import TTTE2EForCausalLM
-from ttt_e2e.conversion import warm_start, weight_files
+from ttt_e2e.conversion import pretrained, warm_start, weight_files
 from ttt_e2e.conversion.transformer_layout import WarmStartSettings, warm_started_model
 from ttt_e2e.conversion.warm_start import WarmStartRequest, prepare_warm_start, write_warm_start
 
@@ -117,7 +117,7 @@ def test_a_head_that_only_the_configuration_ties_is_kept(tmp_path):
 def test_a_tokenizer_that_would_become_another_one_is_refused(tmp_path, monkeypatch):
     save_source(tmp_path / "source")
     start = prepare_warm_start(WarmStartRequest(str(tmp_path / "source"), tmp_path / "new", SETTINGS))
-    start.tokenizer.add_tokens("river")
+    start.source.tokenizer.add_tokens("river")
     other = AutoTokenizer.from_pretrained(tmp_path / "source")
     monkeypatch.setattr(warm_start, "load_tokenizer", lambda folder: other)
     with pytest.raises(ValueError, match="is loaded as a different"):
@@ -129,7 +129,10 @@ def test_a_source_without_tokenizer_gives_a_model_without(tmp_path):
     save_source(tmp_path / "source")
     for path in (tmp_path / "source").glob("*token*"):
         path.unlink()
-    assert prepare_warm_start(WarmStartRequest(str(tmp_path / "source"), tmp_path / "new", SETTINGS)).tokenizer is None
+    assert (
+        prepare_warm_start(WarmStartRequest(str(tmp_path / "source"), tmp_path / "new", SETTINGS)).source.tokenizer
+        is None
+    )
     (tmp_path / "new").mkdir()  # an empty folder will do
     convert(tmp_path / "source", tmp_path / "new")
     assert not list((tmp_path / "new").glob("*token*")) and load(tmp_path / "new")
@@ -144,8 +147,9 @@ def test_a_model_of_the_hub_is_checked_before_it_is_fetched(tmp_path, monkeypatc
         fetched.append(name)
         return str(tmp_path / "source")
 
-    monkeypatch.setattr(warm_start, "snapshot_download", fetch)
-    monkeypatch.setattr(warm_start, "source_config", lambda name: LlamaConfig(**fields))
+    monkeypatch.setattr(pretrained, "snapshot_download", fetch)
+    config = LlamaConfig(**fields)
+    monkeypatch.setattr(warm_start, "find_source", lambda name, check: pretrained.Source(name, config, None, None))
     with pytest.raises(ValueError, match="`sliding_window` is missing"):
         convert("someone/llama", tmp_path / "new", WarmStartSettings())
     assert not fetched

@@ -80,13 +80,13 @@ def test_attention_implementations_agree(changes):
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("read_before", [0, 5, 50])
 def test_attention_block_by_block_equals_attention_at_once(implementation, read_before, monkeypatch):
-    """A long text's blocks of one window give the loss and gradients of one mask, padding and history included."""
+    """A long text's blocks give the loss and gradients of one mask, padding and history included."""
     ids = random_ids(2, 131)
     mask = torch.ones_like(ids)
     mask[1, :40] = 0
     results = []
-    for from_windows in (4, 1000):
-        monkeypatch.setattr("ttt_e2e.attention.BLOCKS_FROM_WINDOWS", from_windows)
+    for smallest in (3, 1000):
+        monkeypatch.setattr("ttt_e2e.attention.SMALLEST_BLOCK", smallest)
         model = small_model(torch.float64, num_key_value_heads=2, attn_implementation=implementation)
         cache = TTTE2ECache(model.config)
         if read_before:

@@ -55,7 +55,9 @@ def test_a_window_that_holds_the_text_needs_no_sinks(learning):
     ids = random_ids(2, WINDOW)
     with_sinks, without = (small_model(torch.float64, num_sink_tokens=count) for count in (SINKS, 0))
     arguments = {"test_time_training": learning}
-    assert torch.equal(with_sinks(ids, **arguments).logits, without(ids, **arguments).logits)
+    # Not bit for bit: the keys lie in memory otherwise, and kernels may then add in another order.
+    apart = with_sinks(ids, **arguments).logits - without(ids, **arguments).logits
+    assert apart.abs().max() < 1e-12
     longer = random_ids(2, WINDOW + 1)
     apart = with_sinks(longer, **arguments).logits - without(longer, **arguments).logits
     assert apart[:, -1].abs().max() > 1e-4 and apart[:, :WINDOW].abs().max() < 1e-12
