@@ -137,7 +137,7 @@ def _probabilities(logits: torch.Tensor, normalizer: torch.Tensor) -> torch.Tens
 def _rows(logits: torch.Tensor) -> list[slice]:
     """Rows of [N, V] that are worked on at once: on a CPU few enough to stay in its cache."""
     size = max(1, (CACHED_LOGITS if logits.device.type == "cpu" else logits.numel()) // logits.shape[1])
-    return [slice(begin, begin + size) for begin in range(0, len(logits), size)]
+    return [slice(begin, begin + size) for begin in range(0, max(len(logits), 1), size)]  # at least one, perhaps empty
 
 
 def logits_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

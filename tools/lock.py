@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LOCK = ROOT / "requirements.lock"
 # All but `flash`.
-EXTRAS = "dev,docs,evaluation,jax,peft,serve"
+EXTRAS = "dev,docs,evaluation,gguf,jax,peft,serve"
 # What a CUDA build of torch brings, each at the one version that it names.
 OF_CUDA = re.compile(r"(nvidia|cuda|triton)(-|$)")
 HEADER = """\
