@@ -25,6 +25,10 @@ def transformer(
             "whose layers slide]"
         ),
     ] = None,
+    full_attention_every: Annotated[
+        int | None,
+        typer.Option(help="Keep the source's full attention in every so many blocks (hybrid): the cache then grows."),
+    ] = None,
     suffix: Annotated[
         int | None, typer.Option(help="num_suffix_layers: blocks at the end that learn. [default: a quarter]")
     ] = None,
@@ -67,6 +71,7 @@ def transformer(
         inner_learning_rate=inner_lr,
         inner_max_grad_norm=inner_clip,
         num_sink_tokens=sinks,
+        full_attention_every=full_attention_every,
     )
     with refusals("Interrupted. Nothing was left behind."), claimed(output):
         start = prepare_warm_start(WarmStartRequest(model, output, settings, dtype, seed, max_shard_size))

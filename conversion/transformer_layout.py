@@ -50,6 +50,8 @@ class WarmStartSettings:
         inner_learning_rate, inner_max_grad_norm: of the inner loop.
         num_sink_tokens: attention sinks, the first tokens of a text that stay visible (default: 4 where layers of the
             source see its whole text, whose attention leans on them; none where all of them slide).
+        full_attention_every: every so many blocks keep the full attention of the source; the cache then grows with the
+            text, by the keys and values of these blocks (default: none does).
     """
 
     sliding_window: int | None = None
@@ -60,6 +62,7 @@ class WarmStartSettings:
     inner_learning_rate: float = 1.0
     inner_max_grad_norm: float = 1.0
     num_sink_tokens: int | None = None
+    full_attention_every: int | None = None
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,8 @@ def check_convertible(fields: Mapping) -> None:
 def config_from_transformer(source: PreTrainedConfig, settings: WarmStartSettings) -> TTTE2EConfig:
     """The configuration of the new model.
 
-    Layers with full attention become sliding ones: memory then does not grow with the text. Dropout, which this model
-    does not have, is left out.
+    Layers with full attention become sliding ones, but for those that `full_attention_every` keeps: memory then does not
+    grow with the text. Dropout, which this model does not have, is left out.
 
     Args:
         source: of a model of `SUPPORTED_MODELS`.
@@ -130,7 +133,7 @@ def config_from_transformer(source: PreTrainedConfig, settings: WarmStartSetting
         head_dim=getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads,
         rope_parameters=dict(source.rope_parameters),
         sliding_window=window,
-        layer_types=["sliding_attention"] * layers,
+        layer_types=_layer_types(source, sees_all, settings.full_attention_every),
         attention_bias=source.model_type == "qwen2" or bool(getattr(source, "attention_bias", False)),
         qk_norm=source.model_type == "qwen3",
         post_norm=False,
@@ -241,12 +244,39 @@ def _check_source(source: PreTrainedConfig) -> None:
         )
 
 
+def _own_layer_types(source: PreTrainedConfig) -> list[str]:
+    """What each block of the source sees."""
+    kind = {"llama": "full_attention", "mistral": "sliding_attention"}.get(source.model_type)
+    return list(source.layer_types) if kind is None else [kind] * source.num_hidden_layers
+
+
 def _reach(source: PreTrainedConfig) -> tuple[int | None, bool]:
     """The window of the source's sliding layers, if it has some, and whether layers of it see the whole text."""
-    kinds = {"llama": {"full_attention"}, "mistral": {"sliding_attention"}}.get(source.model_type)
-    kinds = set(source.layer_types) if kinds is None else kinds
+    kinds = set(_own_layer_types(source))
     own = source.sliding_window if "sliding_attention" in kinds else None
     return own, own is None or "full_attention" in kinds
+
+
+def _layer_types(source: PreTrainedConfig, sees_all: bool, every: int | None) -> list[str]:
+    """Sliding blocks, the last of every so many of them with full attention."""
+    layers = source.num_hidden_layers
+    if every is None:
+        return ["sliding_attention"] * layers
+    if not sees_all:
+        raise ValueError(
+            f"`full_attention_every`={every}: no layer of the source sees its whole text, so that none can keep it: "
+            "leave it out."
+        )
+    if not 2 <= every <= layers:
+        raise ValueError(
+            f"`full_attention_every`={every}: must be between 2 and {layers}, the blocks of the source, so that blocks "
+            "of both kinds are left."
+        )
+    kinds = ["full_attention" if (index + 1) % every == 0 else "sliding_attention" for index in range(layers)]
+    slides = _own_layer_types(source)
+    return [
+        "sliding_attention" if own == "sliding_attention" else kind for own, kind in zip(slides, kinds, strict=True)
+    ]
 
 
 def _window(own: int | None, sees_all: bool, asked: int | None) -> int:

@@ -94,6 +94,27 @@ def test_a_window_and_sinks_that_hold_the_text_change_nothing():
 
 
 @torch.no_grad()
+def test_blocks_that_keep_full_attention_see_what_those_of_the_source_see():
+    """A source that is such a hybrid already is the same at any length; of one that is not, every other block slides."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    mixed = random_source(Qwen2Config, {"use_sliding_window": True, "sliding_window": 16, "layer_types": kinds})
+    settings = WarmStartSettings(16, mini_batch_size=8, num_sink_tokens=0, full_attention_every=2)
+    ids = random_ids(2, LENGTH)
+    model = warm_started_model(mixed, settings)
+    assert_same(model(ids, test_time_training=False).logits, mixed(ids).logits)
+    assert warm_started_model(random_source(LlamaConfig, {}), settings).config.layer_types == kinds
+
+
+@pytest.mark.parametrize("every", [0, 1, 5])
+def test_a_hybrid_has_blocks_of_both_kinds(every):
+    with pytest.raises(ValueError, match=f"`full_attention_every`={every}: must be between 2 and 4, the blocks"):
+        config_from_transformer(LlamaConfig(**SIZES), WarmStartSettings(16, 1, 8, full_attention_every=every))
+    sliding = MistralConfig(**SIZES, sliding_window=16)
+    with pytest.raises(ValueError, match=f"`full_attention_every`={every}: no layer of the source sees its whole text"):
+        config_from_transformer(sliding, WarmStartSettings(16, 1, 8, full_attention_every=every))
+
+
+@torch.no_grad()
 def test_without_prime_mlps_the_ordinary_ones_learn():
     source = random_source(*SOURCES["llama"])
     model = warm_started_model(source, WarmStartSettings(64, 2, BATCH, use_prime_mlp=False))
