@@ -97,8 +97,8 @@ def check_convertible(fields: Mapping) -> None:
 def config_from_transformer(source: PreTrainedConfig, settings: WarmStartSettings) -> TTTE2EConfig:
     """The configuration of the new model.
 
-    Layers with full attention become sliding ones, but for those that `full_attention_every` keeps: memory then does not
-    grow with the text. Dropout, which this model does not have, is left out.
+    Layers with full attention become sliding ones, but for those that `full_attention_every` keeps: memory then does
+    not grow with the text. Dropout, which this model does not have, is left out.
 
     Args:
         source: of a model of `SUPPORTED_MODELS`.

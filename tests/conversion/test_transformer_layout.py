@@ -95,7 +95,7 @@ def test_a_window_and_sinks_that_hold_the_text_change_nothing():
 
 @torch.no_grad()
 def test_blocks_that_keep_full_attention_see_what_those_of_the_source_see():
-    """A source that is such a hybrid already is the same at any length; of one that is not, every other block slides."""
+    """A source that is such a hybrid already is the same at any length; of others every second block slides."""
     kinds = ["sliding_attention", "full_attention"] * 2
     mixed = random_source(Qwen2Config, {"use_sliding_window": True, "sliding_window": 16, "layer_types": kinds})
     settings = WarmStartSettings(16, mini_batch_size=8, num_sink_tokens=0, full_attention_every=2)
