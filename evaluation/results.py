@@ -28,7 +28,7 @@ from ..storage.record import first_difference
 logger = logging.get_logger(__name__)
 
 # What decides the numbers of a saved model besides its weights: its configuration, also an adapter's, and its code.
-MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json", "*.py")
+MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json", "prime_config.json", "*.py")
 
 
 @dataclass(frozen=True)

@@ -176,9 +176,14 @@ def _ordered(value: object) -> object:
     return sorted(value) if isinstance(value, list | set | tuple) else value
 
 
-def checkpoint_bytes(model: torch.nn.Module) -> int:
-    """About what a checkpoint takes on the disk: weights, AdamW's two moments, and a hundredth for the rest."""
-    total = sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in model.parameters())
+def checkpoint_bytes(model: torch.nn.Module, saves_frozen: bool = True) -> int:
+    """About what a checkpoint takes on the disk: weights, AdamW's two moments, and a hundredth for the rest.
+
+    Args:
+        saves_frozen: the weights that are not trained are among those that are saved.
+    """
+    frozen = int(saves_frozen)
+    total = sum(p.numel() * p.element_size() * (3 if p.requires_grad else frozen) for p in model.parameters())
     return total + total // 100 + 2**20
 
 

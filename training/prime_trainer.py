@@ -68,6 +68,8 @@ class PrimeTrainer(MetaTrainer):
         ValueError: the model has no new weights, or an argument asks for what needs all weights.
     """
 
+    saves_frozen_weights = False
+
     def __init__(
         self, model: PreTrainedModel, args: MetaTrainingArguments | None = None, *others, base: str | Path, **named
     ):

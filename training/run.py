@@ -25,7 +25,7 @@ from ..storage.disk import check_disk_space, follow_umask, write_json, written_w
 from ..storage.record import MODEL, check_output, check_record, write_record
 from .agreement import of_one_process
 from .arguments import MetaTrainingArguments
-from .checkpoints import checkpoint_bytes, compared_settings
+from .checkpoints import compared_settings
 from .lora import add_lora, check_lora
 from .meta_trainer import MetaTrainer
 from .pictures import plot_training
@@ -131,7 +131,7 @@ def prepare_run(request: TrainingRequest) -> MetaTrainer:
         data_collator=collate_rows,
     )
     kept = 1 + (arguments.save_total_limit or 1)
-    check_disk_space(request.output, kept * checkpoint_bytes(model), "room for checkpoints and the final model")
+    check_disk_space(request.output, kept * trainer.checkpoint_bytes(), "room for checkpoints and the final model")
     state.wait_for_everyone()
     if state.is_main_process and not request.resume:
         asked = {"model": request.model, "data": request.data, "validation_data": request.validation_data}

@@ -31,6 +31,7 @@ STATE = "trainer_state.json"
 class SafeTrainer(Trainer):
     """transformers' Trainer with atomic checkpoints: a manifest is written last, and none without it is ever used."""
 
+    saves_frozen_weights = True  # but for adapters, which peft saves alone
     _compared: Path | None = None  # the checkpoint of which every byte has just been compared
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *others, **named):
@@ -141,7 +142,11 @@ class SafeTrainer(Trainer):
         compared, self._compared = self._compared == folder, None
         of_one_process(self.args.should_save, lambda: check_resumable(folder, compared))
 
+    def checkpoint_bytes(self) -> int:
+        """About what one checkpoint takes on the disk."""
+        return checkpoint_bytes(self.model, self.saves_frozen_weights and not hasattr(self.model, "peft_config"))
+
     def _check_disk_space(self, what: str) -> None:
         """Every process stops where the one that saves has no room."""
-        folder, needed = Path(self.args.output_dir), checkpoint_bytes(self.model)
+        folder, needed = Path(self.args.output_dir), self.checkpoint_bytes()
         of_one_process(self.args.should_save, lambda: check_disk_space(folder, needed, what))

@@ -1,6 +1,7 @@
 """`ttt-e2e train --train prime` at a size of seconds: a small result on a base that stays as it is."""
 
 import shutil
+from collections import namedtuple
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from ttt_e2e.cli.main import app
 from ttt_e2e.conversion import PrimeWeights
 from ttt_e2e.conversion.prime_weights import PRIME_WEIGHTS, is_new
 from ttt_e2e.loading import find_model, load_model
+from ttt_e2e.training.checkpoints import checkpoint_bytes
+from ttt_e2e.training.prime_trainer import freeze_all_but_prime
 
 from .train_runs import everything_below, fill_place, refusal, train
 
@@ -47,6 +50,17 @@ def test_only_new_weights_change_and_only_they_are_saved(place, bf16):
     assert merged.exit_code == 0, merged.output
     whole = weights(place / "merged")
     assert all(torch.equal(whole[name], after[name]) for name in after)
+
+
+def test_checkpoints_need_room_for_the_new_weights_alone(place, monkeypatch):
+    model = load_model(find_model(place / "base"))
+    needed = checkpoint_bytes(model)
+    freeze_all_but_prime(model)
+    room = 3 * checkpoint_bytes(model, saves_frozen=False)  # for two checkpoints and the result
+    assert room < 3 * needed
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Disk", "total used free")(2**40, 0, room))
+    assert "checkpoints" in refusal(train(place, "--model", place / "base", output="all"))
+    assert train_prime(place).exit_code == 0
 
 
 def test_a_resumed_run_ends_as_the_uninterrupted_one(place):
