@@ -59,8 +59,9 @@ def test_checkpoints_need_room_for_the_new_weights_alone(place, monkeypatch):
     room = 3 * checkpoint_bytes(model, saves_frozen=False)  # for two checkpoints and the result
     assert room < 3 * needed
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Disk", "total used free")(2**40, 0, room))
-    assert "checkpoints" in refusal(train(place, "--model", place / "base", output="all"))
-    assert train_prime(place).exit_code == 0
+    limited = {"training__save_total_limit": 2}
+    assert "checkpoints" in refusal(train(place, "--model", place / "base", output="all", **limited))
+    assert train_prime(place, **limited).exit_code == 0
 
 
 def test_a_resumed_run_ends_as_the_uninterrupted_one(place):
