@@ -26,6 +26,14 @@ def export(
     license: Annotated[
         str | None, typer.Option(help="Of the weights, for the card, as the Hub names it: apache-2.0.")
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO_ID",
+            help="Of new weights alone (train --train prime): where others find the model below. [default: its name in "
+            "training]",
+        ),
+    ] = None,
     push: Annotated[
         str | None, typer.Option(metavar="REPO_ID", help="Upload the folder to this repository of the Hub as well.")
     ] = None,
@@ -38,15 +46,19 @@ def export(
 
     Written to the folder: weights, configuration, generation settings, tokenizer, the code that runs the model, and a
     model card. With nothing but transformers, `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`
-    loads it. Numbers on the card come from `--results`, the configuration and the run's record alone.
+    loads it. Of new weights alone (train --train prime) it writes these, and the name of their base. Numbers on the
+    card come from `--results`, the configuration and the run's record alone.
 
     `--push my-name/my-model` uploads the folder as one commit (token: `hf auth login`).
     """
+    from ttt_e2e.conversion.prime_weights import PRIME_CONFIG
     from ttt_e2e.model_cards.export import ExportRequest, prepare_export, write_export
+    from ttt_e2e.model_cards.export_prime import prepare_prime_export, write_prime_export
     from ttt_e2e.model_cards.push import check_push, push_folder
     from ttt_e2e.storage.claims import claimed
+    from ttt_e2e.storage.record import saved_folder
 
-    request = ExportRequest(model, output, dtype, tuple(results or ()), name, license)
+    request = ExportRequest(model, output, dtype, tuple(results or ()), name, license, base)
     with refusals():
         for option, given in {"--private": private, "--commit-message": commit_message}.items():
             if given and push is None:
@@ -54,8 +66,11 @@ def export(
         if push is not None:
             check_push(push, private)
         with claimed(output):
-            folder = write_export(prepare_export(request))
+            if saved_folder(Path(model).expanduser(), PRIME_CONFIG):
+                folder, how = write_prime_export(prepare_prime_export(request)), "ttt_e2e.conversion.PrimeWeights"
+            else:
+                folder, how = write_export(prepare_export(request)), "trust_remote_code=True, where ttt_e2e is missing"
         size = sum(path.stat().st_size for path in folder.iterdir())
-        typer.echo(f"{folder}: {size / 2**20:.1f} MiB; load it with trust_remote_code=True, where ttt_e2e is missing")
+        typer.echo(f"{folder}: {size / 2**20:.1f} MiB; load it with {how}")
         if push is not None:
             typer.echo(f"Uploaded: {push_folder(folder, push, private or None, commit_message)}")

@@ -53,6 +53,7 @@ class ModelCardContents:
         parameters: their number.
         dtype: of the saved weights.
         has_code: the folder holds the code of the model, which then needs no package.
+        base: the folder holds new weights alone, of this model; None for a whole one.
         training: None where nothing is known.
         results: of evaluations; `eval_results` are the same numbers for the metadata.
         license: of the weights, an identifier of the Hub; None leaves it out.
@@ -63,6 +64,7 @@ class ModelCardContents:
     parameters: int
     dtype: torch.dtype
     has_code: bool = False
+    base: str | None = None
     training: TrainingHistory | None = None
     results: Sequence[ResultsSection] = ()
     eval_results: Sequence[EvalResult] = ()
@@ -84,12 +86,13 @@ class SequenceMemory:
     per_token: int
 
 
-def write_model_card(folder: Path, contents: ModelCardContents) -> Path:
+def write_model_card(folder: Path, contents: ModelCardContents, needs: str = "config.json") -> Path:
     """Write `README.md` into a folder that holds a saved model.
 
     Args:
         folder: as given to `save_pretrained`.
         contents: what it says.
+        needs: a file that such a folder has.
 
     Returns:
         The file's path.
@@ -97,8 +100,8 @@ def write_model_card(folder: Path, contents: ModelCardContents) -> Path:
     Raises:
         FileNotFoundError: the folder does not hold a saved model.
     """
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"folder={folder}: holds no config.json; save the model there first")
+    if not (folder / needs).is_file():
+        raise FileNotFoundError(f"folder={folder}: holds no {needs}; save the model there first")
     path = folder / "README.md"
     write_text(path, f"{model_card(contents)}\n")
     return path
@@ -128,10 +131,11 @@ def model_card(contents: ModelCardContents) -> ModelCard:
     config, kind = contents.config, architecture_kind(contents.config)
     tags = [config.model_type.replace("_", "-"), *(["test-time-training"] if kind == LEARNS else [])]
     data = ModelCardData(
-        library_name="transformers",
+        library_name="transformers" if contents.base is None else "ttt-e2e",
         pipeline_tag="text-generation",
         tags=tags,
         license=contents.license,
+        base_model=_published(contents.base),
         model_name=contents.name,
         eval_results=list(contents.eval_results) or None,
         ignore_metadata_errors=False,
@@ -147,6 +151,11 @@ def model_card(contents: ModelCardContents) -> ModelCard:
         memory=None if kind == RECURS else sequence_memory(config, contents.dtype),
         window=config.sliding_window if "sliding_attention" in attention_kinds(config) else None,
     )
+
+
+def _published(base: str | None) -> str | None:
+    """The id of a base on the Hub; a path of this machine is none."""
+    return base if base is not None and base.count("/") == 1 and not Path(base).exists() else None
 
 
 def attention_kinds(config: PreTrainedConfig) -> list[str]:

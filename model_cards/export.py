@@ -66,6 +66,7 @@ class ExportRequest:
             read.
         name: title of the card; None for the folder's name.
         license: of the weights, an identifier of the Hub such as "apache-2.0"; None leaves it out of the card.
+        base: of new weights alone, where others find the model below; None for the name that it had in training.
     """
 
     model: str
@@ -74,6 +75,7 @@ class ExportRequest:
     results: Sequence[str] = ()
     name: str | None = None
     license: str | None = None
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,10 @@ def prepare_export(request: ExportRequest) -> Export:
     """
     request = replace(request, output=request.output.expanduser())
     wanted = None if request.dtype is None else dtype_named(request.dtype, DTYPES)
+    if request.base is not None:
+        raise ValueError(
+            f"base={request.base!r}: model={request.model!r} is a whole model, without a base; leave it out"
+        )
     source = find_saved_model(Path(request.model))
     folder, classes = Path(source.folder), auto_classes(source)
     check_output(request.output, resume=False)

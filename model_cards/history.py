@@ -71,6 +71,7 @@ def _sentence(record: dict) -> str:
     else:
         start = f"From the saved model `{model_label(asked['model'])}`"
     how = f", as adapters of rank {adapter['rank']} on `{adapter['targets']}`" if adapter else ""
+    how = ", the prime MLPs alone" if record.get("train") == "prime" else how
     configuration = record["recipe"]["data"].get("configuration")
     part = f" (`{configuration}`)" if configuration else ""
     return f"{start}{how}, with the recipe `{record['recipe']['name']}` on `{_shown(asked['data'])}`{part}."
