@@ -43,6 +43,9 @@ def transformer(
     prime: Annotated[
         bool, typer.Option("--prime/--no-prime", help="Add prime MLPs, or let the suffix's own MLPs learn.")
     ] = True,
+    inner_projections: Annotated[
+        str, typer.Option(help="What learns of these MLPs: all projections, or down (a third of the memory).")
+    ] = "all",
     inner_lr: Annotated[float, typer.Option(help="inner_learning_rate; see ttt-e2e tune-inner-lr.")] = 1.0,
     inner_clip: Annotated[float, typer.Option(help="inner_max_grad_norm: the inner gradient's largest norm.")] = 1.0,
     dtype: options.Dtype = "auto",
@@ -70,6 +73,7 @@ def transformer(
         prime_intermediate_size=prime_size,
         inner_learning_rate=inner_lr,
         inner_max_grad_norm=inner_clip,
+        inner_projections=inner_projections,
         num_sink_tokens=sinks,
         full_attention_every=full_attention_every,
     )

@@ -172,6 +172,7 @@ def _check_is_official(config: TTTE2EConfig) -> None:
         ("hidden_act", config.hidden_act, "'silu'", config.hidden_act == "silu"),
         ("use_attention", config.use_attention, "True", config.use_attention),
         ("num_sink_tokens", config.num_sink_tokens, "0", config.num_sink_tokens == 0),
+        ("inner_projections", config.inner_projections, "'all'", config.inner_projections == "all"),
         ("attention_bias", config.attention_bias, "False", not config.attention_bias),
         ("num_key_value_heads", config.num_key_value_heads, f"{heads}, one per query head",
          config.num_key_value_heads == heads),

@@ -47,6 +47,7 @@ class WarmStartSettings:
         use_prime_mlp: the suffix blocks get a second MLP each, whose weights the inner loop updates. `False` makes
             their own MLPs the inner weights, and adds no parameters.
         prime_intermediate_size: width of the prime MLPs (default: `intermediate_size`).
+        inner_projections: what learns of an inner MLP, "all" its projections or "down", the last one alone.
         inner_learning_rate, inner_max_grad_norm: of the inner loop.
         num_sink_tokens: attention sinks, the first tokens of a text that stay visible (default: 4 where layers of the
             source see its whole text, whose attention leans on them; none where all of them slide).
@@ -61,6 +62,7 @@ class WarmStartSettings:
     prime_intermediate_size: int | None = None
     inner_learning_rate: float = 1.0
     inner_max_grad_norm: float = 1.0
+    inner_projections: str = "all"
     num_sink_tokens: int | None = None
     full_attention_every: int | None = None
 
@@ -143,6 +145,7 @@ def config_from_transformer(source: PreTrainedConfig, settings: WarmStartSetting
         prime_intermediate_size=settings.prime_intermediate_size,
         inner_learning_rate=settings.inner_learning_rate,
         inner_max_grad_norm=settings.inner_max_grad_norm,
+        inner_projections=settings.inner_projections,
         num_sink_tokens=sinks,
     )
 

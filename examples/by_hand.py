@@ -26,7 +26,7 @@ class ReadingByHand:
     def __init__(self, model: TTTE2EForCausalLM):
         self.model, self.config, self.cache = copy.deepcopy(model), model.config, TTTE2ECache(model.config)
         suffix = self.model.model.layers[self.config.num_prefix_layers :]
-        self.weights = [weight for block in suffix for weight in block.inner_mlp.parameters()]
+        self.weights = [layer.weight for block in suffix for layer in block.inner_mlp.projections]
         self.pending, self.steps = [], 0  # the mini-batch so far
 
     def read(self, token: int, learning: bool = True) -> torch.Tensor:

@@ -10,6 +10,7 @@ from .configuration_decoder import DecoderConfig  # first: it checks the release
 from huggingface_hub.dataclasses import strict
 
 META_GRADIENTS = ("second_order", "first_order")
+INNER_PROJECTIONS = {"all": slice(None), "down": slice(2, None)}  # of an MLP's gate, up and down
 
 
 @strict
@@ -29,6 +30,8 @@ class TTTE2EConfig(DecoderConfig):
         use_prime_mlp: suffix blocks hold a second MLP, the prime MLP, whose weights the inner loop updates. `False`
             makes their ordinary MLPs the inner weights.
         prime_intermediate_size: width of the prime MLPs (default: `intermediate_size`).
+        inner_projections: what the inner loop updates of these MLPs: `"all"` projections, or `"down"`, the last one
+            alone, as In-Place Test-Time Training does (arXiv 2604.06169), with a third of the fast weights.
         mini_batch_size: tokens of one inner step; at most `sliding_window`, or tokens would be forgotten unlearned.
         inner_learning_rate: step size of the inner loop's gradient descent.
         inner_max_grad_norm: the inner gradient of a sequence is clipped to this joint L2 norm (0 or None: never).
@@ -62,6 +65,7 @@ class TTTE2EConfig(DecoderConfig):
     num_suffix_layers: int | None = None
     use_prime_mlp: bool = True
     prime_intermediate_size: int | None = None
+    inner_projections: str = "all"
     mini_batch_size: int = 1024
     inner_learning_rate: int | float = 1.0
     inner_max_grad_norm: int | float | None = 1.0
@@ -85,6 +89,11 @@ class TTTE2EConfig(DecoderConfig):
         """Blocks that the inner loop never touches."""
         return self.num_hidden_layers - self.num_suffix_layers
 
+    @property
+    def inner_matrices(self) -> slice:
+        """Which of an inner MLP's gate, up and down the inner loop updates."""
+        return INNER_PROJECTIONS[self.inner_projections]
+
     def check(self) -> None:
         super().check()
         self.validate_sinks()
@@ -92,8 +101,10 @@ class TTTE2EConfig(DecoderConfig):
 
     def context_settings(self) -> dict:
         settings = super().context_settings()
-        # Contexts of models without sinks are those of before there were any.
-        return settings | {"num_sink_tokens": self.num_sink_tokens} if self.num_sink_tokens else settings
+        # Contexts of models without these are those of before there were any.
+        if self.num_sink_tokens:
+            settings |= {"num_sink_tokens": self.num_sink_tokens}
+        return settings if self.inner_projections == "all" else settings | {"inner_projections": self.inner_projections}
 
     def validate_sinks(self):
         """Check that there are blocks that can have attention sinks, and that these fit into the window."""
@@ -116,6 +127,7 @@ class TTTE2EConfig(DecoderConfig):
                 f"got {self.num_suffix_layers}."
             )
         self._check_choice("meta_gradient", META_GRADIENTS)
+        self._check_choice("inner_projections", tuple(INNER_PROJECTIONS))
         self._check_not_negative("inner_learning_rate")
         self._check_not_negative("inner_max_grad_norm")
         if self.test_time_training:

@@ -110,7 +110,7 @@ def check_headers(headers: dict[str, Header], description: dict[str, Any], confi
         copies = max(description["fast_rows"]) + 1
         width = config.prime_intermediate_size if config.use_prime_mlp else config.intermediate_size
         up, down = (copies, width, config.hidden_size), (copies, config.hidden_size, width)
-        shapes = (up, up, down) * config.num_suffix_layers
+        shapes = (up, up, down)[config.inner_matrices] * config.num_suffix_layers
         expected |= {f"fast.{index}": (shape, DIFFERENCES) for index, shape in enumerate(shapes)}
     if description["pending_counts"] is not None:
         shape = (len(description["tokens"]), max(description["pending_counts"]))

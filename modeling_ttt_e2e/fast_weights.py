@@ -52,7 +52,7 @@ class FastWeights:
     """Fast weights of all suffix blocks for a batch. Immutable: an update makes a new object.
 
     Attributes:
-        tensors: three per suffix block (gate, up, down), each [S, out, in].
+        tensors: one per matrix that learns, block by block (gate, up, down, or down alone), each [S, out, in].
         rows, whole: as in [`Delta`], shared by all tensors.
     """
 
@@ -60,10 +60,10 @@ class FastWeights:
     rows: tuple[int, ...] | None = None
     whole: bool = False
 
-    def of_layer(self, index: int) -> tuple[Delta, Delta, Delta]:
-        """The three differences of suffix block `index`."""
-        gate, up, down = (Delta(own, self.rows, self.whole) for own in self.tensors[3 * index : 3 * index + 3])
-        return gate, up, down
+    def of_layer(self, index: int, count: int) -> tuple[Delta, ...]:
+        """The `count` differences of suffix block `index`, where each block has so many."""
+        own = self.tensors[count * index : count * (index + 1)]
+        return tuple(Delta(tensor, self.rows, self.whole) for tensor in own)
 
     def added_to(self, layers: Sequence[nn.Module]) -> "FastWeights":
         """W + dW in one tensor per row, for plain `layers`; `less` is its inverse."""

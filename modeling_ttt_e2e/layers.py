@@ -82,7 +82,9 @@ def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch
 
 
 class TTTE2EMLP(nn.Module):
-    """down(act(gate x) * up x); with fast weights each of the three layers has its row's difference added."""
+    """down(act(gate x) * up x); with fast weights the layers that learn have their row's difference added."""
+
+    learning = slice(None)  # which of gate, up and down the inner loop updates, where this MLP learns
 
     def __init__(self, config, intermediate_size: int):
         super().__init__()
@@ -93,18 +95,21 @@ class TTTE2EMLP(nn.Module):
         self.sizes = (config.hidden_size, intermediate_size)
 
     @property
-    def shapes(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-        """[out, in] of the three layers; quantised and wrapped ones need not tell."""
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """[out, in] of the layers that learn; quantised and wrapped ones need not tell."""
         hidden, intermediate = self.sizes
-        return (intermediate, hidden), (intermediate, hidden), (hidden, intermediate)
+        return ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))[self.learning]
 
     @property
-    def projections(self) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """The three layers, in the order of their fast weights."""
-        return self.gate_proj, self.up_proj, self.down_proj
+    def projections(self) -> tuple[nn.Module, ...]:
+        """The layers that learn, in the order of their fast weights."""
+        return (self.gate_proj, self.up_proj, self.down_proj)[self.learning]
 
-    def forward(self, x: torch.Tensor, deltas: tuple[Delta, Delta, Delta] | None = None) -> torch.Tensor:
-        gate, up, down = (None, None, None) if deltas is None else deltas
+    def forward(self, x: torch.Tensor, deltas: tuple[Delta, ...] | None = None) -> torch.Tensor:
+        own: list[Delta | None] = [None, None, None]
+        if deltas is not None:
+            own[self.learning] = deltas
+        gate, up, down = own
         activated = self.act_fn(linear(self.gate_proj, x, gate)) * linear(self.up_proj, x, up)
         return linear(self.down_proj, activated, down)
 
@@ -226,7 +231,7 @@ class Block(nn.Module):
         output, new, weights = self.self_attn(self.input_layernorm(x), attention, past)
         return x + self.post_attention_layernorm(output), new, weights
 
-    def feed_forward(self, x: torch.Tensor, deltas: tuple[Delta, Delta, Delta] | None = None) -> torch.Tensor:
+    def feed_forward(self, x: torch.Tensor, deltas: tuple[Delta, ...] | None = None) -> torch.Tensor:
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), deltas))
 
     def forward(
@@ -234,7 +239,7 @@ class Block(nn.Module):
         x: torch.Tensor,
         attention: AttentionInputs | None,
         past: KeysValues | None,
-        deltas: tuple[Delta, Delta, Delta] | None = None,
+        deltas: tuple[Delta, ...] | None = None,
         part: Literal["whole", "attention", "feed_forward"] = "whole",
     ) -> tuple[torch.Tensor, KeysValues | None, torch.Tensor | None]:
         """x [B, T, D] -> the block's output [B, T, D], the new keys and values, the attention weights or None.
@@ -268,13 +273,14 @@ class TTTE2ESuffixLayer(Block):
             self.post_prime_layernorm = (
                 TTTE2ERMSNorm(config.hidden_size, config.rms_norm_eps) if config.post_norm else nn.Identity()
             )
+        self.inner_mlp.learning = config.inner_matrices
 
     @property
     def inner_mlp(self) -> TTTE2EMLP:
         """The MLP whose weights the inner loop updates."""
         return self.prime_mlp if self.use_prime_mlp else self.mlp
 
-    def feed_forward(self, x: torch.Tensor, deltas: tuple[Delta, Delta, Delta] | None = None) -> torch.Tensor:
+    def feed_forward(self, x: torch.Tensor, deltas: tuple[Delta, ...] | None = None) -> torch.Tensor:
         if not self.use_prime_mlp:
             return super().feed_forward(x, deltas)
         x = x + self.post_prime_layernorm(self.prime_mlp(self.pre_prime_layernorm(x), deltas))

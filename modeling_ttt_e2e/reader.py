@@ -82,7 +82,8 @@ def run_blocks(
     """
     states, weights = [], {}
     for index, layer, part, fast_index in parts:
-        deltas = None if fast is None or fast_index is None else fast.of_layer(fast_index)
+        learns = fast is not None and fast_index is not None
+        deltas = fast.of_layer(fast_index, len(layer.inner_mlp.projections)) if learns else None
         if part == "feed_forward":
             x, _, _ = call(layer, x, None, None, deltas, part=part)
         else:

@@ -155,7 +155,7 @@ class _Sizes:
         suffix = model.model.layers[self.config.num_prefix_layers :] if self.config.test_time_training else []
         self.parameters = model.num_parameters()
         self.suffix_parameters = sum(p.numel() for layer in suffix for p in layer.parameters())
-        self.fast_weights = sum(p.numel() for layer in suffix for p in layer.inner_mlp.parameters())
+        self.fast_weights = sum(out * size for layer in suffix for out, size in layer.inner_mlp.shapes)
         self.suffix_layers, self.prefix_layers = len(suffix), self.config.num_hidden_layers - len(suffix)
         self.rows = recipe.rows_at_once(processes)
         self.tokens = self.rows * self.length

@@ -207,6 +207,7 @@ def test_models_of_ours_come_back_as_they_were(tmp_path, changes, dtype):
         (lambda f: change_tensors(f, dtype=torch.float16), ValueError, "float16; all.*dtype=torch.float32"),
         (lambda f: change_config(f, hidden_act="gelu"), ValueError, "hidden_act.*gelu.*silu"),
         (lambda f: change_config(f, use_attention=False), ValueError, "use_attention.* False, .* needs True"),
+        (lambda f: change_config(f, inner_projections="down"), ValueError, "inner_projections.* down, .* needs 'all'"),
         (lambda f: change_config(f, model_type="llama"), ValueError, "llama model; only ttt_e2e"),
     ],
     ids=[
@@ -219,6 +220,7 @@ def test_models_of_ours_come_back_as_they_were(tmp_path, changes, dtype):
         "float16",
         "inexpressible",
         "no-attention",
+        "down",
         "other-model",
     ],
 )

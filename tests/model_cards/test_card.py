@@ -118,6 +118,7 @@ def test_folder_without_a_model_is_an_error(tmp_path):
         {"layer_types": WITH_FULL_ATTENTION},
         {"test_time_training": False},
         {"use_attention": False},
+        {"inner_projections": "down"},
     ],
 )
 def test_bytes_of_a_sequence_are_those_of_its_cache(dtype, changes):

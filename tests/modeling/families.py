@@ -33,6 +33,7 @@ TTT_E2E = {
     "attention-free": {"use_attention": False},
     "inner-mlp": {"use_prime_mlp": False},
     "sinks": {"num_sink_tokens": 3},
+    "inner-down": {"inner_projections": "down"},
 }
 
 

@@ -45,9 +45,11 @@ def test_any_split_into_calls_equals_one_pass(model, sizes):
     assert [layer.keys.shape for layer in split_cache.layers] == [layer.keys.shape for layer in cache.layers]
 
 
-@pytest.mark.parametrize("use_prime_mlp", [True, False], ids=["prime", "ordinary"])
-def test_reading_equals_the_inner_loop_by_hand(use_prime_mlp):
-    model = small_model(torch.float64, use_prime_mlp=use_prime_mlp)
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_prime_mlp": False}, {"inner_projections": "down"}], ids=["prime", "ordinary", "down"]
+)
+def test_reading_equals_the_inner_loop_by_hand(changes):
+    model = small_model(torch.float64, **changes)
     ids = random_ids(1, 5 * BATCH + 2, seed=2)
     ids[0, [BATCH, 20]] = model.config.bos_token_id
     logits, cache, _ = read(model, ids)
