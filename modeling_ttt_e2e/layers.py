@@ -98,7 +98,8 @@ class TTTE2EMLP(nn.Module):
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """[out, in] of the layers that learn; quantised and wrapped ones need not tell."""
         hidden, intermediate = self.sizes
-        return ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))[self.learning]
+        whole: tuple[tuple[int, int], ...] = ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))
+        return whole[self.learning]
 
     @property
     def projections(self) -> tuple[nn.Module, ...]:
