@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ttt_e2e.serving import Conversation
 
 HELP = """\
+/read FILE    read a text and learn from it; the talk goes on behind it
 /save FOLDER  keep what was learned; `ttt-e2e chat --context FOLDER` goes on from it
 /reset        forget the conversation
 /help         this list
@@ -87,6 +88,10 @@ def obey(line: str, conversation: "Conversation") -> str:
     if command == "/reset":
         conversation.reset()
         return "The conversation is forgotten."
+    if command == "/read":
+        if not argument.strip():
+            return "/read needs a file, as in /read book.txt"
+        return read_file(argument.strip(), conversation)
     if command == "/save":
         if not argument.strip():
             return "/save needs a folder, as in /save talk.context"
@@ -97,6 +102,25 @@ def obey(line: str, conversation: "Conversation") -> str:
             return f"Not saved: {error}"
         return f"{folder}: {conversation.context.tokens:,} tokens. `--context {folder}` goes on from it."
     return f"{command} is no command.\n{HELP}"
+
+
+def read_file(name: str, conversation: "Conversation") -> str:
+    """Read a file into the conversation; returns what to show: how the loss fell, and what is kept."""
+    from ttt_e2e.serving import document_name, document_text
+
+    path, before = Path(name).expanduser(), conversation.context.tokens
+    try:
+        losses = conversation.read(document_name(path), document_text(path))
+    except (ValueError, OSError) as error:
+        return f"Not read: {error}"
+    except KeyboardInterrupt:
+        return "\nInterrupted; the text is forgotten."
+    count = conversation.context.tokens - before
+    parts = [losses[len(losses) * quarter // 4 : len(losses) * (quarter + 1) // 4] for quarter in range(4)]
+    means = ", ".join(f"{sum(part) / len(part):.3f}" for part in parts if part)
+    fell = f" Loss by quarters: {means} nats per token." if len(losses) >= 4 else ""
+    kept = f"{conversation.context.cache.nbytes / 2**20:.1f} MiB are kept of all that was read"
+    return f"{path}: {count:,} tokens.{fell} {kept}, however much that is."
 
 
 def say(message: str, conversation: "Conversation") -> None:

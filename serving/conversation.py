@@ -17,6 +17,7 @@ from transformers.utils.chat_template_utils import (
 
 from ..data.tokenizer import PLAIN_END, PLAIN_TEMPLATE, speaks_plainly
 from .contexts import ReadDocument, StoredContext, write_context
+from .documents import read_document, text_tokens
 from .models import TextModel
 from .writing import write
 
@@ -155,6 +156,24 @@ class Conversation:
         )
         text = str(tokenizer.decode(written, skip_special_tokens=True))
         return Answer(text.removesuffix(PLAIN_END) if self.turns.is_plain else text, tuple(read), tuple(written))
+
+    def read(self, name: str, text: str) -> list[float]:
+        """Read a text between two turns; the next message follows it. After an exception, nothing has been read.
+
+        Args:
+            name: of the text, kept in the context.
+
+        Returns:
+            The losses of its mini-batches as `read_tokens` gives them.
+
+        Raises:
+            ValueError: the model does not learn while it reads.
+        """
+        model, before = self.text_model, self.context
+        ids = text_tokens(text, model.tokenizer, before.tokens == 0, model.split_special_tokens)
+        context, losses = read_document(model, before, name, ids)
+        self.context = replace(context, answer_end=None)
+        return losses
 
     def reset(self) -> None:
         """Forget all turns; what was read before the conversation stays."""

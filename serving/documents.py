@@ -84,14 +84,30 @@ def _pieces(text: str) -> Iterator[str]:
 def read_documents(
     text_model: TextModel, context: StoredContext, documents: Sequence[tuple[str, torch.Tensor]]
 ) -> StoredContext:
-    """Read documents one after the other, with a progress bar for each.
+    """As `read_document`, of several documents one after the other.
 
     Args:
-        context: what was read before; stays as it is.
         documents: name and ids (int64 [tokens]) of each.
 
     Returns:
         The context after all of them.
+    """
+    for name, ids in documents:
+        context, _ = read_document(text_model, context, name, ids)
+    return context
+
+
+def read_document(
+    text_model: TextModel, context: StoredContext, name: str, ids: torch.Tensor
+) -> tuple[StoredContext, list[float]]:
+    """Read a document, with a progress bar.
+
+    Args:
+        context: what was read before; stays as it is.
+        name: of the document; ids: int64 [tokens].
+
+    Returns:
+        The context after it, and the losses of its mini-batches as `read_tokens` gives them.
 
     Raises:
         ValueError: the model does not learn while it reads.
@@ -101,9 +117,6 @@ def read_documents(
             "The model's configuration says test_time_training=False, so that it would forget all but the last "
             "window of what it reads; name a model that learns"
         )
-    context = context.fork()
-    for name, ids in documents:
-        ids = ids[None].to(text_model.model.device)
-        read_tokens(text_model.model, ids, context.cache, STEP, description=f"Reading {name}")
-        context = replace(context, documents=(*context.documents, ReadDocument(name, ids.shape[1])))
-    return context
+    context, rows = context.fork(), ids[None].to(text_model.model.device)
+    losses = read_tokens(text_model.model, rows, context.cache, STEP, description=f"Reading {name}")
+    return replace(context, documents=(*context.documents, ReadDocument(name, len(ids)))), losses

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -163,6 +164,22 @@ def test_a_chat_goes_on_where_it_was_saved(place, tmp_path):
     again = talk(place, "why?", options=("--context", tmp_path / "talk"))
     assert "goes on from it" in first[1]
     assert again[0] == first[2]
+
+
+def test_a_text_is_read_into_a_chat(place):
+    """As if it had been read before the chat, with the loss and what is kept."""
+    read, asked = talk(place, f"/read {place / 'book.txt'}", "hello", "/exit")[:2]
+    assert asked == talk(place, "hello", options=("--context", place / "book"))[0]
+    assert re.search(r"book\.txt: [\d,]+ tokens\. Loss by quarters: (\d\.\d{3},? ?){4}nats .* MiB are kept", read)
+    again = talk(place, "hello", f"/read {place / 'sequel.txt'}", "why?", "/reset", "hello")
+    assert again[4] == again[0] != again[2]
+
+
+def test_what_cannot_be_read_leaves_the_chat_as_it_was(place):
+    shown = talk(place, "/read", "/read nowhere.txt", f"/read {place}", "hello")
+    for text, named in zip(shown, ("needs a file", "no such file", "is not a file"), strict=False):
+        assert named in text
+    assert shown[3] == talk(place, "hello")[0]
 
 
 def test_a_chat_can_be_reset(place):

@@ -16,9 +16,12 @@ def test_size_of_the_pieces_does_not_change_what_was_learned(step):
     model = TTTE2EForCausalLM(config).eval()
     input_ids = torch.randint(40, (2, 31))
     cache = TTTE2ECache(config)
-    read_tokens(model, input_ids[:, :30], cache, step)
+    losses = read_tokens(model, input_ids[:, :30], cache, step)
     assert cache.get_seq_length() == 30
     with torch.no_grad():
         continued = model(input_ids[:, 30:], cache=cache, use_cache=True).logits[:, -1]
         expected = model(input_ids, use_cache=False).logits[:, -1]
+        inner = model(input_ids[:, :30], use_cache=False).inner_loss.mean(dim=0)
+    assert len(losses) == 29 // 4
+    torch.testing.assert_close(torch.tensor(losses), inner, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(continued, expected, atol=1e-5, rtol=1e-4)
