@@ -198,7 +198,7 @@ def cell(lines: list[dict], system: str, bucket: int, kind: str = "all") -> str:
     if system == BASELINE or not both:
         return f"{mean:.3f}"
     difference, error = mean_and_error([own[passage] - base[passage] for passage in sorted(both)])
-    return f"{mean:.3f} ({difference:+.3f} ± {error:.3f})"
+    return f"{mean:.3f} ({difference:+.3f}{'' if math.isnan(error) else f' ± {error:.3f}'})"
 
 
 def cost(lines: list[dict], system: str) -> list[str]:
