@@ -54,6 +54,6 @@ def parse_numbers(text: str, option: str, kind: type) -> list:
         try:
             numbers.append(kind(part))
         except ValueError as error:
-            wrong = f"{part!r} is no number" + (" of tokens" if kind is int else "")
+            wrong = f"{part!r} is no {'whole number' if kind is int else 'number'}"
             raise ValueError(f"{option} {text!r}: give numbers with commas between them ({wrong})") from error
     return numbers

@@ -29,6 +29,9 @@ def transformer(
         int | None,
         typer.Option(help="Keep the source's full attention in every so many blocks (hybrid): the cache then grows."),
     ] = None,
+    full_attention_layers: Annotated[
+        str | None, typer.Option(help="Instead, the blocks that keep it, counted from 0, as in 15,18,20.")
+    ] = None,
     suffix: Annotated[
         int | None, typer.Option(help="num_suffix_layers: blocks at the end that learn. [default: a quarter]")
     ] = None,
@@ -65,19 +68,23 @@ def transformer(
     from ttt_e2e.conversion import WarmStartRequest, WarmStartSettings, prepare_warm_start, write_warm_start
     from ttt_e2e.storage.claims import claimed
 
-    settings = WarmStartSettings(
-        sliding_window=window,
-        num_suffix_layers=suffix,
-        mini_batch_size=mini_batch,
-        use_prime_mlp=prime,
-        prime_intermediate_size=prime_size,
-        inner_learning_rate=inner_lr,
-        inner_max_grad_norm=inner_clip,
-        inner_projections=inner_projections,
-        num_sink_tokens=sinks,
-        full_attention_every=full_attention_every,
-    )
     with refusals("Interrupted. Nothing was left behind."), claimed(output):
+        blocks = None
+        if full_attention_layers is not None:
+            blocks = options.parse_numbers(full_attention_layers, "--full-attention-layers", int)
+        settings = WarmStartSettings(
+            sliding_window=window,
+            num_suffix_layers=suffix,
+            mini_batch_size=mini_batch,
+            use_prime_mlp=prime,
+            prime_intermediate_size=prime_size,
+            inner_learning_rate=inner_lr,
+            inner_max_grad_norm=inner_clip,
+            inner_projections=inner_projections,
+            num_sink_tokens=sinks,
+            full_attention_every=full_attention_every,
+            full_attention_layers=blocks,
+        )
         start = prepare_warm_start(WarmStartRequest(model, output, settings, dtype, seed, max_shard_size))
         config = start.config
         typer.echo(

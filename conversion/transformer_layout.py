@@ -19,7 +19,7 @@ the inner loop hardly moves.
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,7 @@ from .strictness import model_shapes
 SUPPORTED_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DEFAULT_MINI_BATCH = 1024  # that of the paper
+SLIDING = "sliding_attention"
 DEFAULT_SINKS = 4  # those of arXiv 2309.17453
 
 
@@ -53,6 +54,7 @@ class WarmStartSettings:
             source see its whole text, whose attention leans on them; none where all of them slide).
         full_attention_every: every so many blocks keep the full attention of the source; the cache then grows with the
             text, by the keys and values of these blocks (default: none does).
+        full_attention_layers: instead, which blocks keep it, counted from 0.
     """
 
     sliding_window: int | None = None
@@ -65,6 +67,7 @@ class WarmStartSettings:
     inner_projections: str = "all"
     num_sink_tokens: int | None = None
     full_attention_every: int | None = None
+    full_attention_layers: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,9 @@ def check_convertible(fields: Mapping) -> None:
 def config_from_transformer(source: PreTrainedConfig, settings: WarmStartSettings) -> TTTE2EConfig:
     """The configuration of the new model.
 
-    Layers with full attention become sliding ones, but for those that `full_attention_every` keeps: memory then does
-    not grow with the text. Dropout, which this model does not have, is left out.
+    Layers with full attention become sliding ones, but for those that `full_attention_every` or
+    `full_attention_layers` keep: memory then does not grow with the text. Dropout, which this model does not have, is
+    left out.
 
     Args:
         source: of a model of `SUPPORTED_MODELS`.
@@ -135,7 +139,7 @@ def config_from_transformer(source: PreTrainedConfig, settings: WarmStartSetting
         head_dim=getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads,
         rope_parameters=dict(source.rope_parameters),
         sliding_window=window,
-        layer_types=_layer_types(source, sees_all, settings.full_attention_every),
+        layer_types=_layer_types(source, settings),
         attention_bias=source.model_type == "qwen2" or bool(getattr(source, "attention_bias", False)),
         qk_norm=source.model_type == "qwen3",
         post_norm=False,
@@ -260,26 +264,30 @@ def _reach(source: PreTrainedConfig) -> tuple[int | None, bool]:
     return own, own is None or "full_attention" in kinds
 
 
-def _layer_types(source: PreTrainedConfig, sees_all: bool, every: int | None) -> list[str]:
-    """Sliding blocks, the last of every so many of them with full attention."""
-    layers = source.num_hidden_layers
-    if every is None:
-        return ["sliding_attention"] * layers
-    if not sees_all:
+def _layer_types(source: PreTrainedConfig, settings: WarmStartSettings) -> list[str]:
+    """Sliding blocks, but for those that are to keep full attention."""
+    layers, own = source.num_hidden_layers, _own_layer_types(source)
+    every, chosen = settings.full_attention_every, settings.full_attention_layers
+    if every is not None and chosen is not None:
         raise ValueError(
-            f"`full_attention_every`={every}: no layer of the source sees its whole text, so that none can keep it: "
-            "leave it out."
+            f"`full_attention_every`={every} and `full_attention_layers`={list(chosen)}: give one or the other."
         )
-    if not 2 <= every <= layers:
+    if every is not None and not 2 <= every <= layers:
         raise ValueError(
             f"`full_attention_every`={every}: must be between 2 and {layers}, the blocks of the source, so that blocks "
             "of both kinds are left."
         )
-    kinds = ["full_attention" if (index + 1) % every == 0 else "sliding_attention" for index in range(layers)]
-    slides = _own_layer_types(source)
-    return [
-        "sliding_attention" if own == "sliding_attention" else kind for own, kind in zip(slides, kinds, strict=True)
-    ]
+    name = "full_attention_layers" if every is None else "full_attention_every"
+    full = set(range(every - 1, layers, every) if every is not None else chosen or ())
+    if not full <= set(range(layers)) or len(full) == layers:
+        raise ValueError(
+            f"`{name}`={sorted(full)}: must be some of the source's blocks, 0 to {layers - 1}, and not all of them."
+        )
+    if full and "full_attention" not in own:
+        raise ValueError(
+            f"`{name}`: no layer of the source sees its whole text, so that none can keep it: leave it out."
+        )
+    return [kind if index in full else SLIDING for index, kind in enumerate(own)]
 
 
 def _window(own: int | None, sees_all: bool, asked: int | None) -> int:

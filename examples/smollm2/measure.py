@@ -25,7 +25,7 @@ import yaml
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ttt_e2e import TTTE2EForCausalLM
+from ttt_e2e import TTTE2EConfig, TTTE2EForCausalLM
 from ttt_e2e.conversion import PrimeWeights
 from ttt_e2e.conversion.pretrained import find_source
 from ttt_e2e.conversion.transformer_layout import check_convertible
@@ -51,7 +51,7 @@ def load(system: Mapping, sources: Mapping[str, str]) -> PreTrainedModel:
     if system["source"] == "released":
         return _released(name, system.get("rope"))
     if system["source"] == "converted":
-        config = _changed(TTTE2EForCausalLM.config_class.from_pretrained(name), system)
+        config = _changed(TTTE2EConfig.from_pretrained(name), system)
         return TTTE2EForCausalLM.from_pretrained(name, config=config, dtype=DTYPE)
     weights = PrimeWeights.from_pretrained(name)
     return weights.on_base(sources["released"], config=_changed(weights.config, system), dtype=DTYPE)
@@ -73,11 +73,10 @@ def _released(name: str, rope: Mapping | None) -> PreTrainedModel:
     return model.eval()
 
 
-def _changed(config, system: Mapping):
-    config, every = copy.deepcopy(config), system.get("full_attention_every")
-    if every:
-        kinds = config.layer_types
-        config.layer_types = ["full_attention" if (n + 1) % every == 0 else kind for n, kind in enumerate(kinds)]
+def _changed(config: TTTE2EConfig, system: Mapping) -> TTTE2EConfig:
+    config = copy.deepcopy(config)
+    for layer in system.get("full_attention_layers", ()):
+        config.layer_types[layer] = "full_attention"
     return config
 
 

@@ -103,15 +103,33 @@ def test_blocks_that_keep_full_attention_see_what_those_of_the_source_see():
     model = warm_started_model(mixed, settings)
     assert_same(model(ids, test_time_training=False).logits, mixed(ids).logits)
     assert warm_started_model(random_source(LlamaConfig, {}), settings).config.layer_types == kinds
+    named = WarmStartSettings(16, mini_batch_size=8, num_sink_tokens=0, full_attention_layers=[3, 1])
+    assert warm_started_model(random_source(LlamaConfig, {}), named).config.layer_types == kinds
 
 
-@pytest.mark.parametrize("every", [0, 1, 5])
-def test_a_hybrid_has_blocks_of_both_kinds(every):
-    with pytest.raises(ValueError, match=f"`full_attention_every`={every}: must be between 2 and 4, the blocks"):
-        config_from_transformer(LlamaConfig(**SIZES), WarmStartSettings(16, 1, 8, full_attention_every=every))
-    sliding = MistralConfig(**SIZES, sliding_window=16)
-    with pytest.raises(ValueError, match=f"`full_attention_every`={every}: no layer of the source sees its whole text"):
-        config_from_transformer(sliding, WarmStartSettings(16, 1, 8, full_attention_every=every))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(
+            ({"full_attention_every": every}, f"`full_attention_every`={every}: must be between 2 and 4, the blocks")
+            for every in (0, 1, 5)
+        ),
+        ({"full_attention_layers": [1, 4]}, r"`full_attention_layers`=\[1, 4\]: must be some of .* 0 to 3"),
+        ({"full_attention_layers": [-1]}, r"`full_attention_layers`=\[-1\]: must be some of .* 0 to 3"),
+        ({"full_attention_layers": range(4)}, r"`full_attention_layers`=\[0, 1, 2, 3\]: .* not all of them"),
+        ({"full_attention_layers": [1], "full_attention_every": 2}, "give one or the other"),
+    ],
+)
+def test_a_hybrid_has_blocks_of_both_kinds(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_transformer(LlamaConfig(**SIZES), WarmStartSettings(16, 1, 8, **changes))
+
+
+@pytest.mark.parametrize("changes", [{"full_attention_every": 2}, {"full_attention_layers": [1]}])
+def test_layers_that_never_saw_the_whole_text_cannot_begin_to(changes):
+    source = MistralConfig(**SIZES, sliding_window=16)
+    with pytest.raises(ValueError, match="no layer of the source sees its whole text"):
+        config_from_transformer(source, WarmStartSettings(16, 1, 8, **changes))
 
 
 @torch.no_grad()
