@@ -1,0 +1,118 @@
+"""What `make smollm2` measures and publishes, on models of seconds."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ttt_e2e.cli.main import app
+from ttt_e2e.conversion import PrimeWeights
+
+from ..conversion.test_prime_weights import saved
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
+SHORT, LONG = 48, 96
+WORDS = "the old mill by the river turned its wheel while the miller counted sacks of grain and sang "
+
+
+@pytest.fixture
+def measure(monkeypatch):
+    """The script, with passages of few tokens."""
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    for name in ("measure", "publish"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import measure
+
+    for name, value in {"SHORT": SHORT, "LONG": LONG, "EDGES": (0, 24, 48, 96), "NGRAM": 5, "SEGMENT": 20}.items():
+        monkeypatch.setattr(measure, name, value)
+    for system in measure.SYSTEMS.values():
+        if "lengths" in system:
+            system["lengths"] = [LONG]
+        if "full_attention_layers" in system:
+            system["full_attention_layers"] = [0]
+        if "rope" in system:
+            system["rope"] |= {"original_max_position_embeddings": SHORT}
+    yield measure
+    monkeypatch.delitem(sys.modules, "measure", raising=False)
+
+
+@pytest.fixture
+def place(tmp_path):
+    saved(tmp_path)
+    for length, count in ((SHORT, 2), (LONG, 1)):
+        lines = [json.dumps({"path": f"text/{n}", "text": WORDS * (9 + n)}) for n in range(count)]
+        (tmp_path / f"evaluation-{length}.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def run(measure, place, monkeypatch, *options):
+    line = ["--texts", place, "--output", place / "out", "--released", place / "source", "--converted", place / "start"]
+    monkeypatch.setattr(sys, "argv", ["measure.py", *map(str, line), "--trained", str(place / "new"), *options])
+    measure.main()
+    return measure.measured(place / "out" / "passages.jsonl")
+
+
+def test_every_system_is_measured_once_and_what_is_there_is_kept(measure, place, monkeypatch):
+    first = run(measure, place, monkeypatch, "--system", "window and sinks")
+    lines = run(measure, place, monkeypatch)
+    assert lines[: len(first)] == first == run(measure, place, monkeypatch)[: len(first)]
+    places = [(line["system"], line["passage"]) for line in lines]
+    named = set(measure.SYSTEMS) - {"trained without inner loop"}
+    assert len(set(places)) == len(places) and {system for system, _ in places} == named
+    shown = (place / "out" / "results.md").read_text()
+    assert all(f"| {name} |" in shown for name in named) and (place / "out" / "results.png").is_file()
+    kept = {(line["system"], line["length"]): line["bytes"] for line in lines}
+    assert kept["full attention", LONG] > kept["full attention", SHORT]
+
+
+def test_the_losses_are_those_of_the_models(measure, place, monkeypatch):
+    """Of the released one in one call, and of the new one on its base; the buckets add up to them."""
+    lines = {(line["system"], line["length"]): line for line in run(measure, place, monkeypatch)}
+    tokenizer = measure.find_source(str(place / "source"), measure.check_convertible).contents().tokenizer
+    [(_, ids)] = measure.passages(place, tokenizer, LONG)
+    released = measure.load({"source": "released"}, {"released": str(place / "source")})
+    trained = PrimeWeights.from_pretrained(place / "new").on_base(dtype=torch.bfloat16)
+    with torch.no_grad():
+        plain = released(ids).logits[0, :-1].float()
+        expected = {
+            "full attention": torch.nn.functional.cross_entropy(plain, ids[0, 1:], reduction="sum").item(),
+            "meta-trained, learning on": trained(ids, labels=ids).token_nll.sum().item(),
+        }
+    for system, total in expected.items():
+        buckets = lines[system, LONG]["buckets"]
+        assert sum(bucket[kind][1] for bucket in buckets for kind in bucket) == pytest.approx(total, rel=2e-3)
+        assert sum(bucket[kind][0] for bucket in buckets for kind in bucket) == LONG - 1
+
+
+def test_a_token_is_repeated_where_its_last_tokens_stood_before(measure):
+    ids = torch.tensor([1, 2, 3, 9, 1, 2, 3, 1, 2])
+    assert measure.repeated(ids, 2).tolist() == [False, False, False, False, True, True, False, True]
+    assert measure.repeated(ids, 3).tolist() == [False] * 5 + [True, False, False]
+
+
+def test_differences_are_paired_by_passage(measure):
+    def line(system, passage, loss):
+        buckets = [{"new": [10, 10 * loss], "repeated": [0, 0.0]}] * 2
+        return {"system": system, "passage": passage, "length": SHORT, "buckets": buckets}
+
+    lines = [line(measure.BASELINE, name, loss) for name, loss in (("a", 1.0), ("b", 3.0), ("c", 9.0))]
+    lines += [line("full attention", name, loss) for name, loss in (("a", 0.9), ("b", 2.7))]
+    assert measure.cell(lines, "full attention", 0) == "1.800 (-0.200 ± 0.100)"
+    assert measure.cell(lines, measure.BASELINE, 0) == "4.333" and measure.cell(lines, "full attention", 2) == ""
+
+
+def test_what_is_published_has_the_table_and_names_the_base(measure, place, monkeypatch):
+    run(measure, place, monkeypatch, "--system", "window and sinks", "--system", "meta-trained, learning on")
+    import publish
+
+    options = {"--run": place / "new", "--measured": place / "out", "--output": place / "hub"}
+    monkeypatch.setattr(sys, "argv", ["publish.py", *(str(part) for pair in options.items() for part in pair)])
+    publish.main()
+    card = (place / "hub" / "README.md").read_text()
+    assert f"`{publish.BASE}`" in card and "| meta-trained, learning on |" in card and "results.png" in card
+    merged = ["merge", "--adapter", place / "hub", "--base", place / "source", "--output", place / "merged"]
+    done = CliRunner().invoke(app, list(map(str, merged)))
+    assert done.exit_code == 0, done.output
