@@ -19,6 +19,7 @@ from ..data import (
 )
 from .arguments import MetaTrainingArguments
 from .meta_trainer import MetaTrainer
+from .prime_trainer import PrimeTrainer
 
 __all__ = [
     "DocumentRows",
@@ -26,6 +27,7 @@ __all__ = [
     "MetaTrainingArguments",
     "PackedRows",
     "PackedStream",
+    "PrimeTrainer",
     "TokenStore",
     "collate_rows",
     "document_prefixes",
