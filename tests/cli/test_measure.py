@@ -159,7 +159,7 @@ MISTAKES = {
     "unknown suffix": ({"models": ["ours@learning-of"]}, "did you mean '@learning-off'"),
     "length zero": ({"lengths": "0,16"}, "0 is too small"),
     "negative length": ({"lengths": "-16"}, "-16 is too small"),
-    "length no number": ({"lengths": "16,1K"}, "'1K' is no number"),
+    "length no number": ({"lengths": "16,1K"}, "'1K' is no whole number"),
     "no data": ({"data": None}, "--data is missing"),
     "data not there": ({"data": "./nowhere"}, "nowhere"),
     "no output": ({"output": None}, "--output is missing"),
