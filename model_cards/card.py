@@ -179,7 +179,7 @@ def sequence_memory(config: PreTrainedConfig, dtype: torch.dtype) -> SequenceMem
     learns = config.test_time_training
     suffix = config.num_suffix_layers if learns else 0
     width = config.prime_intermediate_size if config.use_prime_mlp else config.intermediate_size
-    matrices = 3 if config.inner_projections == "all" else 1
+    matrices = len(range(3)[config.inner_matrices])
     mini_batch = config.mini_batch_size if learns else 0
     column = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize  # a key and a value
     window = mini_batch * (config.hidden_size * dtype.itemsize + 2 * ID_BYTES)

@@ -120,11 +120,23 @@ def prepare_export(request: ExportRequest) -> Export:
     weights = sum(path.stat().st_size for path in weight_files(folder))
     needed = int(weights * max(1, dtype.itemsize / saved_dtype.itemsize)) + ROOM_FOR_SMALL_FILES
     check_disk_space(request.output, needed, "the exported model")
-    results = [read_results(text, saved_dtype) for text in request.results]
-    if results:
-        identities = model_identities(folder, tokenizer)
-        results = [measured.of_model(identities, folder) for measured in results]
+    results = results_of(request, folder, tokenizer, saved_dtype)
     return Export(request, folder, classes, dtype, tokenizer, results)
+
+
+def results_of(
+    request: ExportRequest, folder: Path, tokenizer: PreTrainedTokenizerBase, saved_dtype: torch.dtype
+) -> list[MeasuredResults]:
+    """The results of a request, whose weights are read only where there are some.
+
+    Raises:
+        ValueError, OSError: results are damaged, or of another model than the one in `folder`.
+    """
+    results = [read_results(text, saved_dtype) for text in request.results]
+    if not results:
+        return []
+    identities = model_identities(folder, tokenizer)
+    return [measured.of_model(identities, folder) for measured in results]
 
 
 def write_export(export: Export) -> Path:

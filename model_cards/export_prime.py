@@ -17,9 +17,9 @@ from ..storage.disk import check_disk_space, folder_written_whole
 from ..storage.dtypes import dtype_named
 from ..storage.record import check_output
 from .card import ModelCardContents, ResultsSection, write_model_card
-from .export import DTYPES, ROOM_FOR_SMALL_FILES, ExportRequest, padded_tokenizer
+from .export import DTYPES, ROOM_FOR_SMALL_FILES, ExportRequest, padded_tokenizer, results_of
 from .history import training_history
-from .measured import MeasuredResults, model_identities, read_results
+from .measured import MeasuredResults
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,7 @@ def prepare_prime_export(request: ExportRequest) -> PrimeExport:
             raise ValueError(f"model={request.model!r}: {name} has values that are not finite; export another one")
     size = sum(tensor.nbytes for tensor in tensors.values())
     check_disk_space(request.output, size + ROOM_FOR_SMALL_FILES, "the exported weights")
-    results = [read_results(text, saved_dtype) for text in request.results]
-    if results:
-        identities = model_identities(weights.folder, tokenizer)
-        results = [measured.of_model(identities, weights.folder) for measured in results]
+    results = results_of(request, weights.folder, tokenizer, saved_dtype)
     exported = replace(weights, tensors=tensors, base=request.base or weights.base)
     return PrimeExport(request, exported, dtype, tokenizer, results)
 
