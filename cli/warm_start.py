@@ -32,6 +32,10 @@ def transformer(
     full_attention_layers: Annotated[
         str | None, typer.Option(help="Instead, the blocks that keep it, counted from 0, as in 15,18,20.")
     ] = None,
+    full_attention_yarn: Annotated[
+        float | None,
+        typer.Option(help="Scale the RoPE of these blocks by YaRN, for texts so many times longer than in training."),
+    ] = None,
     suffix: Annotated[
         int | None, typer.Option(help="num_suffix_layers: blocks at the end that learn. [default: a quarter]")
     ] = None,
@@ -84,6 +88,7 @@ def transformer(
             num_sink_tokens=sinks,
             full_attention_every=full_attention_every,
             full_attention_layers=blocks,
+            full_attention_yarn=full_attention_yarn,
         )
         start = prepare_warm_start(WarmStartRequest(model, output, settings, dtype, seed, max_shard_size))
         config = start.config

@@ -139,7 +139,7 @@ def config_to_official(config: TTTE2EConfig) -> dict[str, dict]:
     _check_is_official(config)
     slides = config.layer_types[0] == "sliding_attention"
     prime = config.use_prime_mlp and config.num_suffix_layers > 0
-    length, rope = config.max_position_embeddings, config.rope_parameters
+    length, (rope, *_) = config.max_position_embeddings, config.rope_of_layer_types().values()
     same = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads mini_batch_size rms_norm_eps "
         "initializer_range bos_token_id eos_token_id tie_word_embeddings qk_norm post_norm"
@@ -167,7 +167,7 @@ def config_to_official(config: TTTE2EConfig) -> dict[str, dict]:
 
 def _check_is_official(config: TTTE2EConfig) -> None:
     heads, tokens = config.num_attention_heads, (config.bos_token_id, config.eos_token_id)
-    rope = config.rope_parameters.get("rope_type", "default")
+    ropes = {rope["rope_type"] for rope in config.rope_of_layer_types().values()}
     check_settings(
         ("hidden_act", config.hidden_act, "'silu'", config.hidden_act == "silu"),
         ("use_attention", config.use_attention, "True", config.use_attention),
@@ -181,7 +181,7 @@ def _check_is_official(config: TTTE2EConfig) -> None:
         ("prime_intermediate_size", config.prime_intermediate_size, f"{config.intermediate_size}, `intermediate_size`",
          config.prime_intermediate_size == config.intermediate_size),
         ("layer_types", sorted(set(config.layer_types)), "one type for all blocks", len(set(config.layer_types)) == 1),
-        ("rope_parameters", config.rope_parameters, "of rope_type 'default'", rope == "default"),
+        ("rope_parameters", config.rope_parameters, "of rope_type 'default'", ropes == {"default"}),
         ("bos_token_id, eos_token_id", tokens, "one id each", all(isinstance(token, int) for token in tokens)),
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ the inner loop hardly moves.
 
 import copy
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -55,6 +56,9 @@ class WarmStartSettings:
         full_attention_every: every so many blocks keep the full attention of the source; the cache then grows with the
             text, by the keys and values of these blocks (default: none does).
         full_attention_layers: instead, which blocks keep it, counted from 0.
+        full_attention_yarn: how many times longer than in the source's training the texts are that these blocks are to
+            read: their RoPE is scaled by YaRN (arXiv 2309.00071) with this factor. Blocks with a window never meet a
+            distance that is new to them, and stay as they are (default: all do).
     """
 
     sliding_window: int | None = None
@@ -68,6 +72,7 @@ class WarmStartSettings:
     num_sink_tokens: int | None = None
     full_attention_every: int | None = None
     full_attention_layers: Sequence[int] | None = None
+    full_attention_yarn: float | None = None
 
 
 @dataclass(frozen=True)
@@ -128,18 +133,19 @@ def config_from_transformer(source: PreTrainedConfig, settings: WarmStartSetting
             f"`prime_intermediate_size`={settings.prime_intermediate_size} is of the prime MLPs, but "
             "`use_prime_mlp`=False leaves them out: give one or the other."
         )
-    mini_batch = settings.mini_batch_size
+    layer_types, mini_batch = _layer_types(source, settings), settings.mini_batch_size
+    rope = _rope_parameters(source, layer_types, settings.full_attention_yarn)
     copied = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
-        "initializer_range rms_norm_eps max_position_embeddings tie_word_embeddings pad_token_id bos_token_id "
-        "eos_token_id"
+        "initializer_range rms_norm_eps tie_word_embeddings pad_token_id bos_token_id eos_token_id"
     )
     return TTTE2EConfig(
         **{name: getattr(source, name) for name in copied.split()},
         head_dim=getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads,
-        rope_parameters=dict(source.rope_parameters),
+        max_position_embeddings=round(source.max_position_embeddings * (settings.full_attention_yarn or 1)),
+        rope_parameters=rope,
         sliding_window=window,
-        layer_types=_layer_types(source, settings),
+        layer_types=layer_types,
         attention_bias=source.model_type == "qwen2" or bool(getattr(source, "attention_bias", False)),
         qk_norm=source.model_type == "qwen3",
         post_norm=False,
@@ -238,6 +244,11 @@ def _check_source(source: PreTrainedConfig) -> None:
     if unknown:
         raise ValueError(f"`layer_types` of the source has {sorted(unknown)}; supported are {list(ATTENTION_TYPES)}.")
     rope = source.rope_parameters
+    if source.nested_rope_parameter_keys(rope):
+        raise ValueError(
+            f"`rope_parameters` of the source differ by layer type ({sorted(rope)}), and its layers with full attention "
+            "would get a window: write the parameters of all layers into the source's config.json."
+        )
     if rope.get("rope_type", "default") not in ROPE_KEYS:
         raise ValueError(
             f"`rope_parameters` of the source has rope_type {rope['rope_type']!r}, whose frequencies change with the "
@@ -288,6 +299,28 @@ def _layer_types(source: PreTrainedConfig, settings: WarmStartSettings) -> list[
             f"`{name}`: no layer of the source sees its whole text, so that none can keep it: leave it out."
         )
     return [kind if index in full else SLIDING for index, kind in enumerate(own)]
+
+
+def _rope_parameters(source: PreTrainedConfig, layer_types: Sequence[str], factor: float | None) -> dict:
+    """Those of the source; with a factor, scaled ones for blocks with full attention."""
+    own = dict(source.rope_parameters)
+    if factor is None:
+        return own
+    if not 1 < factor < math.inf:
+        raise ValueError(f"`full_attention_yarn`={factor}: must be greater than 1, as in 4 for texts four times longer.")
+    if "full_attention" not in layer_types:
+        raise ValueError(
+            f"`full_attention_yarn`={factor} is for blocks with full attention, but none keeps it: choose some with "
+            "`full_attention_every` or `full_attention_layers`, or leave it out."
+        )
+    if own.get("rope_type", "default") != "default":
+        raise ValueError(
+            f"`full_attention_yarn`={factor}: the source's RoPE is scaled already (rope_type {own['rope_type']!r}): "
+            "leave it out."
+        )
+    known = source.max_position_embeddings
+    scaled = own | {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": known}
+    return {"full_attention": scaled, SLIDING: own}
 
 
 def _window(own: int | None, sees_all: bool, asked: int | None) -> int:

@@ -170,7 +170,7 @@ def length_for_tools(config: PreTrainedConfig, training: TrainingHistory | None)
     `LONGEST_UNKNOWN`.
     """
     known = config.max_position_embeddings
-    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "yarn":
+    if any(rope.get("rope_type") == "yarn" for rope in config.rope_of_layer_types().values()):
         return known  # its angles follow from it
     if training is not None and training.row_length is not None:
         return training.row_length

@@ -41,13 +41,13 @@ class AttentionInputs:
     """What every attention layer of one call shares.
 
     Attributes:
-        position_embeddings: cosines and sines of the RoPE angles of the new tokens, each [1 or B, Q, C].
+        position_embeddings: by layer type, cosines and sines of the RoPE angles of the new tokens, each [1 or B, Q, C].
         masks: by layer type, what `attention_mask` the implementation takes, or [`BlockMasks`] of a long text.
         implementation: name in transformers' attention interface, or `TWICE_DIFFERENTIABLE`.
         sinks: how sliding layers see their attention sinks; None where all of these are in every window.
     """
 
-    position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    position_embeddings: dict[str, tuple[torch.Tensor, torch.Tensor]]
     masks: "dict[str, torch.Tensor | BlockMasks | None]"
     implementation: str
     sinks: Sinks | None = None

@@ -334,13 +334,18 @@ def check_extra_arguments(arguments: dict, known: Collection[str] = ()) -> None:
         raise TypeError(f"forward() does not know the arguments {unknown}: remove them.")
 
 
+def is_reentrant(checkpoint: Callable | None) -> bool:
+    """Whether a function which checkpoints blocks was made with `use_reentrant=True`."""
+    return bool(getattr(checkpoint, "keywords", {}).get("use_reentrant"))
+
+
 def check_not_reentrant(checkpoint: Callable | None) -> None:
     """Check that a function which checkpoints blocks lets the inner gradient pass through them.
 
     Raises:
         ValueError: it was made with `use_reentrant=True`.
     """
-    if getattr(checkpoint, "keywords", {}).get("use_reentrant"):
+    if is_reentrant(checkpoint):
         raise ValueError(
             "`use_reentrant=True` cannot checkpoint this model while it learns: the inner gradient needs a graph that "
             "reentrant checkpointing hides. Use `use_reentrant=False`, or `test_time_training=False`."

@@ -51,7 +51,7 @@ class DecoderConfig(PreTrainedConfig):
         initializer_range: standard deviation of random weights.
         rms_norm_eps: epsilon of the RMSNorms.
         rope_parameters: of attention, `{"rope_type": ..., "rope_theta": ...}`; types `default`, `linear`, `llama3`,
-            `yarn`.
+            `yarn`. Or one such dictionary by layer type, `{"full_attention": {...}, "sliding_attention": {...}}`.
         max_position_embeddings: a hint for tools that need a length; the model itself reads any length.
         sliding_window: keys that a query of a `sliding_attention` block sees, itself included.
         attention_bias: biases on the four attention projections.
@@ -68,6 +68,7 @@ class DecoderConfig(PreTrainedConfig):
         known_types: the kinds that it may name.
         counts, counts_or_none: its settings that must be at least 1, the latter unless None; separated by spaces.
         context_fields: its settings that a learned context depends on.
+        rope_by_layer_type: whether its layer types may differ in RoPE.
     """
 
     default_theta = 500000.0
@@ -76,6 +77,7 @@ class DecoderConfig(PreTrainedConfig):
     counts = ""
     counts_or_none = ""
     context_fields = ""
+    rope_by_layer_type = True
     num_sink_tokens = 0  # a setting where a family has attention sinks
 
     vocab_size: int = 128256
@@ -115,6 +117,13 @@ class DecoderConfig(PreTrainedConfig):
         """The settings that a learned context depends on; models that differ in one cannot share it."""
         names = f"{CONTEXT_SETTINGS} {self.block_types} {self.context_fields}"
         return {name: getattr(self, name) for name in names.split()}
+
+    def rope_of_layer_types(self) -> dict[str, dict]:
+        """The parameters of RoPE by layer type of attention: the same dictionary where they do not differ."""
+        kinds = sorted(set(self.layer_types) & set(ATTENTION_TYPES))
+        if not self.nested_rope_parameter_keys(self.rope_parameters):
+            return dict.fromkeys(kinds, self.rope_parameters)
+        return {kind: self.rope_parameters[kind] for kind in kinds}
 
     def check(self) -> None:
         """Check that the settings fit together.
@@ -174,8 +183,26 @@ class DecoderConfig(PreTrainedConfig):
                     )
 
     def validate_rope_parameters(self):
-        """Check the variant of RoPE and its numbers, beyond the names that transformers' `validate_rope` looks at."""
-        rope = self.rope_parameters
+        """Check the variants of RoPE and their numbers, beyond the names that transformers' `validate_rope` looks at."""
+        if not self.nested_rope_parameter_keys(self.rope_parameters):
+            self._check_rope(self.rope_parameters)
+            return
+        kinds, given = set(self.layer_types) & set(ATTENTION_TYPES), self.rope_parameters
+        if not self.rope_by_layer_type:
+            raise ValueError(
+                f"`rope_parameters` has parameters by layer type ({sorted(given)}), but a {self.model_type} model turns "
+                "all its layers alike: give one set of them."
+            )
+        missing, unknown = sorted(kinds - given.keys()), sorted(given.keys() - set(ATTENTION_TYPES))
+        if missing or unknown:
+            what = f"lack those of {missing}" if missing else f"have {unknown} beside them"
+            raise ValueError(f"`rope_parameters` by layer type {what}: give a dictionary for each of {sorted(kinds)}.")
+        for rope in given.values():
+            if not isinstance(rope, dict):
+                raise ValueError(f"`rope_parameters` by layer type must be dictionaries, got {rope!r}.")
+            self._check_rope(rope)
+
+    def _check_rope(self, rope: dict) -> None:
         kind = rope.get("rope_type", "default")
         if kind not in ROPE_KEYS:
             raise ValueError(f"`rope_parameters` has rope_type {kind!r}; supported are {list(ROPE_KEYS)}.")

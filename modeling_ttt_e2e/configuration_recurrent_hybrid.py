@@ -40,6 +40,7 @@ class RecurrentHybridConfig(MixerConfig):
 
     model_type = "recurrent_hybrid"
     keys_to_ignore_at_inference = ["cache", "token_nll"]
+    rope_by_layer_type = False
     layer_type_of = {name: name for name in ATTENTION_TYPES} | dict.fromkeys(RECURRENT_MIXERS, "linear_attention")
     counts = (
         "mamba_expand mamba_head_dim mamba_state_size mamba_num_groups mamba_conv_kernel mamba_chunk_size "

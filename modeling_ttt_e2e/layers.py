@@ -9,6 +9,7 @@ A block, with a residual around each line (sandwich norms when `post_norm`):
 Axis letters: B batch rows, T new tokens, H earlier tokens, D hidden size, C channels of a head.
 """
 
+import copy
 from typing import Literal
 
 import torch
@@ -72,6 +73,25 @@ class TTTE2ERotaryEmbedding(nn.Module):
         dtype = at_least_float32(dtype)
         cosines, sines = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cosines.to(dtype).to(device), sines.to(dtype).to(device)
+
+
+class RotaryEmbeddings(nn.ModuleDict):
+    """`TTTE2ERotaryEmbedding` by layer type of attention; one for all where they do not differ."""
+
+    def __init__(self, config):
+        made: dict[int, TTTE2ERotaryEmbedding] = {}
+        own = config.rope_of_layer_types()
+        for rope in own.values():
+            if id(rope) not in made:
+                flat = copy.copy(config)  # as transformers, which fills in the frequencies of a loaded model, reads it
+                flat.rope_parameters = rope
+                made[id(rope)] = TTTE2ERotaryEmbedding(flat)
+        super().__init__({kind: made[id(rope)] for kind, rope in own.items()})
+
+    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> dict[str, KeysValues]:
+        """position_ids [1 or B, T] -> by layer type cosines and sines, as of `TTTE2ERotaryEmbedding`."""
+        made = {rotary: rotary(position_ids, dtype) for rotary in self.children()}
+        return {kind: made[rotary] for kind, rotary in self.items()}
 
 
 def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
@@ -161,8 +181,9 @@ class TTTE2EAttention(nn.Module):
         shape = query.shape
         heads = (*shape[:-1], -1, self.head_dim)
         query = self.q_norm(query.view(heads)).transpose(1, 2)
-        turned = rotate(query, *attention.position_embeddings)
-        key = rotate(self.k_norm(key.view(heads)).transpose(1, 2), *attention.position_embeddings)
+        angles = attention.position_embeddings[self.layer_type]
+        turned = rotate(query, *angles)
+        key = rotate(self.k_norm(key.view(heads)).transpose(1, 2), *angles)
         new = (key, value.view(heads).transpose(1, 2))
         if past is not None:
             past = (past[0].to(key.dtype), past[1].to(value.dtype))

@@ -162,7 +162,7 @@ def mini_batches(
     """
     size, horizon = reader.config.mini_batch_size, reader.rule.horizon
     targets = inner_targets(segment, reader.config.bos_token_id)
-    cosines, sines = reader.model.rotary_emb(segment.position_ids, reader.model.dtype)
+    angles = reader.model.rotary_emb(segment.position_ids, reader.model.dtype)
     batches = []
     # One split instead of many slices: its backward pass is one concatenation.
     for index, own_inputs in enumerate(inputs.split(size, dim=1)):
@@ -176,7 +176,7 @@ def mini_batches(
                 inputs=own_inputs,
                 targets=targets[:, part],
                 labels=None if segment.labels is None else segment.labels[:, part],
-                position_embeddings=(cosines[:, part], sines[:, part]),
+                position_embeddings={kind: (cos[:, part], sin[:, part]) for kind, (cos, sin) in angles.items()},
                 sinks=reader.sinks(segment.position_ids[:, part], [count + index * size for count in tokens_before]),
                 complete=complete,
                 # A step is taken only where something will be read with its result.

@@ -20,7 +20,7 @@ from .checks import accept_earlier_cache_names, check_flags, check_not_reentrant
 from .configuration_ttt_e2e import TTTE2EConfig
 from .generation_ttt_e2e import TTTE2EGenerationMixin
 from .heads_ttt_e2e import QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead
-from .layers import TTTE2EDecoderLayer, TTTE2ERMSNorm, TTTE2ERotaryEmbedding, TTTE2ESuffixLayer
+from .layers import RotaryEmbeddings, TTTE2EDecoderLayer, TTTE2ERMSNorm, TTTE2ESuffixLayer
 
 
 @dataclass
@@ -112,7 +112,7 @@ class TTTE2EModel(TTTE2EPreTrainedModel):
             for index in range(config.num_hidden_layers)
         )
         self.norm = TTTE2ERMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = TTTE2ERotaryEmbedding(config)
+        self.rotary_emb = RotaryEmbeddings(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
         self.inner_learning_rate_multiplier = 1.0

@@ -39,7 +39,7 @@ from .checks import (
 )
 from .configuration_decoder import ATTENTION_TYPES
 from .configuration_ttt_layers import INNER_LEARNERS, TTTLayersConfig
-from .layers import TTTE2EMLP, TTTE2ERMSNorm, TTTE2ERotaryEmbedding
+from .layers import RotaryEmbeddings, TTTE2EMLP, TTTE2ERMSNorm
 from .outputs import AttentionWriter, PositionWriter, attention_writers
 from .tokens import MiniBatchGrid, Segment, Tokens, added
 from .ttt_mixers import MIXERS, MixerCall, TTTKVBMixer, TTTMixer, causal_convolution, make_convolution
@@ -151,7 +151,7 @@ class TTTLayersModel(TTTLayersPreTrainedModel):
         self.layers = nn.ModuleList(TTTLayersDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = TTTE2ERMSNorm(config.hidden_size, config.rms_norm_eps)
         if set(config.layer_types) & set(ATTENTION_TYPES):
-            self.rotary_emb = TTTE2ERotaryEmbedding(config)
+            self.rotary_emb = RotaryEmbeddings(config)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -203,7 +203,8 @@ class Reader:
         if count == 0 or not (left_behind or self.want_attentions):
             return None
         positions = positions_at_sinks(position_ids, tokens_read, window, count)
-        return Sinks(count, tuple(tokens_read), self.model.rotary_emb(positions, self.model.dtype))
+        angles = self.model.rotary_emb["sliding_attention"](positions, self.model.dtype)
+        return Sinks(count, tuple(tokens_read), angles)
 
     def drop_pending(self, context: LearnedContext) -> LearnedContext:
         """Forget the pending mini-batch, and the keys that were kept only to learn from it."""

@@ -182,7 +182,7 @@ class TTTKVBMixer(TTTLayersAttention):
     ) -> tuple[torch.Tensor, KVBState]:
         """What the fast weights answer, scaled, [B, T, D], and their state after the call's tokens."""
         query, key, value = projections
-        angles = call.attention.position_embeddings
+        angles = call.attention.position_embeddings[self.layer_type]
         reads = self.view(query, "query", angles) if "query" in self.views else None
         rates = token_learning_rates(self.learning_rate_proj(x).unflatten(-1, (-1, 3)), KVB_LEARNING_RATE)
         factors = None

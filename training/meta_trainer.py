@@ -18,6 +18,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..causal_lm_loss import NO_TARGET
+from ..checks import is_reentrant
 from .arguments import MetaTrainingArguments, check_saves_follow_logs
 from .guards import check_arguments, check_collator, check_prepared, learning_models
 from .inner_logs import InnerLogs
@@ -286,10 +287,11 @@ class _InnerWarmup(TrainerCallback):
     def on_train_begin(self, args, state, control, **named):
         check_prepared(self.trainer.model_wrapped)
         check_saves_follow_logs(args, state.save_steps, state.logging_steps, state.eval_steps)
-        if any(part.config.test_time_training for part in learning_models(self.trainer.model)):
+        parts = list(self.trainer.model.modules())
+        if not any(is_reentrant(getattr(part, "_gradient_checkpointing_func", None)) for part in parts):
             # Trainer lets the embeddings' outputs take gradients, which only reentrant checkpointing needs: frozen
             # blocks before the first trained weight would keep a graph and be computed twice.
-            for part in self.trainer.model.modules():
+            for part in parts:
                 if isinstance(part, PreTrainedModel):
                     part.disable_input_require_grads()
         self.trainer._last_log = time.perf_counter()

@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import RopeParameters
 
+from ..configuration_decoder import ATTENTION_TYPES
 from ..configuration.strict_yaml import check_field_names, merged
 from ..data.tokenizer import check_vocabulary, separator_id
 from ..loading import ModelSource
@@ -33,7 +34,13 @@ def changed_config(source: ModelSource, changes: dict, sequence_length: int) -> 
     """
     known = source.config_class().to_dict() | source.fields
     rope_fields = typing.get_type_hints(RopeParameters)
-    check_field_names(changes.get("rope_parameters") or {}, rope_fields, source="model.rope_parameters")
+    rope = changes.get("rope_parameters") or {}
+    if set(rope) & set(ATTENTION_TYPES):
+        check_field_names(rope, ATTENTION_TYPES, source="model.rope_parameters")
+        for kind, own in rope.items():
+            check_field_names(own, rope_fields, source=f"model.rope_parameters.{kind}")
+    else:
+        check_field_names(rope, rope_fields, source="model.rope_parameters")
     for name, value in changes.items():
         if name not in known:
             raise ValueError(f"model.{name}: a {source.config_class.__name__} has no such field; leave it out")

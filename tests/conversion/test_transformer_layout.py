@@ -1,5 +1,7 @@
 """A warm-started model computes what its source computes, until it takes a step; and it can take steps."""
 
+import copy
+
 import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
@@ -12,7 +14,7 @@ from ttt_e2e.conversion.transformer_layout import (
 )
 
 from ..modeling.helpers import BATCH, VOCAB, random_ids
-from .pretrained import LINEAR, LLAMA3, SETTINGS, SIZES, SOURCES, THETA, assert_same, random_source
+from .pretrained import LINEAR, LLAMA3, SETTINGS, SIZES, SOURCES, THETA, YARN, assert_same, random_source
 
 LENGTH = 5 * BATCH + 3
 
@@ -123,6 +125,45 @@ def test_blocks_that_keep_full_attention_see_what_those_of_the_source_see():
 def test_a_hybrid_has_blocks_of_both_kinds(changes, message):
     with pytest.raises(ValueError, match=message):
         config_from_transformer(LlamaConfig(**SIZES), WarmStartSettings(16, 1, 8, **changes))
+
+
+@torch.no_grad()
+def test_full_attention_can_be_stretched_while_windows_stay_as_they_are():
+    """The first block of such a hybrid is that of the source, or of the source with YaRN in all layers."""
+    ids = random_ids(2, LENGTH)
+    plain = random_source(LlamaConfig, {"max_position_embeddings": 16, "rope_parameters": dict(THETA)})
+    for kept in (0, 1):
+        settings = {"sliding_window": LENGTH, "mini_batch_size": 8, "num_suffix_layers": 1, "full_attention_yarn": 4}
+        model = warm_started_model(plain, WarmStartSettings(**settings, full_attention_layers=[kept]))
+        assert model.config.max_position_embeddings == 64
+        source = copy.deepcopy(plain)
+        if kept == 0:
+            source.config.rope_parameters = dict(YARN)
+            source.model.rotary_emb = type(plain.model.rotary_emb)(source.config)
+        ours, theirs = (
+            own(ids, output_hidden_states=True, **extra).hidden_states
+            for own, extra in ((model, {"test_time_training": False}), (source, {}))
+        )
+        assert_same(ours[1], theirs[1])
+        assert (ours[2] - theirs[2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("fields", "changes", "message"),
+    [
+        ({}, {"full_attention_yarn": 4.0}, "none keeps it: choose some with `full_attention_every`"),
+        ({}, {"full_attention_yarn": 1.0, "full_attention_layers": [1]}, "must be greater than 1"),
+        ({}, {"full_attention_yarn": float("nan"), "full_attention_layers": [1]}, "must be greater than 1"),
+        (
+            {"rope_parameters": dict(LINEAR)},
+            {"full_attention_yarn": 2.0, "full_attention_layers": [1]},
+            "scaled already \\(rope_type 'linear'\\)",
+        ),
+    ],
+)
+def test_what_cannot_be_stretched_is_refused(fields, changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_transformer(LlamaConfig(**SIZES | fields), WarmStartSettings(16, 1, 8, **changes))
 
 
 @pytest.mark.parametrize("changes", [{"full_attention_every": 2}, {"full_attention_layers": [1]}])

@@ -1,10 +1,23 @@
 """Every architecture of the configuration reads alike, and is that of the decoders it is named after."""
 
+import copy
+import itertools
+
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 
-from ttt_e2e import TTTE2ECache
+from ttt_e2e import TTTE2ECache, TTTE2EConfig, TTTLayersConfig
 
 from .helpers import (
     BATCH,
@@ -33,6 +46,14 @@ ARCHITECTURES = {
     "sinks": {"num_sink_tokens": 3},
     "sinks of a hybrid": {"num_sink_tokens": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    "rope by layer type": {
+        "num_sink_tokens": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    },
 }
 
 
@@ -53,6 +74,44 @@ def test_reading_in_parts_is_reading_at_once(changes, learning):
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-9, atol=1e-10)
     plain = model(ids, test_time_training=False).logits
     assert ((whole - plain).abs().max() > 1e-3) == learning
+
+
+@pytest.mark.parametrize("layers", [TTTE2EConfig, TTTLayersConfig])
+def test_each_layer_type_turns_by_its_own_rope(layers, tmp_path):
+    """The angles are those of Gemma 3, which has two kinds of RoPE; the first block is that of a model of its kind."""
+    by_type = ARCHITECTURES["rope by layer type"]["rope_parameters"]
+    ids = random_ids(2, LENGTH)
+    for first, second in itertools.permutations(sorted(by_type)):
+        kinds = {"layer_types" if layers is TTTE2EConfig else "mixer_types": [first, second]}
+        made = {}
+        for name, rope in (("both", by_type), ("first", by_type[first]), ("second", by_type[second])):
+            torch.manual_seed(0)
+            fields = SMALL | {"num_hidden_layers": 2, "num_suffix_layers": 1, "max_position_embeddings": 16} | kinds
+            if layers is TTTLayersConfig:
+                del fields["num_suffix_layers"]
+            config = layers(**fields, rope_parameters=copy.deepcopy(rope))
+            made[name] = AutoModelForCausalLM.from_config(config).double().eval()
+        hidden = {name: model(ids, output_hidden_states=True).hidden_states for name, model in made.items()}
+        assert torch.equal(hidden["both"][1], hidden["first"][1])
+        assert (hidden["both"][1] - hidden["second"][1]).abs().max() > 1e-4
+        assert (hidden["both"][2] - hidden["first"][2]).abs().max() > 1e-4, "the second block has the other kind"
+        made["both"].save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+        assert torch.equal(again(ids).logits, made["both"](ids).logits)
+    theirs = Gemma3TextConfig(
+        num_hidden_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        head_dim=8,
+        layer_types=sorted(by_type),
+        rope_parameters=copy.deepcopy(by_type),
+        max_position_embeddings=16,
+    )
+    places = torch.arange(40)[None]
+    ours = again.model.rotary_emb(places, torch.float32)
+    for kind in by_type:
+        expected = Gemma3RotaryEmbedding(theirs)(torch.zeros(1), places, kind)
+        torch.testing.assert_close(ours[kind], expected, rtol=0, atol=2e-6)  # their angles are float32
 
 
 def test_without_attention_a_token_sees_others_only_through_what_was_learned(tmp_path):

@@ -1,5 +1,7 @@
 """What all configurations have in common is checked alike: a value that cannot work is refused by name."""
 
+import copy
+
 import pytest
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 
@@ -70,6 +72,12 @@ REFUSED = [
     ),
     ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, r"has partial_rotary_factor 0\.5"),
 ]
+BY_LAYER_TYPE = [
+    ({"full_attention": LINEAR | {"factor": 0}, "sliding_attention": YARN}, r"has factor 0"),
+    ({"full_attention": LINEAR, "rope_theta": 1e4}, r"lack those of \['sliding_attention'\]: give a dictionary for each"),
+    ({"full_attention": LINEAR, "sliding_attention": YARN, "rope_theta": 1e4}, r"have \['rope_theta'\] beside them"),
+    ({"full_attention": LINEAR, "sliding_attention": None}, r"must be dictionaries, got None"),
+]
 OF_ANOTHER_TYPE = {
     "hidden_size": ["32", 32.0, True, None, [32]],
     "num_attention_heads": [4.0, False],
@@ -93,6 +101,21 @@ def test_a_value_that_cannot_work_is_named(config):
         changes = {key: dict(value) if isinstance(value, dict) else value for key, value in changes.items()}
         with pytest.raises(ValueError, match=message):
             config(**CONFIGS[config] | changes)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_rope_by_layer_type_is_whole_or_refused(config):
+    kinds = {"layer_types" if config is TTTE2EConfig else "mixer_types": ["sliding_attention", "full_attention"] * 2}
+    fields = CONFIGS[config] | {"num_hidden_layers": 4} | kinds
+    right = {"full_attention": dict(YARN), "sliding_attention": dict(LINEAR)}
+    if config is RecurrentHybridConfig:
+        with pytest.raises(ValueError, match="a recurrent_hybrid model turns all its layers alike"):
+            config(**fields, rope_parameters=right)
+        return
+    assert config(**fields, rope_parameters=right).rope_of_layer_types() == right
+    for rope, message in BY_LAYER_TYPE:
+        with pytest.raises(ValueError, match=message):
+            config(**fields, rope_parameters=copy.deepcopy(rope))
 
 
 @pytest.mark.parametrize("config", CONFIGS)

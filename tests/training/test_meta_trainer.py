@@ -45,6 +45,22 @@ class OfficialLoss(MetaTrainer):
         return self.golden.loss(model(**inputs).token_nll).mean()
 
 
+@pytest.mark.parametrize(("learning", "reentrant"), [(True, False), (False, False), (False, True)])
+def test_blocks_before_the_first_trained_weight_keep_no_graph(tmp_path, learning, reentrant):
+    """Trainer makes the embeddings' outputs take gradients, which reentrant checkpointing alone needs."""
+    model = tiny_model(test_time_training=learning)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("prime" in name)
+    seen = []
+    model.model.layers[0].register_forward_hook(lambda block, inputs, output: seen.append(output[0].requires_grad))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    checkpointing = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    meta_trainer(tmp_path, model, max_steps=2, **checkpointing).train()
+    assert seen[-1] == reentrant
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)}
+    assert changed == {name for name in before if "prime" in name}
+
+
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused"])
 def test_three_outer_steps_are_the_official_ones(tmp_path, optimizer):
     """The official optimizer's arguments are the defaults; its schedule has ten steps, of which three are stored."""
