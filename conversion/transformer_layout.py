@@ -307,7 +307,9 @@ def _rope_parameters(source: PreTrainedConfig, layer_types: Sequence[str], facto
     if factor is None:
         return own
     if not 1 < factor < math.inf:
-        raise ValueError(f"`full_attention_yarn`={factor}: must be greater than 1, as in 4 for texts four times longer.")
+        raise ValueError(
+            f"`full_attention_yarn`={factor}: must be greater than 1, as in 4 for texts four times longer."
+        )
     if "full_attention" not in layer_types:
         raise ValueError(
             f"`full_attention_yarn`={factor} is for blocks with full attention, but none keeps it: choose some with "

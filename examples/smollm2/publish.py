@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import ask
 from measure import measured, tables
 
 from ttt_e2e.model_cards.card import ResultsSection
@@ -38,10 +39,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="new or empty")
     parser.add_argument("--name", default="smollm2-135m-ttt", help="title of the card")
     asked = parser.parse_args()
-    section = ResultsSection(TEXT, tables(measured(asked.measured / "passages.jsonl")))
+    answers = measured(asked.measured / "answers.jsonl")
+    shown = [*tables(measured(asked.measured / "passages.jsonl")), *ask.tables(answers)[: 2 if answers else 0]]
     request = ExportRequest(asked.run, asked.output, "bfloat16", (), asked.name, "apache-2.0", BASE)
-    folder = write_prime_export(replace(prepare_prime_export(request), sections=[section]))
-    for name in ("results.png", "passages.jsonl"):
+    folder = write_prime_export(replace(prepare_prime_export(request), sections=[ResultsSection(TEXT, shown)]))
+    for name in ("results.png", "passages.jsonl", *(["answers.jsonl"] if answers else [])):
         shutil.copyfile(asked.measured / name, folder / name)
     print(f"{folder}: {sum(path.stat().st_size for path in folder.iterdir()) / 2**20:.1f} MiB")
 

@@ -16,6 +16,7 @@ from ..conversion.test_prime_weights import saved
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
 SHORT, LONG = 48, 96
+NO_NEEDLES = ("no document", "meta-trained, learning off")
 WORDS = "the old mill by the river turned its wheel while the miller counted sacks of grain and sang "
 
 
@@ -113,17 +114,24 @@ def test_answers_are_greedy_and_their_losses_are_the_models(measure, place, monk
     tokenizer.save_pretrained(place / "source")
     one = {"question": "What turned?", "answer": " The wheel.", "found": "nothing like it"}
     monkeypatch.setattr(ask, "QUESTIONS", {"text/0": [one], "text/1": [one | {"question": "Who sang?", "found": ""}]})
-    for name, value in {"DOCUMENT_TOKENS": 70, "ANSWER_TOKENS": 9, "SEGMENT": 20}.items():
+    small = {"DOCUMENT_TOKENS": 70, "ANSWER_TOKENS": 9, "SEGMENT": 20, "NEEDLE_LENGTHS": (700,), "NEEDLES": 1}
+    for name, value in small.items():
         monkeypatch.setattr(ask, name, value)
     line = ["--texts", place, "--output", place / "out", "--released", place / "source", "--converted", place / "start"]
     monkeypatch.setattr(sys, "argv", ["ask.py", *map(str, line), "--trained", str(place / "new")])
     ask.main()
     ask.main()
     lines = measure.measured(place / "out" / "answers.jsonl")
+    looked = [line["system"] for line in lines if line["group"] != "documents"]
+    assert sorted(looked) == sorted(name for name in ask.ASKED if name not in NO_NEEDLES for _ in range(3))
+    lines = [line for line in lines if line["group"] == "documents"]
     assert [line["system"] for line in lines] == [name for name in ask.ASKED for _ in range(2)]
     assert [line["found"] for line in lines] == [False, True] * len(ask.ASKED)
-    assert "| full attention | 1 of 2 |" in (place / "out" / "answers.md").read_text()
-    prompt = ask.prompt_ids(tokenizer, WORDS * 9, one["question"])
+    shown = (place / "out" / "answers.md").read_text()
+    assert "| full attention | 1 of 2 | 0 of 1 |" in shown and "S-NIAH-3" in shown
+    documents = {f"text/{n}": WORDS * (9 + n) for n in range(2)}
+    prompt = next(ask.about_documents(tokenizer, documents)).ids
+    assert prompt.shape[1] > 70
     answer = tokenizer(one["answer"], return_tensors="pt", add_special_tokens=False).input_ids
     ids = torch.cat([prompt, answer], 1)
     models = {
@@ -134,7 +142,7 @@ def test_answers_are_greedy_and_their_losses_are_the_models(measure, place, monk
         with torch.no_grad():
             logits = model(ids).logits[0, prompt.shape[1] - 1 : -1].float()
             written = model.generate(prompt, max_new_tokens=9, do_sample=False)[0, prompt.shape[1] :]
-        [own] = [line for line in lines if line["system"] == name and line["question"] == one["question"]]
+        [own] = [line for line in lines if line["system"] == name and line["name"] == one["question"]]
         assert own["nll"] == pytest.approx(torch.nn.functional.cross_entropy(logits, answer[0]).item(), rel=2e-2)
         assert own["written"] == tokenizer.decode(written, skip_special_tokens=True).strip()
 

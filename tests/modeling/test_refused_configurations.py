@@ -74,7 +74,10 @@ REFUSED = [
 ]
 BY_LAYER_TYPE = [
     ({"full_attention": LINEAR | {"factor": 0}, "sliding_attention": YARN}, r"has factor 0"),
-    ({"full_attention": LINEAR, "rope_theta": 1e4}, r"lack those of \['sliding_attention'\]: give a dictionary for each"),
+    (
+        {"full_attention": LINEAR, "rope_theta": 1e4},
+        r"lack those of \['sliding_attention'\]: give a dictionary for each",
+    ),
     ({"full_attention": LINEAR, "sliding_attention": YARN, "rope_theta": 1e4}, r"have \['rope_theta'\] beside them"),
     ({"full_attention": LINEAR, "sliding_attention": None}, r"must be dictionaries, got None"),
 ]
