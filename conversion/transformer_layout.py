@@ -246,8 +246,8 @@ def _check_source(source: PreTrainedConfig) -> None:
     rope = source.rope_parameters
     if source.nested_rope_parameter_keys(rope):
         raise ValueError(
-            f"`rope_parameters` of the source differ by layer type ({sorted(rope)}), and its layers with full attention "
-            "would get a window: write the parameters of all layers into the source's config.json."
+            f"`rope_parameters` of the source differ by layer type ({sorted(rope)}), and its layers with full "
+            "attention would get a window: write the parameters of all layers into the source's config.json."
         )
     if rope.get("rope_type", "default") not in ROPE_KEYS:
         raise ValueError(

@@ -183,15 +183,15 @@ class DecoderConfig(PreTrainedConfig):
                     )
 
     def validate_rope_parameters(self):
-        """Check the variants of RoPE and their numbers, beyond the names that transformers' `validate_rope` looks at."""
+        """Check the variants of RoPE and their numbers, beyond what transformers' `validate_rope` looks at."""
         if not self.nested_rope_parameter_keys(self.rope_parameters):
             self._check_rope(self.rope_parameters)
             return
         kinds, given = set(self.layer_types) & set(ATTENTION_TYPES), self.rope_parameters
         if not self.rope_by_layer_type:
             raise ValueError(
-                f"`rope_parameters` has parameters by layer type ({sorted(given)}), but a {self.model_type} model turns "
-                "all its layers alike: give one set of them."
+                f"`rope_parameters` has parameters by layer type ({sorted(given)}), but a {self.model_type} model "
+                "turns all its layers alike: give one set of them."
             )
         missing, unknown = sorted(kinds - given.keys()), sorted(given.keys() - set(ATTENTION_TYPES))
         if missing or unknown:

@@ -39,7 +39,7 @@ from .checks import (
 )
 from .configuration_decoder import ATTENTION_TYPES
 from .configuration_ttt_layers import INNER_LEARNERS, TTTLayersConfig
-from .layers import RotaryEmbeddings, TTTE2EMLP, TTTE2ERMSNorm
+from .layers import TTTE2EMLP, RotaryEmbeddings, TTTE2ERMSNorm
 from .outputs import AttentionWriter, PositionWriter, attention_writers
 from .tokens import MiniBatchGrid, Segment, Tokens, added
 from .ttt_mixers import MIXERS, MixerCall, TTTKVBMixer, TTTMixer, causal_convolution, make_convolution

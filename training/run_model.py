@@ -10,8 +10,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import RopeParameters
 
-from ..configuration_decoder import ATTENTION_TYPES
 from ..configuration.strict_yaml import check_field_names, merged
+from ..configuration_decoder import ATTENTION_TYPES
 from ..data.tokenizer import check_vocabulary, separator_id
 from ..loading import ModelSource
 
