@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -41,8 +42,10 @@ class TTTE2ERMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normed = rms_normalize(x.to(at_least_float32(x.dtype)), self.eps)
-        return (normed * self.weight).to(x.dtype)
+        dtype = at_least_float32(x.dtype)
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            return (rms_normalize(x.to(dtype), self.eps) * self.weight).to(x.dtype)
+        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
 
 
 class TTTE2ERotaryEmbedding(nn.Module):

@@ -139,7 +139,7 @@ def run_mini_batches(
     pending = _pending_after(context, segment, inputs, tuple(count * reader.config.mini_batch_size for count in done))
     past_key_values = list(context.past_key_values)
     for part, chunks in zip(reader.inner_parts[1:], state.past_key_values, strict=True):
-        window, sinks, joined = reader.window_before(part.index), reader.num_sinks(part.index), join_pairs(chunks)
+        window, sinks, joined = reader.windows_before[part.index], reader.sink_counts[part.index], join_pairs(chunks)
         ends = [joined[0].shape[2] - sinks - segment.length + count for count in segment.counts]
         if window is not None and pending is not None:
             window += max(pending.counts)
@@ -274,7 +274,7 @@ class StepMemory:
         self.first = suffix.reader.config.num_prefix_layers + 1
 
     def before(self, index: int) -> tuple[AttentionInputs, KeysValues | None]:
-        reader, window = self.suffix.reader, self.suffix.reader.window_before(index)
+        reader, window = self.suffix.reader, self.suffix.reader.windows_before[index]
         sinks, chunks = self._chunks(index)
         chunks = last_chunks(chunks, window)
         past = join_pairs((*sinks, *chunks)) if sinks or chunks else None
@@ -283,12 +283,12 @@ class StepMemory:
         if reader.config.use_attention:
             num_past, count = sum(keys.shape[2] for keys, _ in chunks), 0 if seen is None else seen.count
             mask = self.suffix.mask(self.batch, None if window is None else window + 1, num_past, count)
-        masks: dict[str, torch.Tensor | BlockMasks | None] = {reader.config.layer_types[index]: mask}
+        masks: dict[str, torch.Tensor | BlockMasks | None] = {reader.layer_types[index]: mask}
         return AttentionInputs(self.batch.position_embeddings, masks, reader.inner_implementation, seen), past
 
     def add(self, index: int, new: KeysValues) -> None:
         sinks, chunks = self._chunks(index)
-        window = self.suffix.reader.window_before(index)
+        window = self.suffix.reader.windows_before[index]
         if sinks:
             sinks = (with_new_sinks(sinks[0], new, self.suffix.tokens_read(self.batch), sinks[0][0].shape[2]),)
         chunks = (*chunks, new)
@@ -301,7 +301,7 @@ class StepMemory:
 
     def _chunks(self, index: int) -> tuple[tuple[KeysValues, ...], tuple[KeysValues, ...]]:
         """The chunk of the sinks, if the block has some, and the others."""
-        chunks, split = self.past_key_values[index - self.first], self.suffix.reader.num_sinks(index) > 0
+        chunks, split = self.past_key_values[index - self.first], self.suffix.reader.sink_counts[index] > 0
         return chunks[:split], chunks[split:]
 
 
@@ -326,8 +326,8 @@ def _first_chunks(reader: Reader, context: LearnedContext, waiting: int, inputs:
     tokens of a row with a begun mini-batch have left."""
     first = []
     for part in reader.inner_parts[1:]:
-        past, window = context.past_key_values[part.index], reader.window_before(part.index)
-        count = reader.num_sinks(part.index)
+        past, window = context.past_key_values[part.index], reader.windows_before[part.index]
+        count = reader.sink_counts[part.index]
         sinks, before = split_sinks(past, count)
         if count and sinks is None:  # no row has read any
             shape = (context.rows, reader.config.num_key_value_heads, count, reader.config.head_dim)
@@ -342,9 +342,9 @@ def _without_pending(reader: Reader, context: LearnedContext) -> LearnedContext:
     """The context before its pending tokens were read, as far as the inner blocks are concerned."""
     past_key_values = list(context.past_key_values)
     for part in reader.inner_parts[1:]:
-        past, sinks = past_key_values[part.index], reader.num_sinks(part.index)
+        past, sinks = past_key_values[part.index], reader.sink_counts[part.index]
         ends = [past[0].shape[2] - sinks - count for count in context.pending_counts]
-        visible = last_tokens(past, ends, reader.window_before(part.index), sinks) if max(ends) else None
+        visible = last_tokens(past, ends, reader.windows_before[part.index], sinks) if max(ends) else None
         past_key_values[part.index] = visible
     tokens = tuple(read - count for read, count in zip(context.tokens, context.pending_counts, strict=True))
     return replace(context, tokens=tokens, past_key_values=tuple(past_key_values), pending=None)

@@ -12,7 +12,7 @@ D hidden size, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -182,14 +182,22 @@ class Reader:
         if self.want_layers:
             output.layers += [[state] for state in states]
 
-    def window_before(self, index: int) -> int | None:
-        """Keys that the first of some new queries of block `index` sees before itself; None: all."""
-        sliding = self.config.layer_types[index] == "sliding_attention"
-        return self.config.sliding_window - 1 if sliding else None
+    @cached_property
+    def layer_types(self) -> tuple[str, ...]:
+        """What each block sees. This and the next two are asked for so often that the configuration would be slow."""
+        return tuple(self.config.layer_types)
 
-    def num_sinks(self, index: int) -> int:
-        """Attention sinks of block `index`."""
-        return self.config.num_sink_tokens if self.config.layer_types[index] == "sliding_attention" else 0
+    @cached_property
+    def windows_before(self) -> tuple[int | None, ...]:
+        """By block, keys that the first of some new queries sees before itself; None: all."""
+        window = self.config.sliding_window
+        return tuple(window - 1 if kind == "sliding_attention" else None for kind in self.layer_types)
+
+    @cached_property
+    def sink_counts(self) -> tuple[int, ...]:
+        """Attention sinks by block."""
+        sinks = self.config.num_sink_tokens
+        return tuple(sinks if kind == "sliding_attention" else 0 for kind in self.layer_types)
 
     def sinks(self, position_ids: torch.Tensor, tokens_read: Sequence[int]) -> Sinks | None:
         """How the tokens at `position_ids` [1 or B, T] see the sinks of sliding blocks; None where these are in every
@@ -212,9 +220,9 @@ class Reader:
             return context
         past_key_values = []
         for index, past in enumerate(context.past_key_values):
-            sinks = self.num_sinks(index)
+            sinks = self.sink_counts[index]
             ends = [past[0].shape[2] - sinks] * context.rows
-            past_key_values.append(last_tokens(past, ends, self.window_before(index), sinks))
+            past_key_values.append(last_tokens(past, ends, self.windows_before[index], sinks))
         return replace(context, pending=None, past_key_values=tuple(past_key_values))
 
     def finish(self, output: SegmentOutput, x: torch.Tensor, labels: torch.Tensor | None) -> None:
@@ -249,8 +257,8 @@ class SegmentMemory:
 
     def before(self, index: int) -> tuple[AttentionInputs, KeysValues | None]:
         past = self.past_key_values[index]
-        kind = self.reader.config.layer_types[index]
-        num_past = 0 if past is None else past[0].shape[2] - self.reader.num_sinks(index)
+        kind = self.reader.layer_types[index]
+        num_past = 0 if past is None else past[0].shape[2] - self.reader.sink_counts[index]
         if (kind, num_past) not in self.inputs:
             sinks = self.sinks if kind == "sliding_attention" else None
             masks = {kind: self._mask(kind, num_past, 0 if sinks is None else sinks.count)}
@@ -261,10 +269,10 @@ class SegmentMemory:
         """Earlier keys and values with the new ones, aligned right, as many as will be seen."""
         if not self.segment.needs_context:
             return
-        past, window = self.past_key_values[index], self.reader.window_before(index)
+        past, window = self.past_key_values[index], self.reader.windows_before[index]
         window = None if window is None else window + self.pending
         counts = (self.before_segment.tokens, self.segment.counts)
-        self.past_key_values[index] = keep_visible(past, new, *counts, window, self.reader.num_sinks(index))
+        self.past_key_values[index] = keep_visible(past, new, *counts, window, self.reader.sink_counts[index])
 
     def _mask(self, kind: str, num_past: int, num_sinks: int) -> torch.Tensor | BlockMasks | None:
         reader, segment = self.reader, self.segment
