@@ -18,6 +18,7 @@ from .checks import check_repeats, selected_rows
 from .context import LearnedContext, Pending, keep_visible
 from .fast_weights import FastWeights
 from .fingerprints import WeightMarks
+from .twice_differentiable import is_asynchronous
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class TTTE2ECache(Cache):
             return token_mask
         finished = torch.tensor(self.finished, device=ids.device)[:, None]
         hidden = finished & (ids == self.padding_id).long().cumprod(dim=1).bool()
-        if not bool(hidden.any()):
+        if not is_asynchronous(hidden) and not bool(hidden.any()):
             return token_mask
         return ~hidden if token_mask is None else token_mask & ~hidden
 

@@ -33,6 +33,7 @@ from .outputs import PositionWriter, attention_writers
 from .reader import Reader, SegmentOutput
 from .sharding import check_quantisation, check_tensor_parallelism, check_units
 from .tokens import Segment, Tokens, added
+from .twice_differentiable import autocast_type, is_asynchronous
 
 logger = logging.get_logger(__name__)
 
@@ -156,7 +157,7 @@ def make_call(
             "configuration): leave the argument out."
         )
     all_needed = use_cache or logits_to_keep is not None or want_layers or want_attentions or targets is None
-    last_needed = None if all_needed else _last_labelled(targets)
+    last_needed = None if all_needed or is_asynchronous(targets) else _last_labelled(targets)
     first_kept = 0
     if isinstance(logits_to_keep, int) and logits_to_keep > 0:
         first_kept = max(shape[1] - logits_to_keep, 0)
@@ -362,7 +363,7 @@ def _last_labelled(labels: torch.Tensor) -> tuple[int, ...]:
 
 
 def _warn_about_gradients(norms: torch.Tensor) -> None:
-    if bool(norms.isinf().any()):
+    if not is_asynchronous(norms) and bool(norms.isinf().any()):
         logger.warning_once(
             "An inner gradient was not finite; that sequence keeps its last finite fast weights. The model may run in "
             "too narrow a dtype, or `inner_learning_rate` may be too large."
@@ -372,10 +373,11 @@ def _warn_about_gradients(norms: torch.Tensor) -> None:
 @contextmanager
 def _without_cast_cache(device: torch.device):
     """Under autocast without gradients: do not keep a cast copy of the fast weights of every inner step."""
-    if torch.is_grad_enabled() or not torch.is_autocast_enabled(device.type):
+    kind = autocast_type(device)
+    if torch.is_grad_enabled() or not torch.is_autocast_enabled(kind):
         yield
         return
-    with torch.autocast(device.type, dtype=torch.get_autocast_dtype(device.type), cache_enabled=False):
+    with torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False):
         yield
 
 

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from .inner_loop import InnerState, MiniBatch, StepOutput, UpdateRule, run_inner_loop
+from .twice_differentiable import autocast_type
 
 
 def run_checkpointed(
@@ -103,7 +104,7 @@ class _CheckpointedGroup(torch.autograd.Function):
         ctx.save_for_backward(*group.to_store(tensors[:count]))
         # Not saved: a hook on saved tensors would give back copies, and the parameters would take no gradient.
         ctx.parameters = tensors[count:]
-        device = tensors[0].device.type
+        device = autocast_type(tensors[0].device)
         ctx.autocast = {
             "device_type": device,
             "enabled": torch.is_autocast_enabled(device),

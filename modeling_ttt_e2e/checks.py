@@ -12,6 +12,8 @@ import transformers
 from packaging.version import Version
 from transformers.utils.deprecation import deprecate_kwarg
 
+from .twice_differentiable import is_asynchronous
+
 OLDEST_TRANSFORMERS = "5.24.0"
 
 if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
@@ -50,7 +52,7 @@ def accept_earlier_cache_names(function: Callable) -> Callable:
 
 
 def check_ids(input_ids: torch.Tensor, vocab_size: int, name: str = "input_ids") -> None:
-    """[batch, length] of ids in [0, vocab_size)."""
+    """[batch, length] of ids in [0, vocab_size); a GPU checks values by itself, and fails a little later."""
     check_tensor(name, input_ids)
     if input_ids.dim() != 2 or input_ids.dtype not in INDICES:
         raise ValueError(
@@ -59,6 +61,10 @@ def check_ids(input_ids: torch.Tensor, vocab_size: int, name: str = "input_ids")
         )
     if input_ids.numel() == 0:
         raise ValueError(f"`{name}` is empty (shape {tuple(input_ids.shape)}): give at least one token per row.")
+    if is_asynchronous(input_ids):
+        inside = (input_ids >= 0) & (input_ids < vocab_size)
+        torch._assert_async(inside.all(), f"`{name}` holds an id outside the vocabulary of {vocab_size}")
+        return
     low, high = (int(bound) for bound in torch.aminmax(input_ids))
     if low < 0 or high >= vocab_size:
         bad = low if low < 0 else high
@@ -88,13 +94,17 @@ def one_input(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
 
 
 def check_labels(labels: torch.Tensor, shape: tuple[int, int], vocab_size: int, name: str = "labels") -> None:
-    """Labels of the inputs' shape; -100 or ids of the vocabulary."""
+    """Labels of the inputs' shape; -100 or ids of the vocabulary, which a GPU checks by itself."""
     check_tensor(name, labels)
     if labels.dtype not in INDICES:
         raise ValueError(f"`{name}` must be integers (int64 or int32), got {labels.dtype}.")
     if tuple(labels.shape) != tuple(shape):
         raise ValueError(f"`{name}` has shape {tuple(labels.shape)}, but the inputs have {tuple(shape)}.")
-    bad = labels[(labels != -100) & ((labels < 0) | (labels >= vocab_size))]
+    wrong = (labels != -100) & ((labels < 0) | (labels >= vocab_size))
+    if is_asynchronous(labels):
+        torch._assert_async(~wrong.any(), f"`{name}` holds what is neither -100 nor an id of {vocab_size}")
+        return
+    bad = labels[wrong]
     if bad.numel():
         raise ValueError(
             f"`{name}` holds {int(bad[0])}, which is neither -100 (do not predict) nor an id of the vocabulary of "
@@ -105,7 +115,9 @@ def check_labels(labels: torch.Tensor, shape: tuple[int, int], vocab_size: int, 
 def check_same_labels(labels: torch.Tensor, shift_labels: torch.Tensor) -> None:
     """Labels that are given both ways, each [batch, length], say the same; the last column has no counterpart."""
     wrong = shift_labels[:, :-1] != labels[:, 1:].to(shift_labels.device)
-    if bool(wrong.any()):
+    if is_asynchronous(wrong):
+        torch._assert_async(~wrong.any(), "`labels` and `shift_labels` disagree: give one of them")
+    elif bool(wrong.any()):
         row, column = wrong.nonzero()[0].tolist()
         raise ValueError(
             f"`labels` and `shift_labels` disagree: after row {row}, column {column} the former have "
@@ -117,6 +129,8 @@ def read_attention_mask(
     attention_mask: torch.Tensor | None, shape: tuple[int, int], positions_read: int
 ) -> torch.Tensor | None:
     """The mask of the new positions as bool [batch, length], or None when nothing is padded.
+
+    A GPU checks the values by itself, and a mask there is not looked at, so that one without padding is returned too.
 
     Args:
         attention_mask: 1 for tokens and 0 for padding, in any dtype.
@@ -132,15 +146,16 @@ def read_attention_mask(
         )
     wrong = (attention_mask != 0) & (attention_mask != 1)
     token_mask = attention_mask[:, -positions:] == 1
-    # While decoding the only look at the values: each look waits for the device.
-    some_wrong, all_real = torch.stack([wrong.any(), token_mask.all()]).tolist()
-    if some_wrong:
+    if is_asynchronous(token_mask):
+        torch._assert_async(~wrong.any(), "`attention_mask` must be 1 for tokens and 0 for padding")
+        return token_mask
+    if bool(wrong.any()):
         row, column = wrong.nonzero()[0].tolist()
         raise ValueError(
             f"`attention_mask` holds {attention_mask[row, column].item()} (row {row}, column {column}): it must be 1 "
             "for tokens and 0 for padding."
         )
-    return None if all_real else token_mask
+    return None if bool(token_mask.all()) else token_mask
 
 
 def check_something_to_read(token_mask: torch.Tensor | None, goes_on: bool) -> None:
@@ -149,7 +164,11 @@ def check_something_to_read(token_mask: torch.Tensor | None, goes_on: bool) -> N
     Args:
         token_mask: as `read_attention_mask` returns it.
     """
-    if token_mask is not None and not goes_on and not bool(token_mask.any()):
+    if token_mask is None or goes_on:
+        return
+    if is_asynchronous(token_mask):
+        torch._assert_async(token_mask.any(), "`attention_mask` is 0 everywhere, so there is nothing to read")
+    elif not bool(token_mask.any()):
         raise ValueError(
             "`attention_mask` is 0 everywhere, so there is nothing to read: give at least one row a token, or a "
             "`cache` to go on from."
@@ -239,7 +258,7 @@ def check_flags(**flags: bool | None) -> None:
 
 def check_number_of_items(items: int | float | torch.Tensor | None) -> None:
     """What a summed loss is divided by: one positive number, or None."""
-    if items is None:
+    if items is None or (isinstance(items, torch.Tensor) and is_asynchronous(items)):
         return
     value = items.item() if isinstance(items, torch.Tensor) and items.numel() == 1 else items
     if isinstance(value, bool) or not isinstance(value, int | float):

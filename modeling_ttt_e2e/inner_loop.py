@@ -20,7 +20,7 @@ from .causal_lm_loss import NO_TARGET, token_nll
 from .context import gather_positions
 from .fast_weights import FastWeights
 from .sinks import Sinks
-from .twice_differentiable import ClippedDescent, at_least_float32
+from .twice_differentiable import ClippedDescent, at_least_float32, is_asynchronous
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,8 @@ def descend(
     moves = norms.isfinite()
     if not all(update):
         moves = moves & torch.tensor(update, device=moves.device)
-    if not bool(moves.all()):
+    # Where a look would wait for the device, the choice is made there.
+    if is_asynchronous(moves) or not bool(moves.all()):
         new = [
             torch.where(moves.to(own.device)[:, None, None], own, old)
             for own, old in zip(new, fast.tensors, strict=True)
@@ -252,18 +253,22 @@ def run_inner_loop(
 
 
 def inner_table(
-    records: Sequence[tuple[tuple[int, ...], torch.Tensor, torch.Tensor]], rows: int, device: torch.device
+    records: Sequence[tuple[tuple[int, ...], tuple[bool, ...], torch.Tensor, torch.Tensor]],
+    rows: int,
+    device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Inner losses and gradient norms of a call, each [rows, mini-batches], NaN where a row has fewer.
 
     Args:
-        records: in order of time (rows, losses, norms).
+        records: in order of time (rows, which of them have a complete mini-batch, losses, norms).
     """
     if not records:
         return torch.empty(rows, 0, device=device), torch.empty(rows, 0, device=device)
     everyone = tuple(range(rows))
-    entries = []
-    for members, losses, norms in records:
+    entries, lengths = [], [0] * rows
+    for members, complete, losses, norms in records:
+        for row, own in zip(members, complete, strict=True):
+            lengths[row] += own
         both = torch.stack([losses, norms], dim=-1)  # [members, 2]
         if members != everyone:
             full = both.new_full((rows, 2), float("nan"))
@@ -271,8 +276,7 @@ def inner_table(
         entries.append(both)
     table = torch.stack(entries, dim=1)  # [rows, records, 2]
     # Rows that learned at different times stand at different places: move every row's own entries to the left.
-    missing = table[..., 0].isnan()
-    if bool(missing.any()):
-        order = missing.long().argsort(dim=1, stable=True)
-        table = gather_positions(table, order)[:, : int((~missing).sum(dim=1).max())]
+    if min(lengths) < len(records):
+        order = table[..., 0].isnan().long().argsort(dim=1, stable=True)
+        table = gather_positions(table, order)[:, : max(lengths)]
     return table[..., 0], table[..., 1]

@@ -48,8 +48,8 @@ def learn(
     rows = [row for row, (pending, new) in enumerate(counts) if pending == size and new > 0]
     if rows:
         context = learn_pending(reader, context, segment, output, rows)
-    counts = zip(context.pending_counts, segment.counts, segment.next_ids, strict=True)
-    if any(pending + new + (following >= 0) > size for pending, new, following in counts):
+    counts = zip(context.pending_counts, segment.counts, segment.next_known, strict=True)
+    if any(pending + new + known > size for pending, new, known in counts):
         steps = tuple(int(row in rows) for row in range(context.rows))
         return run_mini_batches(reader, context, segment, inputs, output, steps)
     return read_on(reader, context, segment, inputs, output)
@@ -71,7 +71,8 @@ def learn_pending(
         labels=None,
         begin=(0,) * len(rows),
         counts=tuple(pending.counts[row] for row in rows),
-        next_ids=tuple(segment.ids[rows, 0].tolist()),
+        next_ids=segment.ids[rows, 0],
+        next_known=(True,) * len(rows),
         learning=True,
         needs_context=True,
     )
@@ -167,8 +168,8 @@ def mini_batches(
     # One split instead of many slices: its backward pass is one concatenation.
     for index, own_inputs in enumerate(inputs.split(size, dim=1)):
         part, end = slice(index * size, (index + 1) * size), (index + 1) * size
-        known = zip(segment.counts, segment.next_ids, strict=True)
-        complete = tuple(count >= end and count + (following >= 0) > end for count, following in known)
+        following = zip(segment.counts, segment.next_known, strict=True)
+        complete = tuple(count >= end and count + known > end for count, known in following)
         follows = zip(complete, segment.counts, strict=True)
         batches.append(
             MiniBatch(
@@ -191,7 +192,10 @@ def inner_targets(segment: Segment, bos_token_id: int | None) -> torch.Tensor:
     """[B, T]: the id after each token; `NO_TARGET` where it is unknown or BOS."""
     device = segment.ids.device
     last = torch.tensor(segment.counts, device=device)[:, None] - 1
-    following = torch.tensor(segment.next_ids, device=device)[:, None]
+    following = torch.full_like(segment.ids[:, :1], -1)
+    if segment.next_ids is not None:
+        known = torch.tensor(segment.next_known, device=device)
+        following = torch.where(known, segment.next_ids, -1)[:, None]
     places = torch.arange(segment.length, device=device)
     targets = torch.where(places == last, following, segment.ids.roll(-1, dims=1))
     unknown = (places > last) | (targets < 0)
@@ -389,4 +393,5 @@ def _collect(
         # Without wanted weights there is none.
         output.attentions += [(index, own, first) for index, own in zip(blocks, step.attentions, strict=False)]
         if any(batch.complete):
-            output.inner.append((tuple(range(len(batch.complete))), step.inner_loss, step.inner_grad_norm))
+            rows = tuple(range(len(batch.complete)))
+            output.inner.append((rows, batch.complete, step.inner_loss, step.inner_grad_norm))

@@ -35,9 +35,9 @@ class PositionWriter:
                 self.parts.append((values, position + skipped))
             return
         positions, token_mask = self._places(segment, start, values.shape[1])
-        wanted = token_mask & (positions >= self.first)
-        places = torch.stack([wanted.nonzero()[:, 0], positions[wanted]], dim=1)
-        self.parts.append((values[wanted], places))
+        rows, own = (token_mask & (positions >= self.first)).nonzero(as_tuple=True)
+        places = torch.stack([rows, positions[rows, own]], dim=1).to(values.device)
+        self.parts.append((values[places[:, 0], own.to(values.device)], places))
 
     def add_chunks(self, chunks: Sequence[torch.Tensor], segment: Segment) -> None:
         """Consecutive chunks [B, n, ...] of a segment's tokens, which `followed` follows back.
@@ -78,10 +78,9 @@ class PositionWriter:
         return result
 
     def _places(self, segment: Segment, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The position of each token from `start` on, and whether there is one, both [B, length]."""
+        """The position of each token from `start` on, and whether there is one, both [B, length] on the CPU."""
         positions = self.tokens.places([begin + start for begin in segment.begin], length)
-        counts = torch.tensor(segment.counts, device=positions.device)[:, None]
-        token_mask = torch.arange(start, start + length, device=positions.device) < counts
+        token_mask = torch.arange(start, start + length) < torch.tensor(segment.counts)[:, None]
         return positions.expand_as(token_mask), token_mask
 
 
@@ -98,8 +97,9 @@ def _to_positions(
     state: torch.Tensor, gradient: torch.Tensor, positions: torch.Tensor, token_mask: torch.Tensor
 ) -> None:
     """Write the gradient of the tokens at `positions` into that of the whole state."""
-    rows = torch.arange(len(positions), device=positions.device)[:, None].expand_as(positions)
-    state[rows[token_mask], positions[token_mask]] = gradient[:, : positions.shape[1]][token_mask]
+    rows, own = token_mask.nonzero(as_tuple=True)
+    positions, rows, own = (index.to(state.device) for index in (positions[rows, own], rows, own))
+    state[rows, positions] = gradient[rows, own]
 
 
 def _follow_gradient(

@@ -36,14 +36,14 @@ class SegmentOutput:
         consecutive chunks [B, t, D], when asked for.
     attentions: in any order (block, weights [B, heads, queries, keys], the segment's token of the first query), when
         asked for.
-    inner: in order of time (rows, inner loss [rows], inner gradient norm [rows]).
+    inner: in order of time (rows, which have a complete mini-batch, inner loss [rows], inner gradient norm [rows]).
     """
 
     hidden: torch.Tensor | None = None
     label_nll: torch.Tensor | None = None
     layers: list[list[torch.Tensor]] = field(default_factory=list)
     attentions: list[tuple[int, torch.Tensor, int]] = field(default_factory=list)
-    inner: list[tuple[tuple[int, ...], torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    inner: list[tuple[tuple[int, ...], tuple[bool, ...], torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
 
 class BlockPart(NamedTuple):

@@ -26,7 +26,8 @@ class Segment:
         labels: [B, t] what each token predicts in the outer loss, or None.
         begin: per row, which of the call's tokens is the first one here.
         counts: tokens per row; the slots behind them hold anything.
-        next_ids: per row the id that follows its last token here, -1 when unknown.
+        next_ids: [B] the id that follows each row's last token here, anything where it is not known; None if nowhere.
+        next_known: per row, whether it is.
         learning: take inner steps.
         needs_context: the learned context after this segment will be used.
     """
@@ -37,7 +38,8 @@ class Segment:
     labels: torch.Tensor | None
     begin: tuple[int, ...]
     counts: tuple[int, ...]
-    next_ids: tuple[int, ...]
+    next_ids: torch.Tensor | None
+    next_known: tuple[bool, ...]
     learning: bool
     needs_context: bool
 
@@ -75,8 +77,9 @@ class Tokens:
         needed: per row, how many of them, from the first on, anyone will use the output of.
         starts: position id of each row's next token before the call.
         length: N.
-        token_mask: [B, N] bool, which positions hold a token; None when all do.
-        where: [B, T] the position of each token; None likewise.
+        token_mask: [B, N] bool, which positions hold a token; None when all do. seen: the same, on the CPU.
+        where: [B, T] the position of each token, on the CPU; None likewise.
+        counted: position ids were not given, but count each row's tokens.
     """
 
     ids: torch.Tensor | None
@@ -88,7 +91,9 @@ class Tokens:
     starts: tuple[int, ...]
     length: int
     token_mask: torch.Tensor | None
+    seen: torch.Tensor | None
     where: torch.Tensor | None
+    counted: bool
 
     @classmethod
     def of(
@@ -112,23 +117,28 @@ class Tokens:
         given = ids if ids is not None else embeddings
         (rows, length), device, where = given.shape[:2], given.device, None
         counts, needed = (length,) * rows, last_needed
-        if token_mask is not None:
-            counts = tuple(token_mask.sum(dim=1).tolist())
+        # The only look at values in a call: on a GPU it waits for all that the device has been asked for before.
+        seen = None if token_mask is None else token_mask.cpu()
+        if seen is None or bool(seen.all()):
+            token_mask = seen = None
+        else:
+            counts = tuple(seen.sum(dim=1).tolist())
             if last_needed is not None:
-                within = torch.arange(length, device=device) < torch.tensor(last_needed, device=device)[:, None]
-                needed = (token_mask & within).sum(dim=1).tolist()
-            where = token_mask.logical_not().long().argsort(dim=1, stable=True)[:, : max(1, *counts)]
+                within = torch.arange(length) < torch.tensor(last_needed)[:, None]
+                needed = (seen & within).sum(dim=1).tolist()
+            where = seen.logical_not().long().argsort(dim=1, stable=True)[:, : max(1, *counts)]
 
         def pick(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return tensor if tensor is None or where is None else gather_positions(tensor, where)
 
-        position_ids = pick(position_ids)
+        position_ids, counted = pick(position_ids), position_ids is None
         if position_ids is None:
             longest = length if where is None else where.shape[1]
             first = starts[:1] if len(set(starts)) == 1 else starts
             position_ids = torch.tensor(first, device=device)[:, None] + torch.arange(longest, device=device)
         tensors = (pick(ids), pick(embeddings), pick(labels), position_ids)
-        return cls(*tensors, counts, counts if needed is None else tuple(needed), starts, length, token_mask, where)
+        needed = counts if needed is None else tuple(needed)
+        return cls(*tensors, counts, needed, starts, length, token_mask, seen, where, counted)
 
     @property
     def rows(self) -> int:
@@ -141,16 +151,19 @@ class Tokens:
     @property
     def next_positions(self) -> tuple[int, ...]:
         """Position id of each row's next token after the call."""
+        if self.counted:
+            return added(self.starts, self.counts)
         last = torch.tensor(self.counts, device=self.device)[:, None] - 1
         found = self.position_ids.expand(self.rows, -1).gather(1, last.clamp_min(0)).squeeze(1).tolist()
         rows = zip(self.starts, self.counts, found, strict=True)
         return tuple(position + 1 if count else start for start, count, position in rows)
 
     def places(self, begin: Sequence[int], length: int) -> torch.Tensor:
-        """The positions [1 or B, length] of tokens begin[row], begin[row] + 1, ...; the last one's for those beyond."""
+        """The positions [1 or B, length] of tokens begin[row], begin[row] + 1, ..., on the CPU; the last one's for those
+        beyond."""
         if self.where is None:
             begin = begin[:1] if min(begin) == max(begin) else begin
-            index = torch.tensor(begin, device=self.device)[:, None] + torch.arange(length, device=self.device)
+            index = torch.tensor(begin)[:, None] + torch.arange(length)
             return index.clamp_max(self.length - 1)
         return _window(self.where, begin, length)
 
@@ -213,7 +226,8 @@ class Tokens:
         needs_context: bool,
     ) -> Segment:
         """`known`: per row, one past the last token whose id may be looked at."""
-        length = max(1, *counts)
+        length, following = max(1, *counts), added(begin, counts)
+        next_known = tuple(learning and place < end for place, end in zip(following, known, strict=True))
 
         def pick(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else _window(tensor, begin, length)
@@ -225,22 +239,16 @@ class Tokens:
             labels=pick(self.labels),
             begin=begin,
             counts=counts,
-            next_ids=self._next_ids(added(begin, counts), known) if learning else (-1,) * self.rows,
+            next_ids=_window(self.ids, following, 1).squeeze(1) if any(next_known) else None,
+            next_known=next_known,
             learning=learning,
             needs_context=needs_context,
         )
 
-    def _next_ids(self, following: tuple[int, ...], known: tuple[int, ...]) -> tuple[int, ...]:
-        """Per row the id of token `following`, -1 from `known` on."""
-        if all(place >= end for place, end in zip(following, known, strict=True)):
-            return (-1,) * self.rows
-        ids = _window(self.ids, following, 1).squeeze(1).tolist()
-        return tuple(id if place < end else -1 for id, place, end in zip(ids, following, known, strict=True))
-
     def _tokens_before(self, position: int) -> tuple[int, ...]:
-        if self.token_mask is None:
+        if self.seen is None:
             return (position,) * self.rows
-        return tuple(self.token_mask[:, :position].sum(dim=1).tolist())
+        return tuple(self.seen[:, :position].sum(dim=1).tolist())
 
 
 def added(first: Sequence[int], second: Sequence[int]) -> tuple[int, ...]:

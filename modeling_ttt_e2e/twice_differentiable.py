@@ -17,6 +17,16 @@ import torch
 from torch.autograd.function import once_differentiable
 
 
+def is_asynchronous(tensor: torch.Tensor) -> bool:
+    """Whether a look at a value would wait until the device has done all that it was asked for."""
+    return tensor.device.type in ("cuda", "meta")
+
+
+def autocast_type(device: torch.device) -> str:
+    """The device's name for `torch.autocast`, which does not know the meta device."""
+    return "cpu" if device.type == "meta" else device.type
+
+
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """float32 for bfloat16 and float16; float32 and float64 stay as they are."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -50,7 +60,7 @@ def twice_differentiable_attention(
     Returns:
         [B, H, Q, C].
     """
-    with torch.autocast(query.device.type, enabled=False):
+    with torch.autocast(autocast_type(query.device), enabled=False):
         return _Attention.apply(query, key, value, mask, scale)
 
 
@@ -64,7 +74,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         query, key, value, mask = ctx.saved_tensors
-        with torch.autocast(query.device.type, enabled=False):
+        with torch.autocast(autocast_type(query.device), enabled=False):
             return *_AttentionGradient.apply(query, key, value, grad_output, mask, ctx.scale), None, None
 
 
@@ -100,7 +110,7 @@ class _AttentionGradient(torch.autograd.Function):
         """
         query, key, value, grad_output, mask = ctx.saved_tensors
         scale, dtype = ctx.scale, query.dtype
-        with torch.autocast(query.device.type, enabled=False):
+        with torch.autocast(autocast_type(query.device), enabled=False):
             probabilities, grad_scores, centred = _AttentionGradient.scores(query, key, value, grad_output, mask, scale)
             grad_scores_bar = ((query_bar @ key.mT + query @ key_bar.mT) * scale).to(probabilities.dtype)
             row = (probabilities * grad_scores_bar).sum(-1, keepdim=True)
@@ -230,8 +240,8 @@ class ClippedDescent(torch.autograd.Function):
         ctx.save_for_backward(norms, factors, *gradients)
         ctx.mark_non_differentiable(norms)
         ctx.set_materialize_grads(False)
-        scales, pairs = factors.tolist(), zip(weights, gradients, strict=True)
-        return *(_subtract_scaled(w, g, scales) for w, g in pairs), norms
+        pairs = zip(weights, gradients, strict=True)
+        return *(_subtract_scaled(w, g, factors) for w, g in pairs), norms
 
     @staticmethod
     @once_differentiable
@@ -244,10 +254,9 @@ class ClippedDescent(torch.autograd.Function):
             dots = sum(_row_dots(bar, g).to(norms.device) for bar, g in pairs)
             clipped = (norms > ctx.max_norm) if ctx.max_norm else torch.zeros_like(norms, dtype=torch.bool)
             along = (factors * dots / norms.square()).masked_fill(~clipped, 0.0)
-            scales = factors.tolist()
             gradient_bars = [_per_row(along, g) * g for g in gradients]
             gradient_bars = [
-                along_g if bar is None else _subtract_scaled(along_g, bar, scales)
+                along_g if bar is None else _subtract_scaled(along_g, bar, factors)
                 for along_g, bar in zip(gradient_bars, new_bars, strict=True)
             ]
         return None, None, *new_bars, *gradient_bars
@@ -257,10 +266,12 @@ def _per_row(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.to(like.device)[:, None, None]
 
 
-def _subtract_scaled(first: torch.Tensor, second: torch.Tensor, factors: Sequence[float]) -> torch.Tensor:
-    """first - factors * second, [B, out, in]: one pass per row, where a broadcast product would take two."""
+def _subtract_scaled(first: torch.Tensor, second: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """first - factors [B] * second, [B, out, in]: in one pass, which on the CPU takes numbers for factors."""
+    if first.device.type != "cpu":
+        return torch.addcmul(first, _per_row(factors, first), second, value=-1)
     result = torch.empty_like(first)
-    for row, factor in enumerate(factors):
+    for row, factor in enumerate(factors.tolist()):
         torch.sub(first[row], second[row], alpha=factor, out=result[row])
     return result
 

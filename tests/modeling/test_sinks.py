@@ -21,7 +21,7 @@ def attention_as_written(module, query, key, value, attention, past):
     query, key = module.q_norm(query), module.k_norm(key)
     key, value = (states.repeat_interleave(module.num_key_value_groups, dim=1) for states in (key, value))
     length, window, sinks = query.shape[2], config.sliding_window, config.num_sink_tokens
-    cosines, sines = attention.position_embeddings
+    cosines, sines = attention.position_embeddings[module.layer_type]
 
     def at(states, token, position):
         return rotate(states[:, :, token : token + 1], cosines[:, position, None], sines[:, position, None])[:, :, 0]
