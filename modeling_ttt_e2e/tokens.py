@@ -159,8 +159,7 @@ class Tokens:
         return tuple(position + 1 if count else start for start, count, position in rows)
 
     def places(self, begin: Sequence[int], length: int) -> torch.Tensor:
-        """The positions [1 or B, length] of tokens begin[row], begin[row] + 1, ..., on the CPU; the last one's for those
-        beyond."""
+        """Positions [1 or B, length] of tokens begin[row], begin[row] + 1, ..., on the CPU; beyond, the last one's."""
         if self.where is None:
             begin = begin[:1] if min(begin) == max(begin) else begin
             index = torch.tensor(begin)[:, None] + torch.arange(length)
