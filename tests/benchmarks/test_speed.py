@@ -1,12 +1,20 @@
-"""The benchmark runs every variant; its numbers are not judged here."""
+"""The benchmark runs every system; its numbers are not judged here."""
+
+import dataclasses
+import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from ttt_e2e.benchmarks import SpeedSizes, measure_decoding, measure_passes
+from ttt_e2e.benchmarks import Works, measure_times, report, tables, write_report
 from ttt_e2e.benchmarks.memory import peak_growth
+from ttt_e2e.benchmarks.report import ratio
+from ttt_e2e.benchmarks.speed import Work
+from ttt_e2e.benchmarks.systems import SYSTEMS, ModelSizes, build
+from ttt_e2e.cli.main import app
 
-SMALL = SpeedSizes(
+SMALL = ModelSizes(
     vocab_size=32,
     hidden_size=16,
     intermediate_size=16,
@@ -15,24 +23,64 @@ SMALL = SpeedSizes(
     num_suffix_layers=1,
     mini_batch_size=4,
     sliding_window=8,
-    length=16,
-    batch_size=2,
 )
+KINDS = ("train", "read", "decode", "generate", "further")
 
 
-def test_all_variants_are_timed_and_threads_restored():
-    threads = torch.get_num_threads()
-    passes = measure_passes(SMALL, rounds=2)
-    decoding = measure_decoding(SMALL, rounds=1, mini_batches=(1, 3))
-    assert len(passes) == 6 and list(decoding) == ["decoding after 1 mini-batches", "decoding after 3 mini-batches"]
-    assert all(seconds > 0 for seconds in [*passes.values(), *decoding.values()])
+def small(work: Work) -> Work:
+    return Work(work.kind, 16, work.rows, min(work.tokens, 5), work.checkpointing, work.rounds and 1, work.quick)
+
+
+def small_works() -> Works:
+    works = Works.read()
+    timed, memory = ({name: small(own) for name, own in some.items()} for some in (works.timed, works.memory))
+    return Works(SMALL, timed, memory)
+
+
+def test_all_works_are_timed_and_reported(tmp_path):
+    threads, works = torch.get_num_threads(), small_works()
+    assert {work.kind for work in works.timed.values()} == set(KINDS)
+    times = measure_times(works, rounds=2)
     assert torch.get_num_threads() == threads
+    for name, work in works.timed.items():
+        assert list(times[name]) == list(SYSTEMS)
+        assert all(len(own) == (work.rounds or 2) for own in times[name].values())
+        assert work.kind == "further" or all(second > 0 for own in times[name].values() for second in own)
+    memory = {name: dict.fromkeys(SYSTEMS, 2**20) for name in works.memory}
+    measured = report(works, times, memory, "cpu", "ttt-e2e bench")
+    write_report(measured, tmp_path / "bench")
+    assert json.loads((tmp_path / "bench" / "bench.json").read_text()) == measured
+    shown = (tmp_path / "bench" / "bench.md").read_text()
+    assert all(f"| {name} |" in shown for name in works.timed) and "ttt-e2e bench" in shown
+    assert (tmp_path / "bench" / "bench.png").is_file()
+    assert [len(table.rows) for table in tables(measured)] == [len(works.timed), len(works.memory)]
 
 
-@pytest.mark.parametrize("work", ["train", "read"])
-def test_peak_never_shrinks(work):
-    threads = torch.get_num_threads()
+def test_systems_have_about_as_many_parameters():
+    sizes = Works.read().sizes
+    counts = {system: build(system, sizes, "meta").num_parameters() for system in SYSTEMS}
+    assert max(counts.values()) < 1.01 * min(counts.values())
+
+
+def test_ratios_are_taken_within_rounds():
+    assert ratio([1.0, 4.0, 3.0], [1.0, 2.0, 2.0]) == "1.50 ± 0.50" and ratio([3.0], [2.0]) == "1.50"
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_longer_text_raises_the_peak(system):
+    """64 MiB of logits alone, which pages that Linux has not counted yet cannot hide."""
+    threads, sizes = torch.get_num_threads(), dataclasses.replace(SMALL, vocab_size=2**13)
     try:
-        assert peak_growth(SMALL, work, learn=True, checkpoint=False, device="cpu") >= 0
+        assert peak_growth(sizes, system, Work("train", 1024, 2), "cpu") > 2**25
+        assert peak_growth(sizes, system, Work("read", 16, 1), "cpu") < 2**25
     finally:
         torch.set_num_threads(threads)
+
+
+def test_the_command_writes_what_it_shows(tmp_path, monkeypatch):
+    works = small_works()
+    monkeypatch.setattr(Works, "read", classmethod(lambda cls, quick: works))
+    monkeypatch.setattr("ttt_e2e.benchmarks.measure_memory", lambda works, device: {})
+    result = CliRunner().invoke(app, ["bench", "--quick", "--rounds", "1", "--output", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "bench.json").read_text())["command"].startswith("ttt-e2e bench --quick")
