@@ -54,7 +54,7 @@ lint: $(INSTALLED_DEV) ## linter and formatter, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(INSTALLED) ## time and memory of training, reading and decoding against the plain model
+bench: $(INSTALLED) ## time and memory of training, reading and decoding against stock transformers
 	$(BIN)/ttt-e2e bench $(ARGS)
 
 # The same files are kept from training as are measured. encodings holds near-copies of one another.

@@ -1,14 +1,13 @@
 """Speed and memory, side by side with stock transformers' models and with learning off."""
 
 from .memory import measure_memory
-from .report import markdown, report, tables, write_report
+from .report import report, tables, write_report
 from .speed import Works, measure_times
 from .ttt_layers import TTTLayerSizes, measure_forms, measure_lengths
 
 __all__ = [
     "TTTLayerSizes",
     "Works",
-    "markdown",
     "measure_forms",
     "measure_lengths",
     "measure_memory",

@@ -42,7 +42,8 @@ def peak_growth(sizes: ModelSizes, system: str, work: Work, device: str) -> int:
         training_step(model, ids, work.checkpointing, told)
     else:
         reading(model, ids, told)
-    return max(0, peak_bytes(device) - before)  # Linux counts pages in batches, so that small works may seem to free some
+    # Linux counts pages in batches, so that small works may seem to free some.
+    return max(0, peak_bytes(device) - before)
 
 
 def forget_peak() -> None:

@@ -1,16 +1,13 @@
 """Measured times and memory as a file of numbers, tables and a picture."""
 
 import json
-import platform
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-import transformers
-
 from ..evaluation.plots import Panel, plot_panels
+from ..evaluation.results import environment
 from ..evaluation.tables import Table
 from ..storage.disk import write_text
 from .speed import Works
@@ -21,15 +18,10 @@ RATIOS = {"off / stock window": (OFF, STOCK_WINDOW), "on / stock window": (ON, S
 RATIOS |= {"stock full / on": (STOCK_FULL, ON)}
 
 
-def report(works: Works, times: Mapping, memory: Mapping, device: str, command: str) -> dict:
+def report(works: Works, times: Mapping, memory: Mapping, command: str) -> dict:
     """All that was measured, with what it depends on; plain values for JSON."""
     return {
-        "machine": machine(device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "environment": environment() | {"threads": 1, "processor": processor()},
         "command": command,
         "sizes": asdict(works.sizes),
         "works": {name: asdict(work) for name, work in works.timed.items()},
@@ -38,14 +30,11 @@ def report(works: Works, times: Mapping, memory: Mapping, device: str, command: 
     }
 
 
-def machine(device: str) -> str:
-    """Name of the GPU, or of the processor where the system tells it."""
-    if device != "cpu":
-        return torch.cuda.get_device_name()
+def processor() -> str | None:
+    """Name of the processor, where the system tells it."""
     found = Path("/proc/cpuinfo")
     lines = found.read_text().splitlines() if found.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, one thread"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def tables(measured: Mapping) -> list[Table]:
@@ -70,33 +59,32 @@ def ratio(one: list[float], other: list[float]) -> str:
     return f"{statistics.median(found):.2f}{spread}"
 
 
-def write_report(measured: Mapping, folder: Path) -> list[Path]:
+def write_report(measured: Mapping, folder: Path) -> None:
     """Write bench.json, bench.md, bench.png and bench.svg."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "bench.json", json.dumps(measured, indent=1) + "\n")
     write_text(folder / "bench.md", markdown(measured))
-    return [folder / "bench.json", folder / "bench.md", *plot_panels([_panels(measured)], folder / "bench")]
+    plot_panels([_panels(measured)], folder / "bench")
 
 
 def markdown(measured: Mapping) -> str:
     """The tables, below a line that says where they were measured."""
-    versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
-    head = f"`{measured['command']}` on {measured['machine']}; {versions}.\n"
+    facts = ", ".join(f"{name} {value}" for name, value in measured["environment"].items())
+    head = f"`{measured['command']}` ({facts})\n"
     return "\n".join([head, *(f"{table.title}:\n\n{table.markdown()}" for table in tables(measured))])
 
 
 def _panels(measured: Mapping) -> list[Panel]:
     """Time per token of reading and training by length."""
     panels = []
-    for title, kind in (("reading", "read"), ("training step", "train")):
-        works = {name: own for name, own in measured["works"].items() if own["kind"] == kind}
-        works = {name: own for name, own in works.items() if kind == "read" or own["checkpointing"]}
+    for title, kind in (("reading", "read"), ("training step, checkpointing", "train")):
+        wanted = {"kind": kind, "checkpointing": kind == "train"}
+        works = {name: own for name, own in measured["works"].items() if wanted.items() <= own.items()}
         lengths = [own["length"] for own in works.values()]
         curves = {}
         for system in SYSTEMS:
             seconds = (statistics.median(measured["seconds"][name][system]) for name in works)
             tokens = (own["length"] * own["rows"] for own in works.values())
             curves[system] = (lengths, [1e6 * own / count for own, count in zip(seconds, tokens, strict=True)])
-        checkpointing = "" if kind == "read" else ", checkpointing"
-        panels.append(Panel(title + checkpointing, "tokens of text", "microseconds per token", curves, lengths))
+        panels.append(Panel(title, "tokens of text", "microseconds per token", curves, lengths))
     return panels

@@ -5,6 +5,7 @@ share of the prime MLPs, so that all models have about as many parameters.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
@@ -33,7 +34,7 @@ class ModelSizes:
 def build(system: str, sizes: ModelSizes, device: str) -> PreTrainedModel:
     """A system with random weights, float32."""
     torch.manual_seed(0)
-    shared = {
+    shared: dict[str, Any] = {
         "vocab_size": sizes.vocab_size,
         "hidden_size": sizes.hidden_size,
         "num_hidden_layers": sizes.num_hidden_layers,

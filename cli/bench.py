@@ -30,7 +30,7 @@ def bench(
     memory = measure_memory(works, device)
     times = measure_times(works, rounds, device)
     command = f"ttt-e2e bench{' --quick' if quick else ''} --rounds {rounds} --device {device}"
-    measured = report(works, times, memory, device, command)
+    measured = report(works, times, memory, command)
     console = Console()
     console.print(", ".join(f"{name} {value}" for name, value in measured["sizes"].items()))
     for table in tables(measured):

@@ -157,6 +157,7 @@ def make_call(
             "configuration): leave the argument out."
         )
     all_needed = use_cache or logits_to_keep is not None or want_layers or want_attentions or targets is None
+    # Where a look would wait for the device, what no label needs is read as well.
     last_needed = None if all_needed or is_asynchronous(targets) else _last_labelled(targets)
     first_kept = 0
     if isinstance(logits_to_keep, int) and logits_to_keep > 0:

@@ -51,6 +51,14 @@ def accept_earlier_cache_names(function: Callable) -> Callable:
     return function
 
 
+def any_wrong(wrong: torch.Tensor, message: str) -> bool:
+    """Whether a value is wrong. Where a look would wait for the device, that fails by itself, with the message."""
+    if is_asynchronous(wrong):
+        torch._assert_async(~wrong.any(), message)
+        return False
+    return bool(wrong.any())
+
+
 def check_ids(input_ids: torch.Tensor, vocab_size: int, name: str = "input_ids") -> None:
     """[batch, length] of ids in [0, vocab_size); a GPU checks values by itself, and fails a little later."""
     check_tensor(name, input_ids)
@@ -61,12 +69,10 @@ def check_ids(input_ids: torch.Tensor, vocab_size: int, name: str = "input_ids")
         )
     if input_ids.numel() == 0:
         raise ValueError(f"`{name}` is empty (shape {tuple(input_ids.shape)}): give at least one token per row.")
-    if is_asynchronous(input_ids):
-        inside = (input_ids >= 0) & (input_ids < vocab_size)
-        torch._assert_async(inside.all(), f"`{name}` holds an id outside the vocabulary of {vocab_size}")
-        return
-    low, high = (int(bound) for bound in torch.aminmax(input_ids))
-    if low < 0 or high >= vocab_size:
+    low, high = torch.aminmax(input_ids)
+    wrong = (low < 0) | (high >= vocab_size)
+    if any_wrong(wrong, f"`{name}` holds an id outside the vocabulary of {vocab_size}"):
+        low, high = int(low), int(high)
         bad = low if low < 0 else high
         raise ValueError(f"`{name}` holds the id {bad}, outside the vocabulary of {vocab_size} (0..{vocab_size - 1}).")
 
@@ -101,23 +107,17 @@ def check_labels(labels: torch.Tensor, shape: tuple[int, int], vocab_size: int, 
     if tuple(labels.shape) != tuple(shape):
         raise ValueError(f"`{name}` has shape {tuple(labels.shape)}, but the inputs have {tuple(shape)}.")
     wrong = (labels != -100) & ((labels < 0) | (labels >= vocab_size))
-    if is_asynchronous(labels):
-        torch._assert_async(~wrong.any(), f"`{name}` holds what is neither -100 nor an id of {vocab_size}")
-        return
-    bad = labels[wrong]
-    if bad.numel():
+    if any_wrong(wrong, f"`{name}` holds what is neither -100 nor an id of the vocabulary of {vocab_size}"):
         raise ValueError(
-            f"`{name}` holds {int(bad[0])}, which is neither -100 (do not predict) nor an id of the vocabulary of "
-            f"{vocab_size}."
+            f"`{name}` holds {int(labels[wrong][0])}, which is neither -100 (do not predict) nor an id of the "
+            f"vocabulary of {vocab_size}."
         )
 
 
 def check_same_labels(labels: torch.Tensor, shift_labels: torch.Tensor) -> None:
     """Labels that are given both ways, each [batch, length], say the same; the last column has no counterpart."""
     wrong = shift_labels[:, :-1] != labels[:, 1:].to(shift_labels.device)
-    if is_asynchronous(wrong):
-        torch._assert_async(~wrong.any(), "`labels` and `shift_labels` disagree: give one of them")
-    elif bool(wrong.any()):
+    if any_wrong(wrong, "`labels` and `shift_labels` disagree: give one of them"):
         row, column = wrong.nonzero()[0].tolist()
         raise ValueError(
             f"`labels` and `shift_labels` disagree: after row {row}, column {column} the former have "
@@ -146,16 +146,13 @@ def read_attention_mask(
         )
     wrong = (attention_mask != 0) & (attention_mask != 1)
     token_mask = attention_mask[:, -positions:] == 1
-    if is_asynchronous(token_mask):
-        torch._assert_async(~wrong.any(), "`attention_mask` must be 1 for tokens and 0 for padding")
-        return token_mask
-    if bool(wrong.any()):
+    if any_wrong(wrong, "`attention_mask` must be 1 for tokens and 0 for padding"):
         row, column = wrong.nonzero()[0].tolist()
         raise ValueError(
             f"`attention_mask` holds {attention_mask[row, column].item()} (row {row}, column {column}): it must be 1 "
             "for tokens and 0 for padding."
         )
-    return None if bool(token_mask.all()) else token_mask
+    return token_mask if is_asynchronous(token_mask) or not bool(token_mask.all()) else None
 
 
 def check_something_to_read(token_mask: torch.Tensor | None, goes_on: bool) -> None:
@@ -166,9 +163,7 @@ def check_something_to_read(token_mask: torch.Tensor | None, goes_on: bool) -> N
     """
     if token_mask is None or goes_on:
         return
-    if is_asynchronous(token_mask):
-        torch._assert_async(token_mask.any(), "`attention_mask` is 0 everywhere, so there is nothing to read")
-    elif not bool(token_mask.any()):
+    if any_wrong(~token_mask.any(), "`attention_mask` is 0 everywhere, so there is nothing to read"):
         raise ValueError(
             "`attention_mask` is 0 everywhere, so there is nothing to read: give at least one row a token, or a "
             "`cache` to go on from."

@@ -128,8 +128,10 @@ class Tokens:
                 needed = (seen & within).sum(dim=1).tolist()
             where = seen.logical_not().long().argsort(dim=1, stable=True)[:, : max(1, *counts)]
 
+        there = None if where is None else where.to(device)
+
         def pick(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return tensor if tensor is None or where is None else gather_positions(tensor, where)
+            return tensor if tensor is None or there is None else gather_positions(tensor, there)
 
         position_ids, counted = pick(position_ids), position_ids is None
         if position_ids is None:

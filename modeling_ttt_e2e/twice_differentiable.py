@@ -240,8 +240,8 @@ class ClippedDescent(torch.autograd.Function):
         ctx.save_for_backward(norms, factors, *gradients)
         ctx.mark_non_differentiable(norms)
         ctx.set_materialize_grads(False)
-        pairs = zip(weights, gradients, strict=True)
-        return *(_subtract_scaled(w, g, factors) for w, g in pairs), norms
+        scales, pairs = _numbers(factors), zip(weights, gradients, strict=True)
+        return *(_subtract_scaled(w, g, scales) for w, g in pairs), norms
 
     @staticmethod
     @once_differentiable
@@ -254,9 +254,10 @@ class ClippedDescent(torch.autograd.Function):
             dots = sum(_row_dots(bar, g).to(norms.device) for bar, g in pairs)
             clipped = (norms > ctx.max_norm) if ctx.max_norm else torch.zeros_like(norms, dtype=torch.bool)
             along = (factors * dots / norms.square()).masked_fill(~clipped, 0.0)
+            scales = _numbers(factors)
             gradient_bars = [_per_row(along, g) * g for g in gradients]
             gradient_bars = [
-                along_g if bar is None else _subtract_scaled(along_g, bar, factors)
+                along_g if bar is None else _subtract_scaled(along_g, bar, scales)
                 for along_g, bar in zip(gradient_bars, new_bars, strict=True)
             ]
         return None, None, *new_bars, *gradient_bars
@@ -266,12 +267,19 @@ def _per_row(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.to(like.device)[:, None, None]
 
 
-def _subtract_scaled(first: torch.Tensor, second: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """first - factors [B] * second, [B, out, in]: in one pass, which on the CPU takes numbers for factors."""
-    if first.device.type != "cpu":
+def _numbers(factors: torch.Tensor) -> Sequence[float] | torch.Tensor:
+    """Factors [B] as numbers, unless a look at them would wait for the device."""
+    return factors if is_asynchronous(factors) else factors.tolist()
+
+
+def _subtract_scaled(
+    first: torch.Tensor, second: torch.Tensor, factors: Sequence[float] | torch.Tensor
+) -> torch.Tensor:
+    """first - factors * second, [B, out, in]: in one pass, which with numbers is one per row."""
+    if isinstance(factors, torch.Tensor):
         return torch.addcmul(first, _per_row(factors, first), second, value=-1)
     result = torch.empty_like(first)
-    for row, factor in enumerate(factors.tolist()):
+    for row, factor in enumerate(factors):
         torch.sub(first[row], second[row], alpha=factor, out=result[row])
     return result
 

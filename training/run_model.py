@@ -35,12 +35,10 @@ def changed_config(source: ModelSource, changes: dict, sequence_length: int) -> 
     known = source.config_class().to_dict() | source.fields
     rope_fields = typing.get_type_hints(RopeParameters)
     rope = changes.get("rope_parameters") or {}
-    if set(rope) & set(ATTENTION_TYPES):
-        check_field_names(rope, ATTENTION_TYPES, source="model.rope_parameters")
-        for kind, own in rope.items():
-            check_field_names(own, rope_fields, source=f"model.rope_parameters.{kind}")
-    else:
-        check_field_names(rope, rope_fields, source="model.rope_parameters")
+    by_type = bool(set(rope) & set(ATTENTION_TYPES))
+    check_field_names(rope, ATTENTION_TYPES if by_type else rope_fields, source="model.rope_parameters")
+    for kind, own in rope.items() if by_type else ():
+        check_field_names(own, rope_fields, source=f"model.rope_parameters.{kind}")
     for name, value in changes.items():
         if name not in known:
             raise ValueError(f"model.{name}: a {source.config_class.__name__} has no such field; leave it out")

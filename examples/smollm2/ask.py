@@ -67,12 +67,13 @@ class Question:
 def about_documents(tokenizer: PreTrainedTokenizerBase, documents: Mapping[str, str] | None) -> Iterator[Question]:
     """The questions of questions.yaml, behind the first `DOCUMENT_TOKENS` of their documents or without them."""
     for path, some in QUESTIONS.items():
+        if documents is not None:
+            ids = tokenizer(documents[path], add_special_tokens=False, split_special_tokens=True).input_ids
+            document = tokenizer.decode(ids[:DOCUMENT_TOKENS])
         for one in some:
             text = one["question"]
             if documents is not None:
-                ids = tokenizer(documents[path], add_special_tokens=False, split_special_tokens=True).input_ids
-                about = f"Question about the text above: {text} Answer in a few words."
-                text = f"{tokenizer.decode(ids[:DOCUMENT_TOKENS])}\n\n{about}"
+                text = f"{document}\n\nQuestion about the text above: {text} Answer in a few words."
             chat = [{"role": "user", "content": text}]
             read = tokenizer.apply_chat_template(
                 chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -113,18 +114,14 @@ def answer(
     return tokenizer.decode(written, skip_special_tokens=True).strip(), nll
 
 
-def questions_for(name: str, tokenizer: PreTrainedTokenizerBase, texts: Path) -> list[Question]:
-    """Those of a system; without learning there is no need to look for needles a second time."""
-    records = map(json.loads, (texts / f"evaluation-{SHORT}.jsonl").read_text(encoding="utf-8").splitlines())
-    documents = {record["path"]: record["text"] for record in records}
-    asked = list(about_documents(tokenizer, None if name == NO_DOCUMENT else documents))
-    if name in (NO_DOCUMENT, "meta-trained, learning off"):
-        return asked
-    return asked + list(needles(tokenizer, [documents[path] for path in QUESTIONS]))
-
-
 def ask(asked: argparse.Namespace, sources: Mapping[str, str]) -> None:
     tokenizer = find_source(sources["released"], check_convertible).contents().tokenizer
+    lines = (asked.texts / f"evaluation-{SHORT}.jsonl").read_text(encoding="utf-8").splitlines()
+    documents = {record["path"]: record["text"] for record in map(json.loads, lines)}
+    about = list(about_documents(tokenizer, documents))
+    hidden = list(needles(tokenizer, [documents[path] for path in QUESTIONS]))
+    # Without learning there is no need to look for needles a second time.
+    questions = {NO_DOCUMENT: list(about_documents(tokenizer, None)), "meta-trained, learning off": about}
     path = asked.output / "answers.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in asked.system or ASKED:
@@ -133,7 +130,7 @@ def ask(asked: argparse.Namespace, sources: Mapping[str, str]) -> None:
             print(f"{name}: left out, --{system['source']} is not given")
             continue
         done = {(line["group"], line["name"]) for line in measured(path) if line["system"] == name}
-        todo = [one for one in questions_for(name, tokenizer, asked.texts) if (one.group, one.name) not in done]
+        todo = [one for one in questions.get(name, about + hidden) if (one.group, one.name) not in done]
         if not todo:
             continue
         model = load(system, sources)

@@ -47,7 +47,7 @@ def test_all_works_are_timed_and_reported(tmp_path):
         assert all(len(own) == (work.rounds or 2) for own in times[name].values())
         assert work.kind == "further" or all(second > 0 for own in times[name].values() for second in own)
     memory = {name: dict.fromkeys(SYSTEMS, 2**20) for name in works.memory}
-    measured = report(works, times, memory, "cpu", "ttt-e2e bench")
+    measured = report(works, times, memory, "ttt-e2e bench")
     write_report(measured, tmp_path / "bench")
     assert json.loads((tmp_path / "bench" / "bench.json").read_text()) == measured
     shown = (tmp_path / "bench" / "bench.md").read_text()

@@ -231,7 +231,7 @@ def test_new_weights_depend_on_the_seed_only():
 def test_a_bfloat16_source_keeps_its_bits_and_exact_angles():
     source = random_source(*SOURCES["qwen2"]).to(torch.bfloat16)
     model = warm_started_model(source, SETTINGS)
-    assert model.dtype == torch.bfloat16 and model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert model.dtype == torch.bfloat16 and model.model.rotary_emb["sliding_attention"].inv_freq.dtype == torch.float32
     assert torch.equal(model.model.layers[3].mlp.up_proj.weight, source.model.layers[3].mlp.up_proj.weight)
     wide = warm_started_model(random_source(*SOURCES["qwen2"]).to(torch.bfloat16).float(), SETTINGS)
     ids = random_ids(1, LENGTH)
