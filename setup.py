@@ -50,7 +50,7 @@ setup(
     package_dir=PACKAGE_FOLDERS,
     package_data={
         "ttt_e2e.configuration": ["*.yaml", "recipes/*.yaml", "experiments/*.yaml"],
-        "ttt_e2e.benchmarks": ["*.yaml"],
+        "ttt_e2e.benchmarks": ["*.yaml", "results/*.json"],
         "ttt_e2e.evaluation": ["*.yaml", "metrics/*/*.py", "harness/*"],
         "ttt_e2e.model_cards": ["*.md"],
     },
