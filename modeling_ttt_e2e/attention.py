@@ -21,10 +21,14 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .sinks import KeysValues, Sinks, sink_mask_function
+from .sinks import KeysValues, Sinks, sink_channels, sink_mask_function
+from .triton_attention import VisibleKeys, triton_attention, why_not
 from .twice_differentiable import plain_attention, twice_differentiable_attention
 
 TWICE_DIFFERENTIABLE = "twice_differentiable"
+TRITON = "twice_differentiable_triton"
+# Compute capabilities on which `benchmarks/gpu.py` found the kernels faster than `TWICE_DIFFERENTIABLE`.
+TRITON_MEASURED_FASTER: tuple[tuple[int, int], ...] = ()
 # A text of more than two blocks is read block by block, so that no mask or score grows with its square, and few are of
 # keys outside of the window.
 BLOCKS_IN_A_WINDOW = 4
@@ -61,7 +65,7 @@ def attention_mask(
     tokens_read: Sequence[int],
     device: torch.device,
     num_sinks: int = 0,
-) -> torch.Tensor | None:
+) -> torch.Tensor | VisibleKeys | None:
     """Mask of `num_new` queries over `num_sinks + num_past + num_new` keys, in the form that `implementation` takes.
 
     Distance of keys is distance of tokens: earlier keys are aligned right, the new tokens left. A query sees itself and
@@ -73,7 +77,12 @@ def attention_mask(
         tokens_read: per row, tokens before the new ones, the last ones of which are the earlier keys.
         num_sinks: attention sinks that stand before the earlier keys.
     """
-    window = sliding_window if sliding_window is not None else num_past + num_new
+    window = num_past + num_new if sliding_window is None else sliding_window
+    if implementation == TRITON:
+        return VisibleKeys.of(sliding_window, num_past, num_new, tokens_read, device, num_sinks)
+    own = implementation in ("eager", TWICE_DIFFERENTIABLE)
+    if num_new == 1 and not own and num_past < window and not num_sinks and min(tokens_read) >= num_past:
+        return None  # one token that sees all there is, as in decoding
     function = sliding_window_causal_mask_function(window) if sliding_window is not None else causal_mask_function
     padding = past_token_mask(tokens_read, num_past, device)
     alike = padding is None
@@ -85,7 +94,6 @@ def attention_mask(
         function = or_masks(sinks, and_masks(lambda batch, head, query, key: key >= num_sinks, function))
     if padding is not None:
         padding = nn.functional.pad(padding, [num_sinks, num_new], value=True)
-    own = implementation in ("eager", TWICE_DIFFERENTIABLE)
     make_mask = sdpa_mask if own else ALL_MASK_ATTENTION_FUNCTIONS[implementation]
     return make_mask(
         batch_size=1 if alike else len(tokens_read),
@@ -220,7 +228,32 @@ def attention_function(implementation: str) -> Callable:
     """The function behind a name, with transformers' signature (module, q, k, v, mask, scaling=, ...)."""
     if implementation == TWICE_DIFFERENTIABLE:
         return twice_differentiable_attention_forward
+    if implementation == TRITON:
+        return triton_attention_forward
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+
+
+def inner_attention(config, device: torch.device, dtype: torch.dtype, differentiated: bool) -> str:
+    """What computes the attention of suffix blocks inside inner steps.
+
+    Args:
+        dtype: of queries, keys and values. differentiated: the inner gradients will be.
+
+    Raises:
+        ValueError: `config.inner_attention` is "triton" and its kernels cannot run here.
+    """
+    reason = why_not(device, dtype, config.head_dim + sink_channels(config.num_sink_tokens, dtype, config.head_dim))
+    if config.inner_attention == "triton":
+        if reason is not None:
+            raise ValueError(f"`inner_attention='triton'` cannot be used here: {reason}. Or set it to 'torch'.")
+        return TRITON
+    if not differentiated:
+        return config._attn_implementation
+    auto = config.inner_attention == "auto"
+    if auto and config._attn_implementation == "eager":
+        return "eager"
+    measured = auto and device.type == "cuda" and torch.cuda.get_device_capability(device) in TRITON_MEASURED_FASTER
+    return TRITON if measured and reason is None else TWICE_DIFFERENTIABLE
 
 
 def eager_attention_forward(
@@ -259,3 +292,17 @@ def twice_differentiable_attention_forward(
     dtype = value.dtype  # under autocast the rotated queries and keys are float32, the values bfloat16
     output = twice_differentiable_attention(query.to(dtype), key.to(dtype), value, attention_mask, scaling)
     return output.transpose(1, 2), None
+
+
+def triton_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: VisibleKeys,
+    scaling: float,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """`triton_attention` with the signature of transformers' attention interface."""
+    dtype = value.dtype
+    return triton_attention(query.to(dtype), key.to(dtype), value, attention_mask, scaling).transpose(1, 2), None

@@ -18,6 +18,7 @@ from .checks import check_repeats, selected_rows
 from .context import LearnedContext, Pending, keep_visible
 from .fast_weights import FastWeights
 from .fingerprints import WeightMarks
+from .layers import NewStates
 from .twice_differentiable import is_asynchronous
 
 
@@ -84,7 +85,7 @@ class TTTE2ECache(Cache):
             if layer_type == "sliding_attention":
                 window, sinks = config.sliding_window - 1, config.num_sink_tokens
             new = (layer.keys, layer.values)
-            past_key_values.append(keep_visible(None, new, (0,) * rows, (length,) * rows, window, sinks))
+            past_key_values.append(keep_visible(None, NewStates(new), (0,) * rows, (length,) * rows, window, sinks))
         cache = cls(config)
         cache.context = LearnedContext((length,) * rows, (length,) * rows, tuple(past_key_values))
         cache.columns = length

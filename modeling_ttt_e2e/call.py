@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.utils import logging
 
-from .attention import TWICE_DIFFERENTIABLE
+from .attention import inner_attention
 from .cache_ttt_e2e import TTTE2ECache
 from .causal_lm_loss import NO_TARGET, position_labels
 from .checks import (
@@ -285,7 +285,8 @@ def make_reader(model: torch.nn.Module, call: Call) -> Reader:
         check_quantisation(model)
     if differentiated:
         check_tensor_parallelism(model)
-        inner_implementation = "eager" if implementation == "eager" else TWICE_DIFFERENTIABLE
+    if call.learning and not call.want_attentions:
+        inner_implementation = inner_attention(config, model.device, activation_dtype(model), differentiated)
     checkpointing = model.gradient_checkpointing and model.training
     if checkpointing and call.learning and torch.is_grad_enabled():
         check_not_reentrant(model._gradient_checkpointing_func)
@@ -299,6 +300,12 @@ def make_reader(model: torch.nn.Module, call: Call) -> Reader:
         want_layers=call.want_layers,
         want_attentions=call.want_attentions,
     )
+
+
+def activation_dtype(model: torch.nn.Module) -> torch.dtype:
+    """The dtype of keys and values."""
+    kind = autocast_type(model.device)
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
 
 
 def segment_size(config) -> int:

@@ -9,6 +9,7 @@ from .configuration_decoder import DecoderConfig  # first: it checks the release
 # isort: split
 from huggingface_hub.dataclasses import strict
 
+INNER_ATTENTIONS = ("auto", "triton", "torch")
 META_GRADIENTS = ("second_order", "first_order")
 INNER_PROJECTIONS = {"all": slice(None), "down": slice(2, None)}  # of an MLP's gate, up and down
 
@@ -42,6 +43,9 @@ class TTTE2EConfig(DecoderConfig):
         inner_checkpoint_every: inner steps in one group of checkpointing through time, which is active together with
             gradient checkpointing (None: about the square root of their number).
         inner_checkpoint_offload: keep the fast weights stored at the beginning of each such group in CPU memory.
+        inner_attention: what computes the attention of suffix blocks inside inner steps: `"triton"` kernels, which hold
+            no scores and need a GPU, `"torch"`, or `"auto"`: kernels where gradients of gradients are asked for, on
+            GPUs on which these were measured to be faster.
         test_time_training: learn while reading, unless a call says otherwise.
     """
 
@@ -73,6 +77,7 @@ class TTTE2EConfig(DecoderConfig):
     meta_gradient_horizon: int | None = None
     inner_checkpoint_every: int | None = None
     inner_checkpoint_offload: bool = False
+    inner_attention: str = "auto"
     test_time_training: bool = True
 
     def __post_init__(self, **kwargs):
@@ -127,6 +132,7 @@ class TTTE2EConfig(DecoderConfig):
                 f"got {self.num_suffix_layers}."
             )
         self._check_choice("meta_gradient", META_GRADIENTS)
+        self._check_choice("inner_attention", INNER_ATTENTIONS)
         self._check_choice("inner_projections", tuple(INNER_PROJECTIONS))
         self._check_not_negative("inner_learning_rate")
         self._check_not_negative("inner_max_grad_norm")

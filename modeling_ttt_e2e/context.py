@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from .fast_weights import FastWeights
-from .layers import KeysValues
-from .sinks import split_sinks, with_new_sinks
+from .layers import KeysValues, NewStates
+from .sinks import join_pairs, split_sinks, with_new_sinks
 
 
 @dataclass(frozen=True)
@@ -99,16 +99,9 @@ class LearnedContext:
         return replace(self, fast=fast, pending=pending, past_key_values=past_key_values)
 
 
-def join_pairs(pairs: Sequence[KeysValues | None]) -> KeysValues:
-    """Keys and values one after the other."""
-    present = [pair for pair in pairs if pair is not None]
-    keys, values = (torch.cat(states, dim=2) if len(states) > 1 else states[0] for states in zip(*present, strict=True))
-    return keys, values
-
-
 def keep_visible(
     past: KeysValues | None,
-    new: KeysValues,
+    states: NewStates,
     tokens_read: Sequence[int],
     counts: Sequence[int],
     window: int | None,
@@ -117,7 +110,7 @@ def keep_visible(
     """Earlier keys and values with new ones, as far as they will be seen.
 
     Args:
-        past, new: each [rows, key/value heads, positions, channels].
+        past: [rows, key/value heads, positions, channels] each; states: what attention has left behind them.
         tokens_read: per row, tokens before the new ones.
         counts: per row, new tokens.
         window: of the last ones how many are kept; None: all.
@@ -125,8 +118,9 @@ def keep_visible(
     """
     sinks, before = split_sinks(past, num_sinks)
     num_past = 0 if before is None else before[0].shape[2]
-    kept = last_tokens(join_pairs((before, new)), [num_past + count for count in counts], window)
-    return kept if num_sinks == 0 else join_pairs((with_new_sinks(sinks, new, tokens_read, num_sinks), kept))
+    joined = states.joined or join_pairs((before, states.new))
+    kept = last_tokens(joined, [num_past + count for count in counts], window)
+    return kept if num_sinks == 0 else join_pairs((with_new_sinks(sinks, states.new, tokens_read, num_sinks), kept))
 
 
 def last_tokens(pair: KeysValues, ends: Sequence[int], length: int | None, num_sinks: int = 0) -> KeysValues:

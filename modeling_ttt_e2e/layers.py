@@ -10,11 +10,10 @@ Axis letters: B batch rows, T new tokens, H earlier tokens, D hidden size, C cha
 """
 
 import copy
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -27,10 +26,22 @@ from .attention import (
     float64_device,
 )
 from .fast_weights import Delta, FastWeights, linear
-from .sinks import split_sinks, with_new_sinks, with_sink_channels
+from .sinks import join_pairs, split_sinks, with_new_sinks, with_sink_channels
 from .twice_differentiable import at_least_float32, rms_normalize
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
+
+
+class NewStates(NamedTuple):
+    """Keys and values that attention leaves behind.
+
+    Attributes:
+        new: of the new tokens, each [B, key/value heads, T, C].
+        joined: of the earlier tokens, without sinks, and the new ones, where attention has joined them anyway.
+    """
+
+    new: KeysValues
+    joined: KeysValues | None = None
 
 
 class TTTE2ERMSNorm(nn.Module):
@@ -42,14 +53,20 @@ class TTTE2ERMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = at_least_float32(x.dtype)
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            return (rms_normalize(x.to(dtype), self.eps) * self.weight).to(x.dtype)
-        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
+            return (rms_normalize(x.to(at_least_float32(x.dtype)), self.eps) * self.weight).to(x.dtype)
+        # One operation; casts that change nothing would cost a third of it for a single token.
+        weight, dtype = self.weight, at_least_float32(x.dtype)
+        if x.dtype == weight.dtype == dtype:
+            return torch.rms_norm(x, weight.shape, weight, self.eps)
+        return torch.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), self.eps).to(x.dtype)
 
 
 class TTTE2ERotaryEmbedding(nn.Module):
-    """Cosines and sines of the RoPE angles, half-split layout. Angles are float64: exact at any position."""
+    """Cosines and sines of the RoPE angles, half-split layout, as `rotate` takes them.
+
+    Angles are float64: exact at any position.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -68,13 +85,16 @@ class TTTE2ERotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> KeysValues:
-        """position_ids [1 or B, T] -> cosines and sines, each [1 or B, T, C], in `dtype` but at least float32."""
+        """position_ids [1 or B, T] -> cosines and signed sines, [1 or B, T, C], in `dtype` but at least float32.
+
+        Signed: the sines of the first half of the channels are negative.
+        """
         device = position_ids.device
         exact = float64_device(device)
         angles = position_ids[..., None].to(exact).double() * self.inv_freq.to(exact).double()
-        angles = torch.cat([angles, angles], dim=-1)
         dtype = at_least_float32(dtype)
         cosines, sines = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        cosines, sines = torch.cat([cosines, cosines], dim=-1), torch.cat([-sines, sines], dim=-1)
         return cosines.to(dtype).to(device), sines.to(dtype).to(device)
 
 
@@ -98,10 +118,12 @@ class RotaryEmbeddings(nn.ModuleDict):
 
 
 def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Apply RoPE to x [B, heads, T, C]; computed in the angles' dtype, returned in x's."""
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x * cosines.unsqueeze(1) + turned * sines.unsqueeze(1)).to(x.dtype)
+    """Apply RoPE to x [B, heads, T, C] with what `TTTE2ERotaryEmbedding` gives.
+
+    Computed in the angles' dtype, returned in x's.
+    """
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x * cosines.unsqueeze(1), swapped, sines.unsqueeze(1)).to(x.dtype)
 
 
 class TTTE2EMLP(nn.Module):
@@ -162,15 +184,15 @@ class TTTE2EAttention(nn.Module):
 
     def forward(
         self, x: torch.Tensor, attention: AttentionInputs, past: KeysValues | None
-    ) -> tuple[torch.Tensor, KeysValues, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, NewStates, torch.Tensor | None]:
         """x [B, T, D] and earlier keys and values [B, key/value heads, H, C], rotated; those of sinks come first.
 
         Returns:
-            The output [B, T, D], the new tokens' keys and values, and the weights [B, heads, T, H + T] (eager only).
+            The output [B, T, D], keys and values, and the weights [B, heads, T, H + T] (eager only).
         """
         query, key, value = (linear(projection, x) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        output, new, weights = self.mix(query, key, value, attention, past)
-        return linear(self.o_proj, output), new, weights
+        output, states, weights = self.mix(query, key, value, attention, past)
+        return linear(self.o_proj, output), states, weights
 
     def mix(
         self,
@@ -179,7 +201,7 @@ class TTTE2EAttention(nn.Module):
         value: torch.Tensor,
         attention: AttentionInputs,
         past: KeysValues | None,
-    ) -> tuple[torch.Tensor, KeysValues, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, NewStates, torch.Tensor | None]:
         """As `forward`, from the projections [B, T, heads * C] to the output before its own, of the same shape."""
         shape = query.shape
         heads = (*shape[:-1], -1, self.head_dim)
@@ -202,16 +224,16 @@ class TTTE2EAttention(nn.Module):
                 keys, values = (torch.cat(pair, dim=2) for pair in zip(sinks, (keys, values), strict=True))
             return self._attend(attention.implementation, query, keys, values, mask)
 
-        mask = attention.masks[self.layer_type]
+        mask, joined = attention.masks[self.layer_type], None
         if isinstance(mask, BlockMasks):
             before = parts[0] if len(parts) > 1 else None
             output, weights = attend_in_blocks(lambda *seen: attend(*seen)[0], turned, parts[-1], before, mask), None
         else:
-            seen = parts[0]
-            if len(parts) > 1:
-                seen = [torch.cat(pair, dim=2) for pair in zip(*parts, strict=True)]
+            seen = join_pairs(parts)
+            # With channels for sinks they are others than those to keep.
+            joined = seen if attention.sinks is None else None
             output, weights = attend(turned, *seen, mask)
-        return output[..., : self.head_dim].reshape(shape), new, weights
+        return output[..., : self.head_dim].reshape(shape), NewStates(new, joined), weights
 
     def _attend(self, implementation: str, query, keys, values, mask) -> tuple[torch.Tensor, torch.Tensor | None]:
         attend = attention_function(implementation)
@@ -230,10 +252,10 @@ class NoAttention(nn.Module):
 
     def forward(
         self, x: torch.Tensor, attention: AttentionInputs, past: KeysValues | None
-    ) -> tuple[torch.Tensor, KeysValues, None]:
+    ) -> tuple[torch.Tensor, NewStates, None]:
         """x [B, T, D] -> zeros, empty keys and values [B, key/value heads, T, 0], and no weights."""
         empty = x.new_empty(x.shape[0], self.num_key_value_heads, x.shape[1], 0)
-        return torch.zeros_like(x), (empty, empty), None
+        return torch.zeros_like(x), NewStates((empty, empty)), None
 
 
 class Block(nn.Module):
@@ -252,9 +274,9 @@ class Block(nn.Module):
 
     def attend(
         self, x: torch.Tensor, attention: AttentionInputs, past: KeysValues | None
-    ) -> tuple[torch.Tensor, KeysValues, torch.Tensor | None]:
-        output, new, weights = self.self_attn(self.input_layernorm(x), attention, past)
-        return x + self.post_attention_layernorm(output), new, weights
+    ) -> tuple[torch.Tensor, NewStates, torch.Tensor | None]:
+        output, states, weights = self.self_attn(self.input_layernorm(x), attention, past)
+        return x + self.post_attention_layernorm(output), states, weights
 
     def feed_forward(self, x: torch.Tensor, deltas: tuple[Delta, ...] | None = None) -> torch.Tensor:
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), deltas))
@@ -266,20 +288,20 @@ class Block(nn.Module):
         past: KeysValues | None,
         deltas: tuple[Delta, ...] | None = None,
         part: Literal["whole", "attention", "feed_forward"] = "whole",
-    ) -> tuple[torch.Tensor, KeysValues | None, torch.Tensor | None]:
-        """x [B, T, D] -> the block's output [B, T, D], the new keys and values, the attention weights or None.
+    ) -> tuple[torch.Tensor, NewStates | None, torch.Tensor | None]:
+        """x [B, T, D] -> the block's output [B, T, D], keys and values, the attention weights or None.
 
         Args:
             deltas: the fast weights of the block's inner MLP, in a suffix block.
             part: the half to compute. The attention of the first suffix block does not depend on any fast weight, so
                 it runs once over a long text while the rest runs mini-batch by mini-batch.
         """
-        new = weights = None
+        states = weights = None
         if part != "feed_forward":
-            x, new, weights = self.attend(x, attention, past)
+            x, states, weights = self.attend(x, attention, past)
         if part != "attention":
             x = self.feed_forward(x, deltas)
-        return x, new, weights
+        return x, states, weights
 
 
 class TTTE2EDecoderLayer(Block, GradientCheckpointingLayer):

@@ -19,12 +19,12 @@ import torch
 from .attention import AttentionInputs, BlockMasks, attention_mask, last_chunks
 from .causal_lm_loss import NO_TARGET
 from .checkpointing import run_checkpointed
-from .context import LearnedContext, Pending, gather_positions, join_pairs, last_tokens
+from .context import LearnedContext, Pending, gather_positions, last_tokens
 from .fast_weights import FastWeights, is_plain, linear
 from .inner_loop import InnerState, MiniBatch, StepOutput, cut_gradient, run_inner_loop
-from .layers import KeysValues, zero_fast_weights
+from .layers import KeysValues, NewStates, zero_fast_weights
 from .reader import Reader, SegmentMemory, SegmentOutput, run_blocks
-from .sinks import split_sinks, with_new_sinks
+from .sinks import join_pairs, split_sinks, with_new_sinks
 from .tokens import Segment, added
 
 PastChunks = tuple[tuple[KeysValues, ...], ...]
@@ -290,8 +290,8 @@ class StepMemory:
         masks: dict[str, torch.Tensor | BlockMasks | None] = {reader.layer_types[index]: mask}
         return AttentionInputs(self.batch.position_embeddings, masks, reader.inner_implementation, seen), past
 
-    def add(self, index: int, new: KeysValues) -> None:
-        sinks, chunks = self._chunks(index)
+    def add(self, index: int, states: NewStates) -> None:
+        (sinks, chunks), new = self._chunks(index), states.new
         window = self.suffix.reader.windows_before[index]
         if sinks:
             sinks = (with_new_sinks(sinks[0], new, self.suffix.tokens_read(self.batch), sinks[0][0].shape[2]),)

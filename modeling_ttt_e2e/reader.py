@@ -22,7 +22,7 @@ from .causal_lm_loss import hidden_nll
 from .context import LearnedContext, keep_visible, last_tokens
 from .fast_weights import FastWeights
 from .inner_loop import UpdateRule
-from .layers import KeysValues
+from .layers import KeysValues, NewStates
 from .sinks import Sinks, positions_at_sinks, sinks_left_behind
 from .tokens import Segment
 
@@ -61,7 +61,7 @@ class Memory(Protocol):
     def before(self, index: int) -> tuple[AttentionInputs, KeysValues | None]:
         """What the attention of block `index` needs: angles and masks, and earlier keys and values."""
 
-    def add(self, index: int, new: KeysValues) -> None:
+    def add(self, index: int, states: NewStates) -> None:
         """Take over the new tokens' keys and values."""
 
 
@@ -87,8 +87,8 @@ def run_blocks(
         if part == "feed_forward":
             x, _, _ = call(layer, x, None, None, deltas, part=part)
         else:
-            x, new, weights[index] = call(layer, x, *memory.before(index), deltas, part=part)
-            memory.add(index, new)
+            x, left, weights[index] = call(layer, x, *memory.before(index), deltas, part=part)
+            memory.add(index, left)
         states.append(x)
     return x, states, weights
 
@@ -119,11 +119,11 @@ class Reader:
     def config(self):
         return self.model.config
 
-    @property
+    @cached_property
     def suffix_layers(self) -> list[torch.nn.Module]:
-        return list(self.model.layers[self.config.num_prefix_layers :])
+        return list(self.model.layers)[self.config.num_prefix_layers :]
 
-    @property
+    @cached_property
     def inner_parts(self) -> list[BlockPart]:
         """What fast weights reach: the suffix without the attention of its first block."""
         first = self.config.num_prefix_layers
@@ -265,14 +265,14 @@ class SegmentMemory:
             self.inputs[kind, num_past] = AttentionInputs(self.angles, masks, self.reader.implementation, sinks)
         return self.inputs[kind, num_past], past
 
-    def add(self, index: int, new: KeysValues) -> None:
+    def add(self, index: int, states: NewStates) -> None:
         """Earlier keys and values with the new ones, aligned right, as many as will be seen."""
         if not self.segment.needs_context:
             return
         past, window = self.past_key_values[index], self.reader.windows_before[index]
         window = None if window is None else window + self.pending
         counts = (self.before_segment.tokens, self.segment.counts)
-        self.past_key_values[index] = keep_visible(past, new, *counts, window, self.reader.sink_counts[index])
+        self.past_key_values[index] = keep_visible(past, states, *counts, window, self.reader.sink_counts[index])
 
     def _mask(self, kind: str, num_past: int, num_sinks: int) -> torch.Tensor | BlockMasks | None:
         reader, segment = self.reader, self.segment

@@ -71,6 +71,14 @@ def sink_mask_function(tokens_read: torch.Tensor, window: int, num_past: int, co
     return seen
 
 
+def join_pairs(pairs: Sequence[KeysValues | None]) -> KeysValues:
+    """Keys and values one after the other."""
+    present = [pair for pair in pairs if pair is not None]
+    if len(present) == 1:
+        return present[0]
+    return torch.cat([keys for keys, _ in present], dim=2), torch.cat([values for _, values in present], dim=2)
+
+
 def split_sinks(past: KeysValues | None, count: int) -> tuple[KeysValues | None, KeysValues | None]:
     """Earlier keys and values [B, heads, S + K, C] as those of the sinks and those of the window."""
     if past is None or count == 0:
@@ -99,6 +107,12 @@ def with_new_sinks(stored: KeysValues | None, new: KeysValues, tokens_read: Sequ
     return keys, values
 
 
+def sink_channels(count: int, dtype: torch.dtype, head_dim: int) -> int:
+    """Channels that `with_sink_channels` adds to heads of `head_dim` for `count` sinks."""
+    extra = count if dtype.itemsize >= 4 else 2 * count
+    return extra + -(head_dim + extra) % CHANNELS_MULTIPLE if count else 0
+
+
 def with_sink_channels(
     query: torch.Tensor, at_sinks: torch.Tensor, sinks: KeysValues, others: Sequence[KeysValues]
 ) -> tuple[torch.Tensor, KeysValues, list[KeysValues]]:
@@ -119,8 +133,7 @@ def with_sink_channels(
     parts = [scores.to(query.dtype)]
     if exact != query.dtype:
         parts.append((scores - parts[0].to(exact)).to(query.dtype))
-    extra = count * len(parts)
-    extra += -(query.shape[-1] + extra) % CHANNELS_MULTIPLE
+    extra = sink_channels(count, query.dtype, query.shape[-1])
     query = F.pad(torch.cat([query, *parts], dim=-1), [0, extra - count * len(parts)])
     units = torch.eye(count, dtype=sinks[0].dtype, device=query.device).repeat(1, len(parts))
     units = F.pad(units, [sinks[0].shape[-1], extra - count * len(parts)])  # [S, C + extra]

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from .attention import AttentionInputs
 from .context import take_last
 from .layers import KeysValues, TTTE2EAttention, TTTE2ERMSNorm, rotate
+from .sinks import join_pairs
 from .tokens import MiniBatchGrid
 from .ttt_kvb import (
     KVBMemory,
@@ -100,14 +101,14 @@ class TTTLayersAttention(TTTE2EAttention):
         Returns:
             [B, T, heads x C], the keys and values to keep, and the weights [B, heads, T, earlier + T] (eager only).
         """
-        output, new, weights = self.mix(query, key, value, call.attention, state)
-        num_past = 0
-        if state is not None:
-            num_past = state[0].shape[2]
-            new = tuple(torch.cat([old.to(own.dtype), own], dim=2) for old, own in zip(state, new, strict=True))
+        output, (new, joined), weights = self.mix(query, key, value, call.attention, state)
+        num_past = 0 if state is None else state[0].shape[2]
+        if joined is None:
+            earlier = None if state is None else (state[0].to(new[0].dtype), state[1].to(new[1].dtype))
+            joined = join_pairs((earlier, new))
         ends = [num_past + count for count in call.counts]
         keep = max(ends) if self.sliding_window is None else self.sliding_window - 1
-        return output, (take_last(new[0], ends, keep), take_last(new[1], ends, keep)), weights
+        return output, (take_last(joined[0], ends, keep), take_last(joined[1], ends, keep)), weights
 
 
 class KVBMixerState(NamedTuple):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ttt_e2e import TTTE2ECache
-from ttt_e2e.layers import TTTE2EAttention, rotate
+from ttt_e2e.layers import NewStates, TTTE2EAttention, rotate
 
 from .helpers import BATCH, WINDOW, padded, random_ids, small_config, small_model
 from .reading_in_calls import CLOSE, random_sizes, read
@@ -35,7 +35,7 @@ def attention_as_written(module, query, key, value, attention, past):
         weights = torch.stack(scores, dim=-1).softmax(dim=-1)  # [batch, heads, seen]
         outputs.append((weights[..., None] * value[:, :, seen]).sum(dim=2))
     output = torch.stack(outputs, dim=1).flatten(2)
-    return output, (key, value), None
+    return output, NewStates((key, value)), None
 
 
 @pytest.mark.parametrize("groups", [1, 2])
