@@ -31,7 +31,7 @@ CHECKPOINT_STEPS ?= 1200
 # Threads that wait for one another by spinning bring torch to a crawl on a machine that does other work besides.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-all test-newest lint bench checkpoint checkpoint-code smollm2 smollm2-static chat install install-dev lock docs types release
+.PHONY: help demo test test-all test-newest lint bench gpu checkpoint checkpoint-code smollm2 smollm2-static chat install install-dev lock docs types release
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -53,6 +53,10 @@ test-newest: $(NEWEST)/bin/python ## tests with the newest releases, torch excep
 lint: $(INSTALLED_DEV) ## linter and formatter, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+gpu: $(INSTALLED_DEV) ## on a machine with a GPU: its tests, and benchmarks into benchmarks/results (under 9 minutes)
+	$(BIN)/python -m pytest -q -m gpu $(ARGS)
+	$(BIN)/python -m ttt_e2e.benchmarks.gpu --output benchmarks/results
 
 bench: $(INSTALLED) ## time and memory of training, reading and decoding against stock transformers
 	$(BIN)/ttt-e2e bench $(ARGS)

@@ -30,6 +30,8 @@ PACKAGE_FOLDERS = {
 PEFT = "peft<0.22"
 # The site of `make docs`; mkdocs 2 drops the plugins that it is built with.
 DOCS = ["mkdocs<2", "mkdocs-material", "mkdocstrings[python]"]
+# Kernels of a GPU, which a CUDA build of torch brings; tests run them on the CPU.
+TRITON = "triton; sys_platform == 'linux'"
 # What `make types`, `make release` and the notebook run.
 TOOLS = ["build", "ipykernel", "mypy", "nbclient", "nbformat", "twine"]
 
@@ -84,6 +86,7 @@ setup(
             "tensorstore",
             "gguf",
             PEFT,
+            TRITON,
             "trl",
             "openai",
             "transformers[serving]",
@@ -97,6 +100,7 @@ setup(
         "jax": ["tensorstore", "gcsfs"],
         "peft": [PEFT],
         "serve": ["transformers[serving]"],
+        "triton": [TRITON],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

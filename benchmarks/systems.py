@@ -4,6 +4,7 @@ The stock decoder is Qwen3, which has what ours has but for sandwich norms and p
 share of the prime MLPs, so that all models have about as many parameters.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,36 @@ from .. import TTTE2EConfig, TTTE2EForCausalLM
 
 STOCK_WINDOW, STOCK_FULL = "stock, sliding window", "stock, full attention"
 OFF, ON = "learning off", "learning on"
-SYSTEMS = (STOCK_WINDOW, STOCK_FULL, OFF, ON)
+
+
+@dataclass(frozen=True)
+class System:
+    """A measured system.
+
+    Attributes:
+        stock: transformers' Qwen3, or our model.
+        changes: of the configuration. told: arguments of a call of the model.
+    """
+
+    stock: bool
+    changes: Mapping[str, Any]
+    told: Mapping[str, Any]
+
+
+SYSTEMS = {
+    STOCK_WINDOW: System(True, {"layer_types": "sliding_attention"}, {}),
+    STOCK_FULL: System(True, {"layer_types": "full_attention"}, {}),
+    OFF: System(False, {}, {"test_time_training": False}),
+    ON: System(False, {}, {"test_time_training": True}),
+}
+# What a GPU may have besides.
+GPU_SYSTEMS = SYSTEMS | {
+    "stock, full attention, flash-attn": System(
+        True, {"layer_types": "full_attention", "attn_implementation": "flash_attention_2"}, {}
+    ),
+    "learning on, Triton": System(False, {"inner_attention": "triton"}, {"test_time_training": True}),
+    "learning on, first order": System(False, {"meta_gradient": "first_order"}, {"test_time_training": True}),
+}
 
 
 @dataclass(frozen=True)
@@ -32,8 +62,10 @@ class ModelSizes:
 
 
 def build(system: str, sizes: ModelSizes, device: str) -> PreTrainedModel:
-    """A system with random weights, float32."""
+    """A system of `GPU_SYSTEMS` with random weights, float32."""
     torch.manual_seed(0)
+    known = GPU_SYSTEMS[system]
+    changes = dict(known.changes)
     shared: dict[str, Any] = {
         "vocab_size": sizes.vocab_size,
         "hidden_size": sizes.hidden_size,
@@ -44,27 +76,29 @@ def build(system: str, sizes: ModelSizes, device: str) -> PreTrainedModel:
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    if system in (OFF, ON):
+    if not known.stock:
         config = TTTE2EConfig(
             **shared,
+            **changes,
             intermediate_size=sizes.intermediate_size,
             num_suffix_layers=sizes.num_suffix_layers,
             mini_batch_size=sizes.mini_batch_size,
         )
         return TTTE2EForCausalLM(config).to(device)  # type: ignore[arg-type]  # a wrapped method
-    slides = system == STOCK_WINDOW
+    kind = changes.pop("layer_types")
     share = 1 + sizes.num_suffix_layers / sizes.num_hidden_layers
     stock = Qwen3Config(
         **shared,
         intermediate_size=round(sizes.intermediate_size * share),
         num_key_value_heads=sizes.num_attention_heads,
         head_dim=sizes.hidden_size // sizes.num_attention_heads,
-        use_sliding_window=slides,
-        layer_types=["sliding_attention" if slides else "full_attention"] * sizes.num_hidden_layers,
+        use_sliding_window=kind == "sliding_attention",
+        layer_types=[kind] * sizes.num_hidden_layers,
+        **changes,
     )
     return Qwen3ForCausalLM(stock).to(device)  # type: ignore[arg-type]
 
 
-def arguments(system: str) -> dict[str, bool]:
+def arguments(system: str) -> Mapping[str, Any]:
     """What a call of the system's model is told."""
-    return {"test_time_training": system == ON} if system in (OFF, ON) else {}
+    return GPU_SYSTEMS[system].told
