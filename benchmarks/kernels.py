@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+from ..triton_attention import KERNELS, OF_THE_SECOND_DERIVATIVE, block_settings, head_width, is_interpreted
+
 ARCHITECTURES = {80: "Ampere", 90: "Hopper"}
 DTYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-KERNELS = ("forward", "query_gradient", "key_gradient", "row_sums", "second_query", "second_key")
 FLOAT32_VECTORS = ("log_sums", "dots", "sums", "products")
 # Bytes of shared memory that one program may take.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
@@ -48,13 +49,10 @@ def compile_kernel(name: str, architecture: int, dtype: torch.dtype, channels: i
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from .. import triton_kernels
-    from ..triton_attention import block_settings, head_width
-
-    if triton_kernels.INTERPRETED.value:
+    if is_interpreted():
         raise RuntimeError("TRITON_INTERPRET is set: unset it to compile kernels.")
-    kernel = getattr(triton_kernels, f"{name}_kernel")
-    settings = block_settings(channels, dtype, second=kernel in triton_kernels.OF_THE_SECOND_DERIVATIVE)
+    kernel = KERNELS[name]
+    settings = block_settings(channels, dtype, second=name in OF_THE_SECOND_DERIVATIVE)
     constants = {"CHANNELS": channels, "WIDTH": head_width(channels), "HEADS": 2 * groups, "GROUPS": groups}
     constants["PRECISION"] = "ieee" if dtype == torch.float32 else "tf32"
     constants |= {size: settings.pop(size) for size in ("ROWS", "COLUMNS")}

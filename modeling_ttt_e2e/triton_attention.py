@@ -16,7 +16,8 @@ skipped. Query heads share keys without a copy of these; products take bfloat16 
 Axis letters: B batch rows, H query heads, N key/value heads, Q queries, K keys, C channels of a head.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -25,9 +26,9 @@ from torch.autograd.function import once_differentiable
 from .twice_differentiable import autocast_type
 
 try:
-    from . import triton_kernels as kernels
+    from .triton_kernels import INTERPRETED, KERNELS
 except ImportError:  # `triton` is optional
-    kernels = None
+    INTERPRETED = KERNELS = None
 
 MAX_CHANNELS = 256
 # By bytes of a place in memory: queries and keys of a block, and warps; those of the second derivative last.
@@ -39,6 +40,7 @@ BLOCKS = {
     512: ((16, 32, 4), (16, 16, 4)),
     1024: ((16, 16, 4), (16, 16, 4)),
 }
+OF_THE_SECOND_DERIVATIVE = ("row_sums", "second_query", "second_key")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -86,7 +88,7 @@ def why_not(device: torch.device, dtype: torch.dtype, channels: int) -> str | No
     Args:
         channels: C, those that stand for attention sinks included.
     """
-    if kernels is None:
+    if KERNELS is None:
         return "the package `triton` is not installed: pip install triton"
     if device.type != "cuda" and not is_interpreted():
         return f"the device is '{device.type}': Triton kernels need a GPU, or TRITON_INTERPRET=1 from the start (slow)"
@@ -97,7 +99,7 @@ def why_not(device: torch.device, dtype: torch.dtype, channels: int) -> str | No
 
 def is_interpreted() -> bool:
     """Whether kernels run on the CPU, statement by statement; decided when this module is imported."""
-    return kernels is not None and kernels.INTERPRETED.value
+    return KERNELS is not None and INTERPRETED.value
 
 
 def triton_attention(
@@ -121,7 +123,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, visible, scale):
         output, log_sums = torch.empty_like(query), _row_numbers(query)
-        _launch(kernels.forward_kernel, "rows", query, key, visible, scale, [query, key, value, output, log_sums])
+        _launch("forward", "rows", query, key, visible, scale, [query, key, value, output, log_sums])
         ctx.save_for_backward(query, key, value, output, log_sums)
         ctx.visible, ctx.scale = visible, scale
         ctx.mark_non_differentiable(log_sums)
@@ -145,8 +147,8 @@ class _AttentionGradient(torch.autograd.Function):
         dots = (grad_output.float() * output.float()).sum(-1)
         read = [query, key, value, grad_output, log_sums, dots]
         grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
-        _launch(kernels.query_gradient_kernel, "rows", query, key, visible, scale, [*read, grads[0]])
-        _launch(kernels.key_gradient_kernel, "columns", query, key, visible, scale, [*read, *grads[1:]])
+        _launch("query_gradient", "rows", query, key, visible, scale, [*read, grads[0]])
+        _launch("key_gradient", "columns", query, key, visible, scale, [*read, *grads[1:]])
         ctx.save_for_backward(*read)
         ctx.visible, ctx.scale = visible, scale
         return tuple(grads)
@@ -160,10 +162,10 @@ class _AttentionGradient(torch.autograd.Function):
         read = [query, key, value, grad_output, *bars, log_sums, dots]
         of_query, of_key, of_value, of_grad = (torch.empty_like(own) for own in (query, key, value, grad_output))
         shared = ("rows", query, key, ctx.visible, ctx.scale)
-        _launch(kernels.row_sums_kernel, *shared, [*read, sums, products])
+        _launch("row_sums", *shared, [*read, sums, products])
         read += [sums, products]
-        _launch(kernels.second_query_kernel, *shared, [*read, of_query, of_grad])
-        _launch(kernels.second_key_kernel, "columns", *shared[1:], [*read, of_key, of_value])
+        _launch("second_query", *shared, [*read, of_query, of_grad])
+        _launch("second_key", "columns", *shared[1:], [*read, of_key, of_value])
         return of_query, of_key, of_value, of_grad, None, None, None, None
 
 
@@ -172,7 +174,7 @@ def _row_numbers(query: torch.Tensor) -> torch.Tensor:
 
 
 def _launch(
-    kernel: Callable,
+    kernel: str,
     over: str,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -182,7 +184,7 @@ def _launch(
 ) -> None:
     """Run a kernel in one program per block of queries and head (`over="rows"`) or of keys and key/value head."""
     (batch, heads, num_queries, channels), (_, key_heads, num_keys, _) = query.shape, key.shape
-    settings = block_settings(channels, query.dtype, second=kernel in kernels.OF_THE_SECOND_DERIVATIVE)
+    settings = block_settings(channels, query.dtype, second=kernel in OF_THE_SECOND_DERIVATIVE)
     if over == "rows":
         grid = (_blocks(num_queries, settings["ROWS"]), batch * heads)
     else:
@@ -191,7 +193,8 @@ def _launch(
     # "ieee" keeps float32 products exact, as PyTorch does unless it is allowed TF32.
     exact = query.dtype == torch.float32 and not (query.is_cuda and torch.backends.cuda.matmul.allow_tf32)
     sizes["PRECISION"] = "ieee" if exact else "tf32"
-    kernel[grid](*tensors, visible.tokens_read, scale, *visible.numbers, **sizes, **settings)
+    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+        KERNELS[kernel][grid](*tensors, visible.tokens_read, scale, *visible.numbers, **sizes, **settings)
 
 
 def _blocks(length: int, size: int) -> int:
@@ -210,4 +213,4 @@ def block_settings(channels: int, dtype: torch.dtype, second: bool) -> dict[str,
         second: of the second derivative, whose blocks have four tiles of queries and four of keys.
     """
     rows, columns, warps = BLOCKS[min(head_width(channels) * dtype.itemsize, max(BLOCKS))][second]
-    return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, "num_stages": 1}
+    return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ttt_e2e.attention import TWICE_DIFFERENTIABLE, inner_attention
-from ttt_e2e.triton_attention import why_not
+from ttt_e2e.triton_attention import KERNELS, why_not
 
 from .helpers import BATCH, random_ids, small_config, small_model
 
@@ -36,8 +36,8 @@ def test_compiled_kernels_equal_their_twins():
     run_kernel_tests()
 
 
-def test_kernels_compile_for_ampere_and_hopper(capsys):
-    from ttt_e2e.benchmarks.kernels import ARCHITECTURES, KERNELS, SHARED_LIMIT, compile_kernel
+def test_kernels_compile_for_ampere_and_hopper():
+    from ttt_e2e.benchmarks.kernels import ARCHITECTURES, SHARED_LIMIT, compile_kernel
 
     for architecture in ARCHITECTURES:
         for name in KERNELS:
