@@ -64,7 +64,12 @@ def write_report(measured: Mapping, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "bench.json", json.dumps(measured, indent=1) + "\n")
     write_text(folder / "bench.md", markdown(measured))
-    plot_panels([_panels(measured)], folder / "bench")
+    plot(measured, folder / "bench")
+
+
+def plot(measured: Mapping, path: Path) -> None:
+    """Time per token by length, as path.png and path.svg."""
+    plot_panels([_panels(measured)], path)
 
 
 def markdown(measured: Mapping) -> str:

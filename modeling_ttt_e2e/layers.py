@@ -26,7 +26,7 @@ from .attention import (
     float64_device,
 )
 from .fast_weights import Delta, FastWeights, linear
-from .sinks import join_pairs, split_sinks, with_new_sinks, with_sink_channels
+from .sinks import are_few_and_exact, attend_with_sinks, join_pairs, split_sinks, with_new_sinks, with_sink_channels
 from .twice_differentiable import at_least_float32, rms_normalize
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
@@ -214,9 +214,14 @@ class TTTE2EAttention(nn.Module):
             past = (past[0].to(key.dtype), past[1].to(value.dtype))
         sinks, past = split_sinks(past, self.num_sinks)
         parts = [pair for pair in (past, new) if pair is not None]
+        mask, joined = attention.masks[self.layer_type], None
         if attention.sinks is not None:
             at_sinks = rotate(query, *attention.sinks.position_embeddings)
             sinks = with_new_sinks(sinks, new, attention.sinks.tokens_read, self.num_sinks)
+            if attention.implementation == "sdpa" and are_few_and_exact(turned, value):
+                joined = join_pairs(parts)
+                output = attend_with_sinks(turned, at_sinks, sinks, joined, mask, self.scaling)
+                return output.transpose(1, 2).reshape(shape), NewStates(new, joined), None
             turned, sinks, parts = with_sink_channels(turned, at_sinks, sinks, parts)
 
         def attend(query, keys, values, mask):
@@ -224,7 +229,6 @@ class TTTE2EAttention(nn.Module):
                 keys, values = (torch.cat(pair, dim=2) for pair in zip(sinks, (keys, values), strict=True))
             return self._attend(attention.implementation, query, keys, values, mask)
 
-        mask, joined = attention.masks[self.layer_type], None
         if isinstance(mask, BlockMasks):
             before = parts[0] if len(parts) > 1 else None
             output, weights = attend_in_blocks(lambda *seen: attend(*seen)[0], turned, parts[-1], before, mask), None

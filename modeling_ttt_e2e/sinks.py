@@ -18,8 +18,11 @@ import torch
 from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import repeat_kv
 
+from .twice_differentiable import at_least_float32
+
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 CHANNELS_MULTIPLE = 8  # channels of a head, for fast kernels
+FEW_QUERIES = 8  # so many are attended to without copying the keys
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,35 @@ def with_new_sinks(stored: KeysValues | None, new: KeysValues, tokens_read: Sequ
         return first[0], first[1]
     keys, values = (torch.where(places < 0, old.to(own.dtype), own) for old, own in zip(stored, first, strict=True))
     return keys, values
+
+
+def are_few_and_exact(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether `attend_with_sinks` suits: for few queries, and where products are not rounded to half precision."""
+    return query.shape[2] <= FEW_QUERIES and query.dtype == value.dtype and query.dtype.itemsize >= 4
+
+
+def attend_with_sinks(
+    query: torch.Tensor, at_sinks: torch.Tensor, sinks: KeysValues, others: KeysValues, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention of few queries, written down: unlike `with_sink_channels` it copies no keys and no values.
+
+    Args:
+        query, at_sinks, sinks: as `with_sink_channels` has them; others: keys and values of the other tokens.
+        mask: bool, broadcast to [B, H, Q, S + K].
+
+    Returns:
+        [B, H, Q, C].
+    """
+    (batch, heads, queries, channels), count = query.shape, sinks[0].shape[2]
+    # Query heads that share keys stand together as further queries.
+    shared = (batch, sinks[0].shape[1], -1, channels)
+    parts = ((at_sinks, sinks[0]), (query, others[0]))
+    scores = torch.cat([own.reshape(shared) @ keys.mT for own, keys in parts], dim=-1)
+    scores = scores.to(at_least_float32(scores.dtype)).view(batch, heads, queries, -1) * scale
+    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1).to(query.dtype)
+    weights = weights.view(*shared[:3], -1)
+    output = weights[..., :count] @ sinks[1] + weights[..., count:] @ others[1]
+    return output.view(query.shape)
 
 
 def sink_channels(count: int, dtype: torch.dtype, head_dim: int) -> int:
