@@ -161,7 +161,7 @@ def attention_times(work: AttentionWork, device: str, rounds: int) -> Iterator[t
         yield name, {"seconds": seconds, "memory_bytes": peak}
 
 
-def tables(measured: Mapping) -> list[Table]:
+def gpu_tables(measured: Mapping) -> list[Table]:
     """Milliseconds and MiB, by work and system."""
     systems = [name for name in GPU_SYSTEMS if name not in measured["unavailable"]]
 
@@ -186,7 +186,7 @@ def tables(measured: Mapping) -> list[Table]:
     ]
 
 
-def main(
+def measure_gpu(
     output: Annotated[Path | None, typer.Option(help="A folder for gpu.json and gpu.md.")] = None,
     minutes: Annotated[float, typer.Option(help="Begin no further work after so many minutes.", min=0)] = 6,
 ) -> None:
@@ -202,7 +202,7 @@ def main(
         "sizes": asdict(works.sizes),
         "precision": works.precision,
     }
-    for table in tables(measured):
+    for table in gpu_tables(measured):
         Console().print(table.rich())
     for system, reason in measured["unavailable"].items():
         print(f"Not measured: {system} ({reason}).")
@@ -211,8 +211,8 @@ def main(
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / "gpu.json", json.dumps(measured, indent=1) + "\n")
-        write_text(output / "gpu.md", "\n".join(f"{own.title}:\n\n{own.markdown()}" for own in tables(measured)))
+        write_text(output / "gpu.md", "\n".join(f"{own.title}:\n\n{own.markdown()}" for own in gpu_tables(measured)))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(measure_gpu)

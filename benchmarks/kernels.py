@@ -92,7 +92,7 @@ def _assembled(ptx: str, architecture: int) -> tuple[int, int]:
     return int(registers), int(re.search(r"(\d+) bytes spill stores", said).group(1))
 
 
-def main() -> None:
+def show_kernels() -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -104,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    show_kernels()

@@ -103,7 +103,7 @@ def profiled(works: Works) -> tuple[list[Table], float]:
     return tables, rate
 
 
-def main(
+def show_profile(
     markdown: Annotated[bool, typer.Option("--markdown", help="As the documentation has them.")] = False,
 ) -> None:
     """Show where the time of a training step, of reading 1K tokens and of decoding goes."""
@@ -120,4 +120,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(show_profile)

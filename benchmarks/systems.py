@@ -18,7 +18,7 @@ OFF, ON = "learning off", "learning on"
 
 
 @dataclass(frozen=True)
-class System:
+class TimedSystem:
     """A measured system.
 
     Attributes:
@@ -32,18 +32,18 @@ class System:
 
 
 SYSTEMS = {
-    STOCK_WINDOW: System(True, {"layer_types": "sliding_attention"}, {}),
-    STOCK_FULL: System(True, {"layer_types": "full_attention"}, {}),
-    OFF: System(False, {}, {"test_time_training": False}),
-    ON: System(False, {}, {"test_time_training": True}),
+    STOCK_WINDOW: TimedSystem(True, {"layer_types": "sliding_attention"}, {}),
+    STOCK_FULL: TimedSystem(True, {"layer_types": "full_attention"}, {}),
+    OFF: TimedSystem(False, {}, {"test_time_training": False}),
+    ON: TimedSystem(False, {}, {"test_time_training": True}),
 }
 # What a GPU may have besides.
 GPU_SYSTEMS = SYSTEMS | {
-    "stock, full attention, flash-attn": System(
+    "stock, full attention, flash-attn": TimedSystem(
         True, {"layer_types": "full_attention", "attn_implementation": "flash_attention_2"}, {}
     ),
-    "learning on, Triton": System(False, {"inner_attention": "triton"}, {"test_time_training": True}),
-    "learning on, first order": System(False, {"meta_gradient": "first_order"}, {"test_time_training": True}),
+    "learning on, Triton": TimedSystem(False, {"inner_attention": "triton"}, {"test_time_training": True}),
+    "learning on, first order": TimedSystem(False, {"meta_gradient": "first_order"}, {"test_time_training": True}),
 }
 
 

@@ -63,10 +63,7 @@ class TTTE2ERMSNorm(nn.Module):
 
 
 class TTTE2ERotaryEmbedding(nn.Module):
-    """Cosines and sines of the RoPE angles, half-split layout, as `rotate` takes them.
-
-    Angles are float64: exact at any position.
-    """
+    """Cosines and sines of the RoPE angles, half-split layout. Angles are float64: exact at any position."""
 
     def __init__(self, config):
         super().__init__()
@@ -85,16 +82,13 @@ class TTTE2ERotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> KeysValues:
-        """position_ids [1 or B, T] -> cosines and signed sines, [1 or B, T, C], in `dtype` but at least float32.
-
-        Signed: the sines of the first half of the channels are negative.
-        """
+        """position_ids [1 or B, T] -> cosines and sines, each [1 or B, T, C], in `dtype` but at least float32."""
         device = position_ids.device
         exact = float64_device(device)
         angles = position_ids[..., None].to(exact).double() * self.inv_freq.to(exact).double()
         dtype = at_least_float32(dtype)
         cosines, sines = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        cosines, sines = torch.cat([cosines, cosines], dim=-1), torch.cat([-sines, sines], dim=-1)
+        cosines, sines = torch.cat([cosines, cosines], dim=-1), torch.cat([sines, sines], dim=-1)
         return cosines.to(dtype).to(device), sines.to(dtype).to(device)
 
 
@@ -118,12 +112,10 @@ class RotaryEmbeddings(nn.ModuleDict):
 
 
 def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Apply RoPE to x [B, heads, T, C] with what `TTTE2ERotaryEmbedding` gives.
-
-    Computed in the angles' dtype, returned in x's.
-    """
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)
-    return torch.addcmul(x * cosines.unsqueeze(1), swapped, sines.unsqueeze(1)).to(x.dtype)
+    """Apply RoPE to x [B, heads, T, C]; computed in the angles' dtype, returned in x's."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return torch.addcmul(x * cosines.unsqueeze(1), turned, sines.unsqueeze(1)).to(x.dtype)
 
 
 class TTTE2EMLP(nn.Module):

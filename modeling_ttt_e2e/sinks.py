@@ -129,7 +129,7 @@ def attend_with_sinks(
     """
     (batch, heads, queries, channels), count = query.shape, sinks[0].shape[2]
     # Query heads that share keys stand together as further queries.
-    shared = (batch, sinks[0].shape[1], -1, channels)
+    shared = (batch, sinks[0].shape[1], heads // sinks[0].shape[1] * queries, channels)
     parts = ((at_sinks, sinks[0]), (query, others[0]))
     scores = torch.cat([own.reshape(shared) @ keys.mT for own, keys in parts], dim=-1)
     scores = scores.to(at_least_float32(scores.dtype)).view(batch, heads, queries, -1) * scale

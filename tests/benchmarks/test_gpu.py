@@ -28,7 +28,7 @@ def test_all_works_are_measured_on_all_systems_that_can_run():
         assert set(measured["seconds"][name]) == set(GPU_SYSTEMS) - missing
         assert all(second > 0 for own in measured["seconds"][name].values() for second in own)
     assert measured["attention"]["tiny"]["torch"]["seconds"][0] > 0
-    assert [len(table.rows) for table in gpu.tables(measured)] == [len(works.works), len(works.works), 1]
+    assert [len(table.rows) for table in gpu.gpu_tables(measured)] == [len(works.works), len(works.works), 1]
 
 
 def test_what_there_is_no_time_for_is_named():
@@ -52,7 +52,7 @@ def test_a_full_memory_is_a_result(monkeypatch):
     assert measured["seconds"]["training"] == {
         system: gpu.OUT_OF_MEMORY if system == ON else [1.0] for system in (*SYSTEMS, "learning on, first order")
     }
-    assert gpu.OUT_OF_MEMORY in gpu.tables(measured)[0].markdown()
+    assert gpu.OUT_OF_MEMORY in gpu.gpu_tables(measured)[0].markdown()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -60,6 +60,6 @@ def test_without_a_gpu_the_command_says_so():
     from typer import Typer
 
     app = Typer()
-    app.command()(gpu.main)
+    app.command()(gpu.measure_gpu)
     result = CliRunner().invoke(app, [])
     assert result.exit_code == 2 and "no GPU here" in result.output
