@@ -47,12 +47,12 @@ class AttentionInputs:
     Attributes:
         position_embeddings: by layer type, cosines and sines of the RoPE angles of the new tokens, each [1 or B, Q, C].
         masks: by layer type, what `attention_mask` the implementation takes, or [`BlockMasks`] of a long text.
-        implementation: name in transformers' attention interface, or `TWICE_DIFFERENTIABLE`.
+        implementation: name in transformers' attention interface, or `TWICE_DIFFERENTIABLE` or `TRITON`.
         sinks: how sliding layers see their attention sinks; None where all of these are in every window.
     """
 
     position_embeddings: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    masks: "dict[str, torch.Tensor | BlockMasks | None]"
+    masks: "dict[str, torch.Tensor | VisibleKeys | BlockMasks | None]"
     implementation: str
     sinks: Sinks | None = None
 

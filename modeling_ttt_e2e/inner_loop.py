@@ -159,6 +159,7 @@ def descend(
     Returns:
         The new fast weights and the gradient's norm per row before clipping, [B].
     """
+    # W - lr * min(1, max_norm / |g|) * g; the readable twin is `clipped_descent`.
     *new, norms = ClippedDescent.apply(rule.learning_rate, rule.max_grad_norm, *fast.tensors, *gradients)
     moves = norms.isfinite()
     if not all(update):
@@ -190,6 +191,7 @@ def inner_step(
     fast = state.fast
     with torch.enable_grad() if learns else torch.set_grad_enabled(differentiable):
         if learns:
+            # With an outer gradient to come, the fast weights stay in its graph; without one they are its leaves.
             leaves = (t if differentiable and t.requires_grad else t.detach().requires_grad_() for t in fast.tensors)
             fast = replace(fast, tensors=tuple(leaves))
         output, past_key_values, logits = suffix(batch, fast, state.past_key_values, needs_logits)

@@ -26,6 +26,7 @@ from .layers import KeysValues, NewStates, zero_fast_weights
 from .reader import Reader, SegmentMemory, SegmentOutput, run_blocks
 from .sinks import join_pairs, split_sinks, with_new_sinks
 from .tokens import Segment, added
+from .triton_attention import VisibleKeys
 
 PastChunks = tuple[tuple[KeysValues, ...], ...]
 
@@ -218,7 +219,7 @@ class Suffix:
     reader: Reader
     tokens_before: tuple[int, ...]
     forget: bool
-    masks: dict[tuple, torch.Tensor | None] = field(default_factory=dict)
+    masks: dict[tuple, torch.Tensor | VisibleKeys | None] = field(default_factory=dict)
 
     def parameters(self) -> list[torch.Tensor]:
         """Every parameter that takes a gradient, once."""
@@ -253,7 +254,9 @@ class Suffix:
         """Tokens before the mini-batch, per row."""
         return tuple(count + batch.index * self.reader.config.mini_batch_size for count in self.tokens_before)
 
-    def mask(self, batch: MiniBatch, window: int | None, num_past: int, num_sinks: int) -> torch.Tensor | None:
+    def mask(
+        self, batch: MiniBatch, window: int | None, num_past: int, num_sinks: int
+    ) -> torch.Tensor | VisibleKeys | None:
         """The mask of a mini-batch over `num_past` earlier keys and its own, and the sinks before them."""
         tokens, implementation = batch.inputs.shape[1], self.reader.inner_implementation
         # Rows that have read more have all earlier keys, and see all sinks.
@@ -287,7 +290,7 @@ class StepMemory:
         if reader.config.use_attention:
             num_past, count = sum(keys.shape[2] for keys, _ in chunks), 0 if seen is None else seen.count
             mask = self.suffix.mask(self.batch, None if window is None else window + 1, num_past, count)
-        masks: dict[str, torch.Tensor | BlockMasks | None] = {reader.layer_types[index]: mask}
+        masks: dict[str, torch.Tensor | VisibleKeys | BlockMasks | None] = {reader.layer_types[index]: mask}
         return AttentionInputs(self.batch.position_embeddings, masks, reader.inner_implementation, seen), past
 
     def add(self, index: int, states: NewStates) -> None:
