@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 import yaml
 from tqdm.auto import tqdm
 
-from ..attention import TRITON, TWICE_DIFFERENTIABLE, attention_mask
+from ..attention import TWICE_DIFFERENTIABLE, attention_mask
 from ..evaluation.results import environment
 from ..evaluation.tables import Table
 from ..storage.disk import write_text
-from ..triton_attention import triton_attention, why_not
+from ..triton_attention import VisibleKeys, triton_attention, why_not
 from ..twice_differentiable import twice_differentiable_attention
 from .speed import Work, elapsed, input_ids, timed
 from .systems import GPU_SYSTEMS, ModelSizes, build
@@ -70,8 +70,8 @@ def measure(works: GPUWorks, device: str, minutes: float) -> dict:
     """
     deadline = time.monotonic() + 60 * minutes
     measured: dict = {"seconds": {}, "memory_bytes": {}, "attention": {}, "left_out": [], "unavailable": {}}
-    for name, work in works.attention.items():
-        measured["attention"][name] = dict(attention_times(work, device, works.rounds))
+    for size, attention in works.attention.items():
+        measured["attention"][size] = dict(attention_times(attention, device, works.rounds))
     models = {}
     for system in GPU_SYSTEMS:
         reason = unavailable(system, works, device)
@@ -141,10 +141,11 @@ def attention_times(work: AttentionWork, device: str, rounds: int) -> Iterator[t
 
     def plain(query, key, value):
         key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
-        return twice_differentiable_attention(query, key, value, attention_mask(TWICE_DIFFERENTIABLE, *sizes), scale)
+        mask: Any = attention_mask(TWICE_DIFFERENTIABLE, *sizes)
+        return twice_differentiable_attention(query, key, value, mask, scale)
 
     def kernels(query, key, value):
-        return triton_attention(query, key, value, attention_mask(TRITON, *sizes), scale)
+        return triton_attention(query, key, value, VisibleKeys.of(*sizes, num_sinks=0), scale)
 
     for name, attend in (("torch", plain), ("triton", kernels)):
         if name == "triton" and why_not(place, dtype, work.channels) is not None:
@@ -152,7 +153,8 @@ def attention_times(work: AttentionWork, device: str, rounds: int) -> Iterator[t
 
         def both_derivatives(attend=attend):
             first = torch.autograd.grad(attend(*tensors).float().square().sum(), tensors, create_graph=True)
-            torch.autograd.grad(sum(grad.float().square().sum() for grad in first), tensors)
+            squares = torch.stack([grad.float().square().sum() for grad in first])
+            torch.autograd.grad(squares.sum(), tensors)
 
         both_derivatives()
         before = start_of_peak(device)

@@ -163,7 +163,7 @@ def segment_masks(
     device: torch.device,
     want_weights: bool,
     num_sinks: int = 0,
-) -> torch.Tensor | BlockMasks | None:
+) -> torch.Tensor | VisibleKeys | BlockMasks | None:
     """The masks with which a segment is read: of blocks where it is long.
 
     Args:

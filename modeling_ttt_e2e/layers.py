@@ -210,7 +210,11 @@ class TTTE2EAttention(nn.Module):
         if attention.sinks is not None:
             at_sinks = rotate(query, *attention.sinks.position_embeddings)
             sinks = with_new_sinks(sinks, new, attention.sinks.tokens_read, self.num_sinks)
-            if attention.implementation == "sdpa" and are_few_and_exact(turned, value):
+            if (
+                isinstance(mask, torch.Tensor)
+                and attention.implementation == "sdpa"
+                and are_few_and_exact(turned, value)
+            ):
                 joined = join_pairs(parts)
                 output = attend_with_sinks(turned, at_sinks, sinks, joined, mask, self.scaling)
                 return output.transpose(1, 2).reshape(shape), NewStates(new, joined), None

@@ -25,6 +25,7 @@ from .inner_loop import UpdateRule
 from .layers import KeysValues, NewStates
 from .sinks import Sinks, positions_at_sinks, sinks_left_behind
 from .tokens import Segment
+from .triton_attention import VisibleKeys
 
 
 @dataclass
@@ -274,7 +275,7 @@ class SegmentMemory:
         counts = (self.before_segment.tokens, self.segment.counts)
         self.past_key_values[index] = keep_visible(past, states, *counts, window, self.reader.sink_counts[index])
 
-    def _mask(self, kind: str, num_past: int, num_sinks: int) -> torch.Tensor | BlockMasks | None:
+    def _mask(self, kind: str, num_past: int, num_sinks: int) -> torch.Tensor | VisibleKeys | BlockMasks | None:
         reader, segment = self.reader, self.segment
         if not reader.config.use_attention:
             return None
