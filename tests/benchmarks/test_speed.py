@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,3 +87,9 @@ def test_the_command_writes_what_it_shows(tmp_path, monkeypatch):
     result = CliRunner().invoke(app, ["bench", "--quick", "--rounds", "1", "--output", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "out" / "bench.json").read_text())["command"].startswith("ttt-e2e bench --quick")
+
+
+def test_the_pages_say_what_was_measured():
+    tool = Path(__file__).parents[2] / "tools" / "speed_tables.py"
+    done = subprocess.run([sys.executable, str(tool), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
