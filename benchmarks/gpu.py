@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ from ..evaluation.tables import Table
 from ..storage.disk import write_text
 from ..triton_attention import VisibleKeys, triton_attention, why_not
 from ..twice_differentiable import twice_differentiable_attention
+from .memory import forget_peak, peak_bytes
 from .speed import Work, elapsed, input_ids, timed
 from .systems import GPU_SYSTEMS, ModelSizes, build
 
@@ -86,7 +88,9 @@ def measure(works: GPUWorks, device: str, minutes: float) -> dict:
         ids, seconds, memory = input_ids(works.sizes, work, device), {}, {}
         for system, model in tqdm(models.items(), desc=name, unit=" systems"):
             with precision(works, device):
-                seconds[system], memory[system] = measured_run(timed(system, model, ids, work, device), works, device)
+                seconds[system], memory[system] = measured_run(
+                    timed(system, model, ids, work, device), works.rounds, device
+                )
         measured["seconds"][name], measured["memory_bytes"][name] = seconds, memory
     return measured
 
@@ -110,24 +114,16 @@ def precision(works: GPUWorks, device: str):
     return nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype=dtype)
 
 
-def measured_run(run: Callable[[], float], works: GPUWorks, device: str) -> tuple[list[float] | str, int | str]:
+def measured_run(run: Callable[[], float], rounds: int, device: str) -> tuple[list[float] | str, int | str]:
     """Seconds of each round, after one to warm up, and bytes of the peak beyond what was held before."""
     try:
         run()
-        before = start_of_peak(device)
-        seconds = [run() for _ in range(works.rounds)]
-        return seconds, (torch.cuda.max_memory_allocated() - before) if device == "cuda" else 0
+        forget_peak(device)
+        before = peak_bytes(device)
+        return [run() for _ in range(rounds)], max(0, peak_bytes(device) - before)
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return OUT_OF_MEMORY, OUT_OF_MEMORY
-
-
-def start_of_peak(device: str) -> int:
-    """Count the peak from here; what is allocated now."""
-    if device != "cuda":
-        return 0
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
 
 
 def attention_times(work: AttentionWork, device: str, rounds: int) -> Iterator[tuple[str, dict]]:
@@ -156,34 +152,31 @@ def attention_times(work: AttentionWork, device: str, rounds: int) -> Iterator[t
             squares = torch.stack([grad.float().square().sum() for grad in first])
             torch.autograd.grad(squares.sum(), tensors)
 
-        both_derivatives()
-        before = start_of_peak(device)
-        seconds = [elapsed(both_derivatives, device) for _ in range(rounds)]
-        peak = torch.cuda.max_memory_allocated() - before if device == "cuda" else 0
-        yield name, {"seconds": seconds, "memory_bytes": peak}
+        seconds, memory = measured_run(partial(elapsed, both_derivatives, device), rounds, device)
+        yield name, {"seconds": seconds, "memory_bytes": memory}
 
 
 def gpu_tables(measured: Mapping) -> list[Table]:
     """Milliseconds and MiB, by work and system."""
     systems = [name for name in GPU_SYSTEMS if name not in measured["unavailable"]]
 
-    def rows(part: str, shown: Callable) -> list[list[str]]:
-        return [
-            [name, *(own[system] if own[system] == OUT_OF_MEMORY else shown(own[system]) for system in systems)]
-            for name, own in measured[part].items()
-        ]
+    def milliseconds(seconds: list[float] | str) -> str:
+        return seconds if isinstance(seconds, str) else f"{1000 * statistics.median(seconds):.1f}"
 
-    def milliseconds(seconds: list[float]) -> str:
-        return f"{1000 * statistics.median(seconds):.1f}"
+    def mebibytes(memory: int | str) -> str:
+        return memory if isinstance(memory, str) else f"{memory / 2**20:.0f}"
+
+    def rows(part: str, shown: Callable) -> list[list[str]]:
+        return [[name, *(shown(own[system]) for system in systems)] for name, own in measured[part].items()]
 
     attention = [
-        [size, name, milliseconds(own["seconds"]), f"{own['memory_bytes'] / 2**20:.0f}"]
+        [size, name, milliseconds(own["seconds"]), mebibytes(own["memory_bytes"])]
         for size, by_name in measured["attention"].items()
         for name, own in by_name.items()
     ]
     return [
         Table("Milliseconds (decoding: per token)", ["", *systems], rows("seconds", milliseconds)),
-        Table("Memory beyond the model, MiB", ["", *systems], rows("memory_bytes", lambda own: f"{own / 2**20:.0f}")),
+        Table("Memory beyond the model, MiB", ["", *systems], rows("memory_bytes", mebibytes)),
         Table("Attention of one inner step, both derivatives", ["", "", "milliseconds", "MiB"], attention),
     ]
 

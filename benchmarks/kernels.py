@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..triton_attention import KERNELS, OF_THE_SECOND_DERIVATIVE, block_settings, head_width, is_interpreted
+from ..triton_attention import KERNELS, is_interpreted, kernel_settings
 
 ARCHITECTURES = {80: "Ampere", 90: "Hopper"}
 DTYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -52,12 +52,9 @@ def compile_kernel(name: str, architecture: int, dtype: torch.dtype, channels: i
     if is_interpreted():
         raise RuntimeError("TRITON_INTERPRET is set: unset it to compile kernels.")
     kernel = KERNELS[name]
-    settings = block_settings(channels, dtype, second=name in OF_THE_SECOND_DERIVATIVE)
-    constants = {"CHANNELS": channels, "WIDTH": head_width(channels), "HEADS": 2 * groups, "GROUPS": groups}
-    constants["PRECISION"] = "ieee" if dtype == torch.float32 else "tf32"
-    constants |= {size: settings.pop(size) for size in ("ROWS", "COLUMNS")}
+    constants, options = kernel_settings(name, channels, 2 * groups, 2, dtype, exact=dtype == torch.float32)
     source = triton.compiler.ASTSource(kernel, _signature(kernel.arg_names, DTYPES[dtype]), constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=settings)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     registers, spilled = _assembled(compiled.asm["ptx"], architecture)
     short = str(dtype).removeprefix("torch.")
     return CompiledKernel(name, architecture, short, channels, registers, spilled, compiled.metadata.shared)

@@ -36,7 +36,7 @@ def peak_growth(sizes: ModelSizes, system: str, work: Work, device: str) -> int:
     """Bytes by which a training step, or reading, raises this process's peak."""
     torch.set_num_threads(1)
     model, ids, told = build(system, sizes, device), input_ids(sizes, work, device), arguments(system)
-    forget_peak()
+    forget_peak(device)
     before = peak_bytes(device)
     if work.kind == "train":
         training_step(model, ids, work.checkpointing, told)
@@ -46,8 +46,11 @@ def peak_growth(sizes: ModelSizes, system: str, work: Work, device: str) -> int:
     return max(0, peak_bytes(device) - before)
 
 
-def forget_peak() -> None:
-    """Let Linux count resident memory anew from what there is; the imports' own peak would hide that of the work."""
+def forget_peak(device: str) -> None:
+    """Let the GPU, or Linux for resident memory, count anew from what there is; what came before may hide the work."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        return
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

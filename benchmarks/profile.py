@@ -8,7 +8,7 @@ shares, and `ttt-e2e bench` the times.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Annotated
 
@@ -17,10 +17,9 @@ import typer
 from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from ..evaluation.tables import Table
-from .speed import Work, Works, elapsed, input_ids, reading, training_step
+from .speed import Works, elapsed, input_ids, reading, training_step, writing
 from .systems import OFF, ON, STOCK_WINDOW, arguments, build
 
 PROFILED = (STOCK_WINDOW, OFF, ON)
@@ -66,19 +65,6 @@ def product_rate(size: int = 1024, rounds: int = 5) -> float:
     return max(2 * size**3 / elapsed(partial(torch.mm, one, other), "cpu") for _ in range(rounds))
 
 
-@torch.no_grad()
-def decoding(model: PreTrainedModel, ids: torch.Tensor, work: Work, told: Mapping) -> Callable[[], None]:
-    """A function that writes the work's tokens one by one behind a prompt that is read before."""
-    cache = reading(model, ids, told)
-
-    @torch.no_grad()
-    def write() -> None:
-        for _ in range(work.tokens):
-            model(ids[:, -1:], cache=cache, use_cache=True, **told)
-
-    return write
-
-
 def profiled(works: Works) -> tuple[list[Table], float]:
     """A table for each of the quick works with products, and the rate of the limits."""
     rate = product_rate()
@@ -92,7 +78,11 @@ def profiled(works: Works) -> tuple[list[Table], float]:
             if work.kind == "train":
                 run = partial(training_step, model, ids, work.checkpointing, told)
             else:
-                run = partial(reading, model, ids, told) if work.kind == "read" else decoding(model, ids, work, told)
+                run = (
+                    partial(reading, model, ids, told)
+                    if work.kind == "read"
+                    else writing(model, ids, work.tokens, told)
+                )
             each = work.tokens or 1
             columns[system] = {part: own / each for part, own in profile(run).items()}
             columns[system] |= {"all": sum(columns[system].values()), "products alone": arithmetic_seconds(run, rate)}

@@ -137,17 +137,22 @@ def reading(model: PreTrainedModel, ids: torch.Tensor, told: Mapping):
     return model(ids, use_cache=True, logits_to_keep=1, **told).cache
 
 
-@torch.no_grad()
-def decoding_seconds(model: PreTrainedModel, ids: torch.Tensor, tokens: int, told: Mapping, device: str) -> float:
-    """Seconds per token of writing `tokens` tokens one by one, greedily, behind a prompt."""
+def writing(model: PreTrainedModel, ids: torch.Tensor, tokens: int, told: Mapping) -> Callable[[], None]:
+    """A function that writes `tokens` tokens one by one, greedily, behind a prompt that is read here."""
     cache = reading(model, ids, told)
 
+    @torch.no_grad()
     def write() -> None:
         token = ids[:, -1:]
         for _ in range(tokens):
             token = model(token, cache=cache, use_cache=True, **told).logits[:, -1:].argmax(-1)
 
-    return elapsed(write, device) / tokens
+    return write
+
+
+def decoding_seconds(model: PreTrainedModel, ids: torch.Tensor, tokens: int, told: Mapping, device: str) -> float:
+    """Seconds per token of `writing`."""
+    return elapsed(writing(model, ids, tokens, told), device) / tokens
 
 
 def generating(model: PreTrainedModel, ids: torch.Tensor, tokens: int, told: Mapping) -> None:

@@ -79,7 +79,7 @@ def attention_mask(
     """
     window = num_past + num_new if sliding_window is None else sliding_window
     if implementation == TRITON:
-        return VisibleKeys.of(sliding_window, num_past, num_new, tokens_read, device, num_sinks)
+        return VisibleKeys.of(window, num_past, num_new, tokens_read, device, num_sinks)
     own = implementation in ("eager", TWICE_DIFFERENTIABLE)
     if num_new == 1 and not own and num_past < window and not num_sinks and min(tokens_read) >= num_past:
         return None  # one token that sees all there is, as in decoding
@@ -242,8 +242,9 @@ def inner_attention(config, device: torch.device, dtype: torch.dtype, differenti
     Raises:
         ValueError: `config.inner_attention` is "triton" and its kernels cannot run here.
     """
-    reason = why_not(device, dtype, config.head_dim + sink_channels(config.num_sink_tokens, dtype, config.head_dim))
+    channels = config.head_dim + sink_channels(config.num_sink_tokens, dtype, config.head_dim)
     if config.inner_attention == "triton":
+        reason = why_not(device, dtype, channels)
         if reason is not None:
             raise ValueError(f"`inner_attention='triton'` cannot be used here: {reason}. Or set it to 'torch'.")
         return TRITON
@@ -253,7 +254,7 @@ def inner_attention(config, device: torch.device, dtype: torch.dtype, differenti
     if auto and config._attn_implementation == "eager":
         return "eager"
     measured = auto and device.type == "cuda" and torch.cuda.get_device_capability(device) in TRITON_MEASURED_FASTER
-    return TRITON if measured and reason is None else TWICE_DIFFERENTIABLE
+    return TRITON if measured and why_not(device, dtype, channels) is None else TWICE_DIFFERENTIABLE
 
 
 def eager_attention_forward(

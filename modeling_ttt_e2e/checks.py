@@ -70,11 +70,9 @@ def check_ids(input_ids: torch.Tensor, vocab_size: int, name: str = "input_ids")
     if input_ids.numel() == 0:
         raise ValueError(f"`{name}` is empty (shape {tuple(input_ids.shape)}): give at least one token per row.")
     low, high = torch.aminmax(input_ids)
-    if is_asynchronous(input_ids):
-        any_wrong((low < 0) | (high >= vocab_size), f"`{name}` holds an id outside the vocabulary of {vocab_size}")
-        return
-    low, high = int(low), int(high)
-    if low < 0 or high >= vocab_size:
+    wrong = (low < 0) | (high >= vocab_size)
+    if any_wrong(wrong, f"`{name}` holds an id outside the vocabulary of {vocab_size}"):
+        low, high = int(low), int(high)
         bad = low if low < 0 else high
         raise ValueError(f"`{name}` holds the id {bad}, outside the vocabulary of {vocab_size} (0..{vocab_size - 1}).")
 

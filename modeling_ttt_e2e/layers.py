@@ -115,7 +115,7 @@ def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch
     """Apply RoPE to x [B, heads, T, C]; computed in the angles' dtype, returned in x's."""
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
-    return torch.addcmul(x * cosines.unsqueeze(1), turned, sines.unsqueeze(1)).to(x.dtype)
+    return (x * cosines.unsqueeze(1) + turned * sines.unsqueeze(1)).to(x.dtype)
 
 
 class TTTE2EMLP(nn.Module):

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from .twice_differentiable import at_least_float32
+from .twice_differentiable import masked_softmax
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 CHANNELS_MULTIPLE = 8  # channels of a head, for fast kernels
@@ -129,12 +129,11 @@ def attend_with_sinks(
     """
     (batch, heads, queries, channels), count = query.shape, sinks[0].shape[2]
     # Query heads that share keys stand together as further queries.
-    shared = (batch, sinks[0].shape[1], heads // sinks[0].shape[1] * queries, channels)
+    shared = (batch, sinks[0].shape[1], heads // sinks[0].shape[1] * queries)
     parts = ((at_sinks, sinks[0]), (query, others[0]))
-    scores = torch.cat([own.reshape(shared) @ keys.mT for own, keys in parts], dim=-1)
-    scores = scores.to(at_least_float32(scores.dtype)).view(batch, heads, queries, -1) * scale
-    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1).to(query.dtype)
-    weights = weights.view(*shared[:3], -1)
+    products = torch.cat([own.reshape(*shared, channels) @ keys.mT for own, keys in parts], dim=-1)
+    weights = masked_softmax(products.view(batch, heads, queries, -1), mask, scale).to(query.dtype)
+    weights = weights.view(*shared, -1)
     output = weights[..., :count] @ sinks[1] + weights[..., count:] @ others[1]
     return output.view(query.shape)
 

@@ -40,6 +40,7 @@ BLOCKS = {
     512: ((16, 32, 4), (16, 16, 4)),
     1024: ((16, 16, 4), (16, 16, 4)),
 }
+OVER_KEYS = ("key_gradient", "second_key")
 OF_THE_SECOND_DERIVATIVE = ("row_sums", "second_query", "second_key")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,16 +67,15 @@ class VisibleKeys:
     @classmethod
     def of(
         cls,
-        window: int | None,
+        window: int,
         num_past: int,
         num_new: int,
         tokens_read: Sequence[int],
         device: torch.device,
         num_sinks: int,
     ) -> "VisibleKeys":
-        """From the arguments of `attention.attention_mask`."""
-        read = torch.tensor(tokens_read, dtype=torch.int32, device=device)
-        return cls(num_sinks, num_past, num_new, num_past + num_new if window is None else window, read)
+        """From the arguments of `attention.attention_mask`; `window` is of all keys for full attention."""
+        return cls(num_sinks, num_past, num_new, window, torch.tensor(tokens_read, dtype=torch.int32, device=device))
 
     @property
     def numbers(self) -> tuple[int, int, int, int]:
@@ -123,7 +123,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, visible, scale):
         output, log_sums = torch.empty_like(query), _row_numbers(query)
-        _launch("forward", "rows", query, key, visible, scale, [query, key, value, output, log_sums])
+        _launch("forward", query, key, visible, scale, [query, key, value, output, log_sums])
         ctx.save_for_backward(query, key, value, output, log_sums)
         ctx.visible, ctx.scale = visible, scale
         ctx.mark_non_differentiable(log_sums)
@@ -147,8 +147,8 @@ class _AttentionGradient(torch.autograd.Function):
         dots = (grad_output.float() * output.float()).sum(-1)
         read = [query, key, value, grad_output, log_sums, dots]
         grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
-        _launch("query_gradient", "rows", query, key, visible, scale, [*read, grads[0]])
-        _launch("key_gradient", "columns", query, key, visible, scale, [*read, *grads[1:]])
+        _launch("query_gradient", query, key, visible, scale, [*read, grads[0]])
+        _launch("key_gradient", query, key, visible, scale, [*read, *grads[1:]])
         ctx.save_for_backward(*read)
         ctx.visible, ctx.scale = visible, scale
         return tuple(grads)
@@ -161,11 +161,11 @@ class _AttentionGradient(torch.autograd.Function):
         sums, products = _row_numbers(query), _row_numbers(query)
         read = [query, key, value, grad_output, *bars, log_sums, dots]
         of_query, of_key, of_value, of_grad = (torch.empty_like(own) for own in (query, key, value, grad_output))
-        shared = ("rows", query, key, ctx.visible, ctx.scale)
+        shared = (query, key, ctx.visible, ctx.scale)
         _launch("row_sums", *shared, [*read, sums, products])
         read += [sums, products]
         _launch("second_query", *shared, [*read, of_query, of_grad])
-        _launch("second_key", "columns", *shared[1:], [*read, of_key, of_value])
+        _launch("second_key", *shared, [*read, of_key, of_value])
         return of_query, of_key, of_value, of_grad, None, None, None, None
 
 
@@ -175,42 +175,42 @@ def _row_numbers(query: torch.Tensor) -> torch.Tensor:
 
 def _launch(
     kernel: str,
-    over: str,
     query: torch.Tensor,
     key: torch.Tensor,
     visible: VisibleKeys,
     scale: float,
     tensors: Sequence[torch.Tensor],
 ) -> None:
-    """Run a kernel in one program per block of queries and head (`over="rows"`) or of keys and key/value head."""
+    """Run a kernel in one program per block of queries and head, or of keys and key/value head (`OVER_KEYS`)."""
     (batch, heads, num_queries, channels), (_, key_heads, num_keys, _) = query.shape, key.shape
-    settings = block_settings(channels, query.dtype, second=kernel in OF_THE_SECOND_DERIVATIVE)
-    if over == "rows":
-        grid = (_blocks(num_queries, settings["ROWS"]), batch * heads)
-    else:
-        grid = (_blocks(num_keys, settings["COLUMNS"]), batch * key_heads)
-    sizes = {"CHANNELS": channels, "WIDTH": head_width(channels), "HEADS": heads, "GROUPS": heads // key_heads}
-    # "ieee" keeps float32 products exact, as PyTorch does unless it is allowed TF32.
+    # float32 products are exact, as PyTorch's are unless it is allowed TF32.
     exact = query.dtype == torch.float32 and not (query.is_cuda and torch.backends.cuda.matmul.allow_tf32)
-    sizes["PRECISION"] = "ieee" if exact else "tf32"
+    constants, options = kernel_settings(kernel, channels, heads, key_heads, query.dtype, exact)
+    if kernel in OVER_KEYS:
+        grid = (_blocks(num_keys, constants["COLUMNS"]), batch * key_heads)
+    else:
+        grid = (_blocks(num_queries, constants["ROWS"]), batch * heads)
     with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
-        KERNELS[kernel][grid](*tensors, visible.tokens_read, scale, *visible.numbers, **sizes, **settings)
+        KERNELS[kernel][grid](*tensors, visible.tokens_read, scale, *visible.numbers, **constants, **options)
 
 
 def _blocks(length: int, size: int) -> int:
     return -(-length // size)
 
 
-def head_width(channels: int) -> int:
-    """The power of two that the channels of a head are filled up to."""
-    return max(16, 1 << (channels - 1).bit_length())
+def kernel_settings(
+    kernel: str, channels: int, heads: int, key_heads: int, dtype: torch.dtype, exact: bool
+) -> tuple[dict, dict]:
+    """What a kernel is compiled for: its constants, and the compiler's options.
 
-
-def block_settings(channels: int, dtype: torch.dtype, second: bool) -> dict[str, int]:
-    """Queries and keys of a block, and warps, that the compiler can do with few spilled registers.
+    Blocks are such that few registers are spilled; those of the second derivative have four tiles of queries and four
+    of keys.
 
     Args:
-        second: of the second derivative, whose blocks have four tiles of queries and four of keys.
+        exact: products of float32 without TF32.
     """
-    rows, columns, warps = BLOCKS[min(head_width(channels) * dtype.itemsize, max(BLOCKS))][second]
-    return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+    width = max(16, 1 << (channels - 1).bit_length())
+    rows, columns, warps = BLOCKS[min(width * dtype.itemsize, max(BLOCKS))][kernel in OF_THE_SECOND_DERIVATIVE]
+    constants: dict[str, int | str] = {"CHANNELS": channels, "WIDTH": width, "HEADS": heads, "ROWS": rows}
+    constants |= {"GROUPS": heads // key_heads, "PRECISION": "ieee" if exact else "tf32", "COLUMNS": columns}
+    return constants, {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}

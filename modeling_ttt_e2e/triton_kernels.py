@@ -52,6 +52,19 @@ def _load_rows(vector, first, length, COUNT: tl.constexpr):
 
 
 @triton.jit
+def _load_pair(one, other, before, first, length, CHANNELS: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """Tiles of two matrices alike, `before` places after their beginning."""
+    start = before * CHANNELS
+    left = _load_tile(one + start, first, length, CHANNELS, COUNT, WIDTH)
+    return left, _load_tile(other + start, first, length, CHANNELS, COUNT, WIDTH)
+
+
+@triton.jit
+def _load_row_pair(one, other, before, first, length, COUNT: tl.constexpr):
+    return _load_rows(one + before, first, length, COUNT), _load_rows(other + before, first, length, COUNT)
+
+
+@triton.jit
 def _store_rows(vector, values, first, length, COUNT: tl.constexpr):
     places = first + tl.arange(0, COUNT)
     tl.store(vector + places, values, mask=places < length)
@@ -84,6 +97,12 @@ def _key_blocks(first_row, read, num_queries, num_past, num_sinks, window, ROWS:
 
 
 @triton.jit
+def _key_block(step, of_sinks, begin):
+    """The block of `_key_blocks` that is next after `step` blocks."""
+    return tl.where(step < of_sinks, step, begin - of_sinks + step)
+
+
+@triton.jit
 def _query_blocks(
     first_column, read, num_queries, num_past, num_sinks, window, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -112,6 +131,20 @@ def _second_scores(query, key, value, grad, query_bar, key_bar, value_bar, dots,
     return centred, pulled * scale, _dot(grad, tl.trans(value_bar), PRECISION)
 
 
+@triton.jit
+def _first_derivative(query, key, value, grad, log_sums, dots, visible, scale, PRECISION: tl.constexpr):
+    """P and scale dS of a block."""
+    p = _probabilities(query, key, log_sums, visible, scale, PRECISION)
+    return p, p * (_dot(grad, tl.trans(value), PRECISION) - dots[:, None]) * scale
+
+
+@triton.jit
+def _second_derivative(p, centred, pulled, of_p, row_sums, products, scale):
+    """scale dS, and the gradients of dP and of S, of a block."""
+    pulled -= row_sums[:, None]
+    return p * centred * scale, p * pulled, p * (of_p + pulled * centred - products[:, None]) * scale
+
+
 # ---------------------------------------------------------------------------------------------------- kernels
 
 
@@ -130,9 +163,8 @@ def forward_kernel(
     mixed = tl.zeros([ROWS, WIDTH], tl.float32)
     of_sinks, begin, end = _key_blocks(first_row, read, num_queries, num_past, num_sinks, window, ROWS, COLUMNS)
     for step in range(0, of_sinks + end - begin):
-        column = tl.where(step < of_sinks, step, begin - of_sinks + step) * COLUMNS
-        k = _load_tile(key + of_keys * CHANNELS, column, num_keys, CHANNELS, COLUMNS, WIDTH)
-        v = _load_tile(value + of_keys * CHANNELS, column, num_keys, CHANNELS, COLUMNS, WIDTH)
+        column = _key_block(step, of_sinks, begin) * COLUMNS
+        k, v = _load_pair(key, value, of_keys, column, num_keys, CHANNELS, COLUMNS, WIDTH)
         seen = _visible(first_row, column, read, num_queries, num_past, num_sinks, window, ROWS, COLUMNS)
         scores = _dot(q, tl.trans(k), PRECISION) * (scale * LOG2_E)
         highest = tl.maximum(most, tl.max(tl.where(seen, scores, HIDDEN), 1))
@@ -156,19 +188,15 @@ def query_gradient_kernel(
     first_row, head = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64)
     num_keys, read = num_sinks + num_past + num_queries, tl.load(tokens_read + head // HEADS)
     of_queries, of_keys = head * num_queries, head // GROUPS * num_keys
-    q = _load_tile(query + of_queries * CHANNELS, first_row, num_queries, CHANNELS, ROWS, WIDTH)
-    do = _load_tile(grad_output + of_queries * CHANNELS, first_row, num_queries, CHANNELS, ROWS, WIDTH)
-    log_sum = _load_rows(log_sums + of_queries, first_row, num_queries, ROWS)
-    dot = _load_rows(dots + of_queries, first_row, num_queries, ROWS)
+    q, do = _load_pair(query, grad_output, of_queries, first_row, num_queries, CHANNELS, ROWS, WIDTH)
+    log_sum, dot = _load_row_pair(log_sums, dots, of_queries, first_row, num_queries, ROWS)
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
     of_sinks, begin, end = _key_blocks(first_row, read, num_queries, num_past, num_sinks, window, ROWS, COLUMNS)
     for step in range(0, of_sinks + end - begin):
-        column = tl.where(step < of_sinks, step, begin - of_sinks + step) * COLUMNS
-        k = _load_tile(key + of_keys * CHANNELS, column, num_keys, CHANNELS, COLUMNS, WIDTH)
-        v = _load_tile(value + of_keys * CHANNELS, column, num_keys, CHANNELS, COLUMNS, WIDTH)
+        column = _key_block(step, of_sinks, begin) * COLUMNS
+        k, v = _load_pair(key, value, of_keys, column, num_keys, CHANNELS, COLUMNS, WIDTH)
         seen = _visible(first_row, column, read, num_queries, num_past, num_sinks, window, ROWS, COLUMNS)
-        p = _probabilities(q, k, log_sum, seen, scale, PRECISION)
-        ds = p * (_dot(do, tl.trans(v), PRECISION) - dot[:, None]) * scale
+        _, ds = _first_derivative(q, k, v, do, log_sum, dot, seen, scale, PRECISION)
         dq += _dot(ds.to(k.dtype), k, PRECISION)
     _store_tile(query_grad + of_queries * CHANNELS, dq, first_row, num_queries, CHANNELS, ROWS, WIDTH)
 
@@ -183,26 +211,22 @@ def key_gradient_kernel(
     column, key_head = tl.program_id(0) * COLUMNS, tl.program_id(1).to(tl.int64)
     num_keys = num_sinks + num_past + num_queries
     read = tl.load(tokens_read + key_head // (HEADS // GROUPS))
-    of_keys = key_head * num_keys * CHANNELS
-    k = _load_tile(key + of_keys, column, num_keys, CHANNELS, COLUMNS, WIDTH)
-    v = _load_tile(value + of_keys, column, num_keys, CHANNELS, COLUMNS, WIDTH)
+    of_keys = key_head * num_keys
+    k, v = _load_pair(key, value, of_keys, column, num_keys, CHANNELS, COLUMNS, WIDTH)
     dk = tl.zeros([COLUMNS, WIDTH], tl.float32)
     dv = tl.zeros([COLUMNS, WIDTH], tl.float32)
     begin, end = _query_blocks(column, read, num_queries, num_past, num_sinks, window, ROWS, COLUMNS)
     for step in range(0, GROUPS * (end - begin)):
         of_queries = (key_head * GROUPS + step // (end - begin)) * num_queries
         first_row = (begin + step % (end - begin)) * ROWS
-        q = _load_tile(query + of_queries * CHANNELS, first_row, num_queries, CHANNELS, ROWS, WIDTH)
-        do = _load_tile(grad_output + of_queries * CHANNELS, first_row, num_queries, CHANNELS, ROWS, WIDTH)
-        log_sum = _load_rows(log_sums + of_queries, first_row, num_queries, ROWS)
-        dot = _load_rows(dots + of_queries, first_row, num_queries, ROWS)
+        q, do = _load_pair(query, grad_output, of_queries, first_row, num_queries, CHANNELS, ROWS, WIDTH)
+        log_sum, dot = _load_row_pair(log_sums, dots, of_queries, first_row, num_queries, ROWS)
         seen = _visible(first_row, column, read, num_queries, num_past, num_sinks, window, ROWS, COLUMNS)
-        p = _probabilities(q, k, log_sum, seen, scale, PRECISION)
-        ds = p * (_dot(do, tl.trans(v), PRECISION) - dot[:, None]) * scale
+        p, ds = _first_derivative(q, k, v, do, log_sum, dot, seen, scale, PRECISION)
         dk += _dot(tl.trans(ds.to(q.dtype)), q, PRECISION)
         dv += _dot(tl.trans(p.to(do.dtype)), do, PRECISION)
-    _store_tile(key_grad + of_keys, dk, column, num_keys, CHANNELS, COLUMNS, WIDTH)
-    _store_tile(value_grad + of_keys, dv, column, num_keys, CHANNELS, COLUMNS, WIDTH)
+    _store_tile(key_grad + of_keys * CHANNELS, dk, column, num_keys, CHANNELS, COLUMNS, WIDTH)
+    _store_tile(value_grad + of_keys * CHANNELS, dv, column, num_keys, CHANNELS, COLUMNS, WIDTH)
 
 
 @triton.jit
@@ -215,20 +239,16 @@ def row_sums_kernel(
     first_row, head = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64)
     num_keys, read = num_sinks + num_past + num_queries, tl.load(tokens_read + head // HEADS)
     of_queries, of_keys = head * num_queries, head // GROUPS * num_keys
-    q = _load_tile(query + of_queries * CHANNELS, first_row, num_queries, CHANNELS, ROWS, WIDTH)
-    do = _load_tile(grad_output + of_queries * CHANNELS, first_row, num_queries, CHANNELS, ROWS, WIDTH)
+    q, do = _load_pair(query, grad_output, of_queries, first_row, num_queries, CHANNELS, ROWS, WIDTH)
     q_bar = _load_tile(query_bars + of_queries * CHANNELS, first_row, num_queries, CHANNELS, ROWS, WIDTH)
-    log_sum = _load_rows(log_sums + of_queries, first_row, num_queries, ROWS)
-    dot = _load_rows(dots + of_queries, first_row, num_queries, ROWS)
+    log_sum, dot = _load_row_pair(log_sums, dots, of_queries, first_row, num_queries, ROWS)
     row_sum = tl.zeros([ROWS], tl.float32)
     product = tl.zeros([ROWS], tl.float32)
     of_sinks, begin, end = _key_blocks(first_row, read, num_queries, num_past, num_sinks, window, ROWS, COLUMNS)
     for step in range(0, of_sinks + end - begin):
-        column = tl.where(step < of_sinks, step, begin - of_sinks + step) * COLUMNS
-        k = _load_tile(key + of_keys * CHANNELS, column, num_keys, CHANNELS, COLUMNS, WIDTH)
-        v = _load_tile(value + of_keys * CHANNELS, column, num_keys, CHANNELS, COLUMNS, WIDTH)
-        k_bar = _load_tile(key_bars + of_keys * CHANNELS, column, num_keys, CHANNELS, COLUMNS, WIDTH)
-        v_bar = _load_tile(value_bars + of_keys * CHANNELS, column, num_keys, CHANNELS, COLUMNS, WIDTH)
+        column = _key_block(step, of_sinks, begin) * COLUMNS
+        k, v = _load_pair(key, value, of_keys, column, num_keys, CHANNELS, COLUMNS, WIDTH)
+        k_bar, v_bar = _load_pair(key_bars, value_bars, of_keys, column, num_keys, CHANNELS, COLUMNS, WIDTH)
         seen = _visible(first_row, column, read, num_queries, num_past, num_sinks, window, ROWS, COLUMNS)
         p = _probabilities(q, k, log_sum, seen, scale, PRECISION)
         centred, pulled, of_p = _second_scores(q, k, v, do, q_bar, k_bar, v_bar, dot, scale, PRECISION)
@@ -248,31 +268,25 @@ def second_query_kernel(
     first_row, head = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64)
     num_keys, read = num_sinks + num_past + num_queries, tl.load(tokens_read + head // HEADS)
     of_queries, of_keys = head * num_queries, head // GROUPS * num_keys
-    q = _load_tile(query + of_queries * CHANNELS, first_row, num_queries, CHANNELS, ROWS, WIDTH)
-    do = _load_tile(grad_output + of_queries * CHANNELS, first_row, num_queries, CHANNELS, ROWS, WIDTH)
+    q, do = _load_pair(query, grad_output, of_queries, first_row, num_queries, CHANNELS, ROWS, WIDTH)
     q_bar = _load_tile(query_bars + of_queries * CHANNELS, first_row, num_queries, CHANNELS, ROWS, WIDTH)
-    log_sum = _load_rows(log_sums + of_queries, first_row, num_queries, ROWS)
-    dot = _load_rows(dots + of_queries, first_row, num_queries, ROWS)
-    row_sum = _load_rows(sums + of_queries, first_row, num_queries, ROWS)
-    product = _load_rows(products + of_queries, first_row, num_queries, ROWS)
+    log_sum, dot = _load_row_pair(log_sums, dots, of_queries, first_row, num_queries, ROWS)
+    row_sum, product = _load_row_pair(sums, products, of_queries, first_row, num_queries, ROWS)
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
     ddo = tl.zeros([ROWS, WIDTH], tl.float32)
     of_sinks, begin, end = _key_blocks(first_row, read, num_queries, num_past, num_sinks, window, ROWS, COLUMNS)
     for step in range(0, of_sinks + end - begin):
-        column = tl.where(step < of_sinks, step, begin - of_sinks + step) * COLUMNS
-        k = _load_tile(key + of_keys * CHANNELS, column, num_keys, CHANNELS, COLUMNS, WIDTH)
-        v = _load_tile(value + of_keys * CHANNELS, column, num_keys, CHANNELS, COLUMNS, WIDTH)
-        k_bar = _load_tile(key_bars + of_keys * CHANNELS, column, num_keys, CHANNELS, COLUMNS, WIDTH)
-        v_bar = _load_tile(value_bars + of_keys * CHANNELS, column, num_keys, CHANNELS, COLUMNS, WIDTH)
+        column = _key_block(step, of_sinks, begin) * COLUMNS
+        k, v = _load_pair(key, value, of_keys, column, num_keys, CHANNELS, COLUMNS, WIDTH)
+        k_bar, v_bar = _load_pair(key_bars, value_bars, of_keys, column, num_keys, CHANNELS, COLUMNS, WIDTH)
         seen = _visible(first_row, column, read, num_queries, num_past, num_sinks, window, ROWS, COLUMNS)
         p = _probabilities(q, k, log_sum, seen, scale, PRECISION)
         centred, pulled, of_p = _second_scores(q, k, v, do, q_bar, k_bar, v_bar, dot, scale, PRECISION)
-        pulled -= row_sum[:, None]
-        of_scores = p * (of_p + pulled * centred - product[:, None]) * scale
+        ds, dp, of_scores = _second_derivative(p, centred, pulled, of_p, row_sum, product, scale)
         dq += _dot(of_scores.to(k.dtype), k, PRECISION)
-        dq += _dot((p * centred * scale).to(k.dtype), k_bar, PRECISION)
+        dq += _dot(ds.to(k.dtype), k_bar, PRECISION)
         ddo += _dot(p.to(v.dtype), v_bar, PRECISION)
-        ddo += _dot((p * pulled).to(v.dtype), v, PRECISION)
+        ddo += _dot(dp.to(v.dtype), v, PRECISION)
     _store_tile(of_query + of_queries * CHANNELS, dq, first_row, num_queries, CHANNELS, ROWS, WIDTH)
     _store_tile(of_grad + of_queries * CHANNELS, ddo, first_row, num_queries, CHANNELS, ROWS, WIDTH)
 
@@ -287,34 +301,28 @@ def second_key_kernel(
     column, key_head = tl.program_id(0) * COLUMNS, tl.program_id(1).to(tl.int64)
     num_keys = num_sinks + num_past + num_queries
     read = tl.load(tokens_read + key_head // (HEADS // GROUPS))
-    of_keys = key_head * num_keys * CHANNELS
-    k = _load_tile(key + of_keys, column, num_keys, CHANNELS, COLUMNS, WIDTH)
-    v = _load_tile(value + of_keys, column, num_keys, CHANNELS, COLUMNS, WIDTH)
-    k_bar = _load_tile(key_bars + of_keys, column, num_keys, CHANNELS, COLUMNS, WIDTH)
-    v_bar = _load_tile(value_bars + of_keys, column, num_keys, CHANNELS, COLUMNS, WIDTH)
+    of_keys = key_head * num_keys
+    k, v = _load_pair(key, value, of_keys, column, num_keys, CHANNELS, COLUMNS, WIDTH)
+    k_bar, v_bar = _load_pair(key_bars, value_bars, of_keys, column, num_keys, CHANNELS, COLUMNS, WIDTH)
     dk = tl.zeros([COLUMNS, WIDTH], tl.float32)
     dv = tl.zeros([COLUMNS, WIDTH], tl.float32)
     begin, end = _query_blocks(column, read, num_queries, num_past, num_sinks, window, ROWS, COLUMNS)
     for step in range(0, GROUPS * (end - begin)):
         of_queries = (key_head * GROUPS + step // (end - begin)) * num_queries
         first_row = (begin + step % (end - begin)) * ROWS
-        q = _load_tile(query + of_queries * CHANNELS, first_row, num_queries, CHANNELS, ROWS, WIDTH)
-        do = _load_tile(grad_output + of_queries * CHANNELS, first_row, num_queries, CHANNELS, ROWS, WIDTH)
+        q, do = _load_pair(query, grad_output, of_queries, first_row, num_queries, CHANNELS, ROWS, WIDTH)
         q_bar = _load_tile(query_bars + of_queries * CHANNELS, first_row, num_queries, CHANNELS, ROWS, WIDTH)
-        log_sum = _load_rows(log_sums + of_queries, first_row, num_queries, ROWS)
-        dot = _load_rows(dots + of_queries, first_row, num_queries, ROWS)
-        row_sum = _load_rows(sums + of_queries, first_row, num_queries, ROWS)
-        product = _load_rows(products + of_queries, first_row, num_queries, ROWS)
+        log_sum, dot = _load_row_pair(log_sums, dots, of_queries, first_row, num_queries, ROWS)
+        row_sum, product = _load_row_pair(sums, products, of_queries, first_row, num_queries, ROWS)
         seen = _visible(first_row, column, read, num_queries, num_past, num_sinks, window, ROWS, COLUMNS)
         p = _probabilities(q, k, log_sum, seen, scale, PRECISION)
         centred, pulled, of_p = _second_scores(q, k, v, do, q_bar, k_bar, v_bar, dot, scale, PRECISION)
-        pulled -= row_sum[:, None]
-        of_scores = p * (of_p + pulled * centred - product[:, None]) * scale
+        ds, dp, of_scores = _second_derivative(p, centred, pulled, of_p, row_sum, product, scale)
         dk += _dot(tl.trans(of_scores.to(q.dtype)), q, PRECISION)
-        dk += _dot(tl.trans((p * centred * scale).to(q.dtype)), q_bar, PRECISION)
-        dv += _dot(tl.trans((p * pulled).to(do.dtype)), do, PRECISION)
-    _store_tile(of_key + of_keys, dk, column, num_keys, CHANNELS, COLUMNS, WIDTH)
-    _store_tile(of_value + of_keys, dv, column, num_keys, CHANNELS, COLUMNS, WIDTH)
+        dk += _dot(tl.trans(ds.to(q.dtype)), q_bar, PRECISION)
+        dv += _dot(tl.trans(dp.to(do.dtype)), do, PRECISION)
+    _store_tile(of_key + of_keys * CHANNELS, dk, column, num_keys, CHANNELS, COLUMNS, WIDTH)
+    _store_tile(of_value + of_keys * CHANNELS, dv, column, num_keys, CHANNELS, COLUMNS, WIDTH)
 
 
 KERNELS = {

@@ -37,7 +37,12 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 def attention_weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
     """softmax(scale * query key^T, masked) [B, H, Q, K], in at least float32."""
-    scores = (query @ key.mT).to(at_least_float32(query.dtype)) * scale
+    return masked_softmax(query @ key.mT, mask, scale)
+
+
+def masked_softmax(products: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """softmax(scale * products, masked) along the last axis, in at least float32."""
+    scores = products.to(at_least_float32(products.dtype)) * scale
     return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1)
 
 

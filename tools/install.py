@@ -30,38 +30,24 @@ def fits(package: list[str]) -> bool:
     return pip(*alone, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0
 
 
-def installed(name: str) -> str | None:
-    """`name==version`, where it is."""
+def installed_torch() -> str | None:
     importlib.invalidate_caches()
     try:
-        return f"{name}=={version(name)}"
+        return f"torch=={version('torch')}"
     except PackageNotFoundError:
         return None
-
-
-def constraints(lines: list[str]) -> list[str]:
-    """The lock's lines for a torch that is there, and for the triton that a CUDA build of it has brought.
-
-    Without torch neither is bound: what brings triton names its version itself.
-    """
-    bound = [line for line in lines if not line.startswith(("torch==", "triton=="))]
-    if not (torch := installed("torch")):
-        return bound
-    return [*bound, torch, *([installed("triton")] if installed("triton") else _of("triton", lines))]
-
-
-def _of(name: str, lines: list[str]) -> list[str]:
-    return [line for line in lines if line.startswith(f"{name}==")]
 
 
 def install_locked(package: list[str], torch: str) -> int:
     """Install the package and what it needs as locked, and `torch` where there is none; pip's exit status."""
     lines = LOCK.read_text(encoding="utf-8").splitlines()
+    others = [line for line in lines if not line.startswith("torch==")]
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "constraints.txt"
-        for wanted in ([BACKEND, *([] if installed("torch") else [torch])], ["--no-build-isolation", *package]):
-            path.write_text("\n".join(constraints(lines)) + "\n", encoding="utf-8")
-            status = pip("install", "--constraint", str(path), *wanted)
+        constraints = Path(folder) / "constraints.txt"
+        for wanted in ([BACKEND, *([] if installed_torch() else [torch])], ["--no-build-isolation", *package]):
+            held = [line for line in [installed_torch()] if line]
+            constraints.write_text("\n".join([*others, *held]) + "\n", encoding="utf-8")
+            status = pip("install", "--constraint", str(constraints), *wanted)
             if status:
                 return status
     return 0

@@ -18,7 +18,7 @@ LOCK = ROOT / "requirements.lock"
 # All but `flash`.
 EXTRAS = "dev,docs,evaluation,gguf,jax,peft,serve,triton"
 # What a CUDA build of torch brings, each at the one version that it names.
-OF_CUDA = re.compile(r"(nvidia|cuda)(-|$)")
+OF_CUDA = re.compile(r"(nvidia|cuda|triton)(-|$)")
 HEADER = """\
 # Exact versions of all that `make` installs, extras included; written by `make lock` with Python {python} on {system}.
 # torch stands here by its version alone: no local version, no hash, and no CUDA packages, which its own metadata pins.

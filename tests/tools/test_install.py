@@ -62,6 +62,9 @@ class Clone:
             if name != "setuptools":
                 write_wheel(self.index, name, LATER)
         write_wheel(self.index, "torch", "2.11.0")
+        # In no lock, because a CUDA build of torch pins it: what the index has.
+        self.locked["triton"] = "3.9.0"
+        write_wheel(self.index, "triton", self.locked["triton"])
 
     def make(self, *arguments, online):
         """What make printed, with the index of this test or without any."""

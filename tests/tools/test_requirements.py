@@ -60,10 +60,9 @@ def test_the_lock_is_closed_and_within_all_ranges():
 
 @pytest.mark.parametrize("build", ["2.13.0", "2.13.0+cpu", "2.13.0+cu130"])
 def test_every_build_of_torch_gives_the_same_lock(build):
-    of_cuda = [("nvidia-cublas", "13.1"), ("cuda-toolkit", "13.0")] if build != "2.13.0+cpu" else []
-    # Triton is asked for by an extra, whatever torch brings.
-    resolved = [("torch", build), *of_cuda, ("ttt-e2e", "0.1.0"), ("triton", "3.7"), ("numpy", "2.4.6")]
-    assert LOCK_TOOL["lines"](resolved) == ["numpy==2.4.6", "torch==2.13.0", "triton==3.7"]
+    of_cuda = [("nvidia-cublas", "13.1"), ("cuda-toolkit", "13.0"), ("triton", "3.7")] if build != "2.13.0+cpu" else []
+    resolved = [("torch", build), *of_cuda, ("ttt-e2e", "0.1.0"), ("numpy", "2.4.6")]
+    assert LOCK_TOOL["lines"](resolved) == ["numpy==2.4.6", "torch==2.13.0"]
 
 
 def test_transformers_has_bounds_at_the_oldest_and_the_next_minor_version():
