@@ -29,9 +29,15 @@ from .strict_yaml import (
 
 RECIPE_FOLDER = Path(__file__).with_name("recipes")
 MODEL_FIELDS = {field.name: field.type for field in dataclasses.fields(TTTE2EConfig)}
-# What meta-training has beyond the fields of transformers.
-INNER_LEARNING_RATE_TYPES = {"inner_lr_init": float, "inner_lr_warmup_steps": float}
-TRAINING_FIELDS = (*(field.name for field in dataclasses.fields(TrainingArguments)), *INNER_LEARNING_RATE_TYPES)
+# What `MetaTrainingArguments` has beyond the fields of transformers.
+OWN_TRAINING_TYPES = {
+    "inner_lr_init": float,
+    "inner_lr_warmup_steps": float,
+    "optimizer": str,
+    "muon_learning_rate": float | None,
+    "muon_excludes": list[str],
+}
+TRAINING_FIELDS = (*(field.name for field in dataclasses.fields(TrainingArguments)), *OWN_TRAINING_TYPES)
 HEAD_FIELDS = ("batch_size", "starts_from_saved")
 MANAGED_FIELDS = {
     "gradient_accumulation_steps": "it follows from batch_size, per_device_train_batch_size and the number of "
@@ -90,8 +96,8 @@ class Recipe:
         model: fields of `TTTE2EConfig` that the recipe changes.
         data: how documents become rows.
         starts_from_saved: the recipe goes on with a saved model; it makes no sense for random weights.
-        training: fields of the training arguments: those of `transformers.TrainingArguments`, `inner_lr_init` (float)
-            and `inner_lr_warmup_steps` (steps, or a share of all steps below 1).
+        training: fields of the training arguments: those of `transformers.TrainingArguments`, and of
+            `MetaTrainingArguments` beyond them.
     """
 
     name: str
@@ -143,8 +149,7 @@ def load_recipe(
             pattern names gets the numbers outside of `by_model`.
         overrides: for example "training.learning_rate=1e-3" or "batch_size=8"; values are YAML. Applied last. A
             mapping is merged into the one that is there.
-        training_fields: names allowed in `training` (default: the fields of `transformers.TrainingArguments`,
-            `inner_lr_init` and `inner_lr_warmup_steps`).
+        training_fields: names allowed in `training` (default: the fields of `MetaTrainingArguments`).
 
     Raises:
         ValueError: no such recipe; a field that is unknown, missing, set elsewhere or of the wrong type; a number out
@@ -216,7 +221,7 @@ def _parse_override(override: str, training_fields: Collection[str]) -> dict:
 
 
 def _check_values(recipe: Recipe, source: str) -> None:
-    training_types = typing.get_type_hints(TrainingArguments) | INNER_LEARNING_RATE_TYPES
+    training_types = typing.get_type_hints(TrainingArguments) | OWN_TRAINING_TYPES
     check_field_types(recipe.training, training_types, source=f"{source}, section training")
     check_field_types(recipe.model, MODEL_FIELDS, source=f"{source}, section model")
     at_least = {"batch_size": (recipe.batch_size, 1), "data.sequence_length": (recipe.data.sequence_length, 1)}

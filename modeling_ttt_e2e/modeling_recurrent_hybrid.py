@@ -132,6 +132,8 @@ class RecurrentHybridPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _is_stateful = True  # a recurrent state cannot be rolled back, as assisted decoding would
     _can_record_outputs = {"hidden_states": RecurrentHybridDecoderLayer, "attentions": Qwen3Attention}
+    # Decays, skips and step sizes of the recurrent mixers: to pull them to zero is not to make them simpler.
+    no_weight_decay = ("A_log", "D", "dt_bias")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

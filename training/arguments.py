@@ -4,6 +4,7 @@ import difflib
 import inspect
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from transformers import TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
@@ -15,7 +16,7 @@ RANGES = (
         lambda value: 0 <= value < math.inf,
         "finite and not negative",
         "learning_rate weight_decay adam_epsilon max_grad_norm warmup_steps inner_lr_init inner_lr_warmup_steps "
-        "neftune_noise_alpha eval_delay dataloader_num_workers",
+        "neftune_noise_alpha eval_delay dataloader_num_workers muon_learning_rate",
     ),
     (
         lambda value: 0 < value < math.inf,
@@ -46,10 +47,14 @@ class MetaTrainingArguments(TrainingArguments):
         inner_lr_warmup_steps: outer steps over which it goes there, linearly; below 1 a share of all steps, 0 for no
             warm-up. In outer step s, counted from 0, the inner learning rate is
             `init + (rate - init) * min(1, (s + 1) / warmup_steps)`; in evaluation it is `rate`.
+        optimizer: "adamw" is the papers' (or what `optim` names); "muon" takes orthogonal steps for the matrices of
+            linear layers, and AdamW's for all else (`training.muon`).
+        muon_learning_rate: peak learning rate of these matrices; None for `learning_rate`.
+        muon_excludes: regular expressions; a matrix whose name one of them fits is trained by AdamW.
 
     Raises:
-        ValueError: a value is out of range, or checkpoints would be saved between two logs (a resumed run could not
-            repeat the log that the interrupted one had begun).
+        ValueError: a value is out of range, an argument belongs to another optimizer, or checkpoints would be saved
+            between two logs (a resumed run could not repeat the log that the interrupted one had begun).
     """
 
     learning_rate: float = field(default=4e-4, metadata={"help": "Peak learning rate of the outer loop."})
@@ -71,6 +76,14 @@ class MetaTrainingArguments(TrainingArguments):
         default=0, metadata={"help": "Outer steps of the inner learning rate's warm-up; below 1 a share of all."}
     )
 
+    optimizer: Literal["adamw", "muon"] = field(default="adamw", metadata={"help": "Outer optimizer."})
+    muon_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the matrices that Muon trains."}
+    )
+    muon_excludes: list[str] = field(
+        default_factory=list, metadata={"help": "Patterns of names of matrices that AdamW trains beside Muon."}
+    )
+
     def __post_init__(self):
         self._check_ranges()  # before transformers computes with the numbers
         super().__post_init__()
@@ -81,6 +94,7 @@ class MetaTrainingArguments(TrainingArguments):
             self.lr_scheduler_kwargs = {"min_lr": min(DEFAULT_FLOOR, self.learning_rate)}
         self._check_schedule()
         self._check_rates()
+        self._check_optimizer()
         check_saves_follow_logs(self, self.save_steps, self.logging_steps, self.eval_steps)
 
     def inner_warmup(self, total_steps: int) -> int:
@@ -98,6 +112,19 @@ class MetaTrainingArguments(TrainingArguments):
                     f"lr_scheduler_kwargs: the schedule {str(self.lr_scheduler_type.value)!r} has no {name!r}"
                     + (f"; did you mean {similar[0]!r}?" if similar else f", but {', '.join(known)}")
                 )
+
+    def _check_optimizer(self) -> None:
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer={self.optimizer!r}: choose adamw or muon.")
+        if self.optimizer == "adamw":
+            for name in ("muon_learning_rate", "muon_excludes"):
+                if getattr(self, name) not in (None, []):
+                    raise ValueError(f"{name}={getattr(self, name)!r} needs optimizer='muon'; leave it out.")
+        elif self.fsdp or self.deepspeed:
+            raise ValueError(
+                "optimizer='muon' needs whole matrices, but FSDP and DeepSpeed cut them: run one process per device "
+                "with a whole model each (DDP), or use optimizer='adamw'."
+            )
 
     def _check_ranges(self) -> None:
         for fits, words, names in RANGES:

@@ -7,6 +7,7 @@ it, would make them first order, or wrong, without a word.
 from collections.abc import Sequence
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import DataCollatorWithFlattening, TrainingArguments
 
 from ..sharding import check_tensor_parallelism, check_units
@@ -80,6 +81,20 @@ def _check_fsdp_classes(args: TrainingArguments) -> None:
         raise ValueError(
             f"fsdp_config with transformer_layer_cls_to_wrap={wrapped} would make units of the suffix blocks too, "
             f"which cuts the inner loop: set it to [{prefix!r}]."
+        )
+
+
+def check_whole_matrices(model: nn.Module) -> None:
+    """Check that every process has the whole of each matrix, as Muon's orthogonal steps need.
+
+    Raises:
+        ValueError: a parameter is sharded (FSDP2, tensor parallelism).
+    """
+    sharded = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
+    if sharded:
+        raise ValueError(
+            f"optimizer='muon' needs whole matrices, but {sharded[0]} is sharded: run one process per device with a "
+            "whole model each (DDP), or use optimizer='adamw'."
         )
 
 

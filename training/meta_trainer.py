@@ -20,8 +20,9 @@ from transformers.utils import logging
 from ..causal_lm_loss import NO_TARGET
 from ..checks import is_reentrant
 from .arguments import MetaTrainingArguments, check_saves_follow_logs
-from .guards import check_arguments, check_collator, check_prepared, learning_models
+from .guards import check_arguments, check_collator, check_prepared, check_whole_matrices, learning_models
 from .inner_logs import InnerLogs
+from .muon import muon_of_model
 from .safe_trainer import SafeTrainer
 
 logger = logging.get_logger(__name__)
@@ -44,11 +45,11 @@ def inner_warmup_multiplier(step: int, learning_rate: float, init: float, warmup
 class MetaTrainer(SafeTrainer):
     """Trains a causal language model with test-time training; any other causal language model as a baseline, too.
 
-    Beyond transformers' Trainer: the inner learning rate's warm-up; weight decay on all parameters; logs of the inner
-    loop (`nll_mini_batch_I`, `inner_grad_norm`, `inner_steps_clipped`), `tokens_per_second` and `peak_memory_mib` (the
-    most of any process: of the GPU's allocator, or resident memory); evaluation with learning on (`eval_loss`) and off
-    (`eval_loss_learning_off`); checkpoints that are complete or not used; refusals of what would be silently wrong; and
-    a stop before a gradient that is not finite reaches the weights.
+    Beyond transformers' Trainer: the inner learning rate's warm-up; weight decay on all parameters; Muon; logs of the
+    inner loop (`nll_mini_batch_I`, `inner_grad_norm`, `inner_steps_clipped`), `tokens_per_second` and `peak_memory_mib`
+    (the most of any process: of the GPU's allocator, or resident memory); evaluation with learning on (`eval_loss`) and
+    off (`eval_loss_learning_off`); checkpoints that are complete or not used; refusals of what would be silently wrong;
+    and a stop before a gradient that is not finite reaches the weights.
 
     Args:
         model: a causal language model, or a model of ours with another head.
@@ -115,8 +116,17 @@ class MetaTrainer(SafeTrainer):
     # ---------------------------------------------------------------------------------------- optimizer and loss
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All of them, norms and embeddings included, as in the papers."""
-        return [name for name, _ in model.named_parameters()]
+        """All of them, norms and embeddings included, as in the papers; but for what a model's class exempts."""
+        exempt = {name for part in model.modules() for name in getattr(part, "no_weight_decay", ())}
+        return [name for name, _ in model.named_parameters() if name.rpartition(".")[2] not in exempt]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The papers' AdamW, or Muon (`args.optimizer`)."""
+        if self.optimizer is None and self.args.optimizer == "muon":
+            trained = self.model if model is None else model
+            check_whole_matrices(trained)
+            self.optimizer = muon_of_model(trained, self.args, self.get_decay_parameter_names(trained))
+        return super().create_optimizer(model)
 
     def compute_loss(
         self,

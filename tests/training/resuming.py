@@ -135,6 +135,7 @@ OPTIONS = {
     "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
     "evaluation": {"evaluation": True, "eval_strategy": "steps", "eval_steps": EVERY},
     "checkpointing": {"activation_checkpointing": True},
+    "muon": {"optimizer": "muon", "muon_learning_rate": 0.05, "muon_excludes": ["prime_mlp"]},
 }
 
 

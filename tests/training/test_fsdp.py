@@ -102,6 +102,7 @@ def fsdp_worker(folder):
     for name, case in REFUSED.items():
         store(folder, f"refused-{name}", refusal_of, *case)
     store(folder, "refused-trainer", trainer_refusal, folder)
+    store(folder, "refused-muon", muon_refusal, folder)
     for order in ("second_order", "first_order"):
         store(folder, f"tensor-parallel-{order}", tensor_parallel_refusal, order)
 
@@ -174,6 +175,14 @@ def trainer_refusal(folder):
     return error_of(trainer.train), trainer.state.global_step
 
 
+def muon_refusal(folder):
+    """The error of a sharded training with Muon, and the steps that were done until then."""
+    config = DistributedConfig(fsdp_size=WORLD)
+    model = AutoModelForCausalLM.from_pretrained(folder / "second_order-model", distributed_config=config).train()
+    trainer = helpers.meta_trainer(folder / "muon", model, **(TRAINING | {"optimizer": "muon"}))
+    return error_of(trainer.train), trainer.state.global_step
+
+
 def tensor_parallel_refusal(order):
     """The errors of a forward pass and of the trainer's check where a suffix block's weight is split by channels."""
     model = model_of(meta_gradient=order)
@@ -204,6 +213,12 @@ def test_units_within_the_inner_loop_are_refused(fsdp_folder, name):
 def test_units_within_the_inner_loop_are_refused_before_the_first_step(fsdp_folder):
     for error, steps in stored(fsdp_folder, "refused-trainer"):
         assert error.startswith("ValueError: FSDP shards a") and "TTTE2ERMSNorm as a unit of its own" in error
+        assert steps == 0
+
+
+def test_muon_is_refused_where_matrices_are_cut(fsdp_folder):
+    for error, steps in stored(fsdp_folder, "refused-muon"):
+        assert error.startswith("ValueError: optimizer='muon' needs whole matrices, but") and "use optimizer" in error
         assert steps == 0
 
 

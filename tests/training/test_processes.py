@@ -33,6 +33,7 @@ DDP = {
     "first-order": DOUBLE | {"meta_gradient": "first_order"},
     # Six rows, four in a batch: an epoch ends within one, and what is left is dropped.
     "several-epochs": DOUBLE | {"row_count": 6},
+    "muon": DOUBLE | {"optimizer": "muon", "muon_learning_rate": 1e-3},
 }
 
 

@@ -61,6 +61,7 @@ def uninterrupted(tmp_path_factory):
         ("accumulation", "on_substep_end", 7, 6),
         ("evaluation", "on_evaluate", 9, 6),
         ("checkpointing", "on_step_begin", 10, 9),
+        ("muon", "on_step_begin", 8, 6),
     ],
 )
 def test_killed_training_resumes_bit_for_bit(tmp_path, uninterrupted, name, event, step, saved):

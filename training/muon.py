@@ -1,0 +1,118 @@
+"""The outer optimizer Muon: orthogonal steps for matrices, AdamW for everything else, as one optimizer.
+
+For a matrix W of [rows, columns] with gradient g, momentum m and learning rate a (torch.optim.Muon, arXiv 2502.16982):
+
+    m <- 0.95 m + 0.05 g,   W <- W - a weight_decay W - a 0.2 sqrt(max(rows, columns)) orthogonal(0.05 g + 0.95 m)
+
+so that a step changes an entry by about 0.2 a, as one of AdamW does, whatever the gradient's size.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+from transformers import PreTrainedModel
+
+# Matrices by name, of which every row is a token's own.
+BY_TOKEN = ("embed_tokens", "lm_head")
+
+
+class MuonWithAdamW(Optimizer):
+    """Muon for some parameters and AdamW for others, with one state and one list of groups, AdamW's first.
+
+    Args:
+        matrices: groups for `torch.optim.Muon`, each with its parameters, all [rows, columns], and its own options.
+        others: groups for `torch.optim.AdamW`.
+        lr: of groups without one of their own; schedules take their floor from it.
+    """
+
+    def __init__(self, matrices: Iterable[dict], others: Iterable[dict], lr: float):
+        self.muon = Muon(list(matrices), lr=lr, adjust_lr_fn="match_rms_adamw")
+        self.adamw = AdamW(list(others), lr=lr)
+        super().__init__([*self.adamw.param_groups, *self.muon.param_groups], {"lr": lr})
+        self._share()
+
+    def _share(self) -> None:
+        """Let both parts work on the groups and the state of the whole."""
+        count = len(self.adamw.param_groups)
+        self.adamw.param_groups, self.muon.param_groups = self.param_groups[:count], self.param_groups[count:]
+        self.adamw.state = self.muon.state = self.state
+
+    def step(self, closure=None):
+        """One step of both; as `torch.optim.Optimizer.step`."""
+        loss = self.adamw.step(closure)
+        self.muon.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As `torch.optim.Optimizer.load_state_dict`."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+
+def is_for_muon(name: str, parameter: nn.Parameter, linear: set[nn.Parameter], excluded: Sequence[str]) -> bool:
+    """Whether Muon trains a parameter: a linear layer's matrix that is not by token, and that no pattern names.
+
+    What is a matrix only by its shape (convolutions, the initial weights of TTT layers, tables of decays) is not.
+    """
+    by_token = any(part in BY_TOKEN for part in name.split("."))
+    return (
+        parameter in linear
+        and parameter.dim() == 2
+        and not by_token
+        and not any(re.search(pattern, name) for pattern in excluded)
+    )
+
+
+def muon_of_model(model: nn.Module, args, decayed: Iterable[str]) -> MuonWithAdamW:
+    """The optimizer of a model's trained parameters.
+
+    Args:
+        args: `MetaTrainingArguments`.
+        decayed: names of the parameters that take weight decay.
+
+    Raises:
+        ValueError: a pattern of `args.muon_excludes` fits no matrix, or Muon would have nothing to train.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    linear = set(_linear_weights(model))
+    chosen = {name for name, parameter in trained.items() if is_for_muon(name, parameter, linear, ())}
+    for pattern in args.muon_excludes:
+        if not any(re.search(pattern, name) for name in chosen):
+            raise ValueError(f"muon_excludes={args.muon_excludes}: no matrix has a name with {pattern!r}; leave it out")
+    chosen = {name for name in chosen if is_for_muon(name, trained[name], linear, args.muon_excludes)}
+    if not chosen:
+        raise ValueError(
+            f"optimizer='muon', but a {type(model).__name__} has no matrix for it to train; use optimizer='adamw'"
+        )
+    decayed = set(decayed)
+
+    def groups(names: Iterable[str], **options) -> list[dict]:
+        names = list(names)
+        parts = (([n for n in names if n in decayed], args.weight_decay), ([n for n in names if n not in decayed], 0.0))
+        return [
+            {"params": [trained[name] for name in part], "weight_decay": decay, **options}
+            for part, decay in parts
+            if part
+        ]
+
+    matrix_rate = args.learning_rate if args.muon_learning_rate is None else args.muon_learning_rate
+    return MuonWithAdamW(
+        groups((name for name in trained if name in chosen), lr=matrix_rate),
+        groups(
+            (name for name in trained if name not in chosen),
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+        ),
+        lr=args.learning_rate,
+    )
+
+
+def _linear_weights(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Matrices of linear layers, but for those of heads, which are by token whatever their name is."""
+    heads = {part.get_output_embeddings() for part in model.modules() if isinstance(part, PreTrainedModel)}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module not in heads:
+            yield module.weight
