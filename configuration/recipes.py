@@ -68,6 +68,8 @@ class DataRecipe:
         validation_every: each n-th document is kept for validation; None: none is.
         training_only: folders whose documents are never kept for validation, for example because they hold near-copies
             of one another.
+        whole_folders: a folder's documents are all for training or all for validation; `validation_every` counts
+            folders then.
         validation_rows: at most so many rows for validation; None: all.
     """
 
@@ -81,6 +83,7 @@ class DataRecipe:
     validation_split: str = "train"
     validation_every: int | None = None
     training_only: list[str] = dataclasses.field(default_factory=list)
+    whole_folders: bool = False
     validation_rows: int | None = None
 
 

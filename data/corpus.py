@@ -34,7 +34,7 @@ def standard_library_documents(root: Path | None = None) -> Dataset:
 
 
 def split_documents(
-    documents: Dataset, validation_every: int, training_only: Collection[str] = ()
+    documents: Dataset, validation_every: int, training_only: Collection[str] = (), whole_folders: bool = False
 ) -> tuple[Dataset, Dataset]:
     """Split by whole documents: each n-th one in order of size goes to validation, so that both parts have all sizes.
 
@@ -42,21 +42,28 @@ def split_documents(
         documents: columns `text`, and `path` where training_only names folders.
         validation_every: n of "each n-th"; the share of validation is 1/n.
         training_only: folders whose documents never go to validation.
+        whole_folders: keep all documents of a folder, the first one of their path, on the same side; n then counts
+            folders.
 
     Returns:
         Training and validation documents, each in the order given.
 
     Raises:
         ValueError: validation_every is below 2, there are too few documents for one of validation, or training_only
-            is given for documents without paths.
+            or whole_folders is given for documents without paths.
     """
     if validation_every < 2:
         raise ValueError(f"validation_every={validation_every}: must be at least 2, or nothing is left to train on")
     candidates = _outside(documents, training_only)
-    sizes = [len(text) for texts in text_batches(documents) for text in texts]
-    # The middle of each group of n: the very largest file stays in training, the validation has one of the next.
-    by_size = sorted(candidates, key=lambda row: -sizes[row])
-    validation = set(by_size[validation_every // 2 :: validation_every])
+    folders = _first_folders(documents) if whole_folders else list(range(len(documents)))
+    sizes: dict[int | str, int] = {}
+    texts = (text for batch in text_batches(documents) for text in batch)
+    for folder, text in zip(folders, texts, strict=True):
+        sizes[folder] = sizes.get(folder, 0) + len(text)
+    # The middle of each group of n: the very largest stays in training, the validation has one of the next.
+    by_size = sorted(dict.fromkeys(folders[row] for row in candidates), key=lambda folder: -sizes[folder])
+    chosen = set(by_size[validation_every // 2 :: validation_every])
+    validation = {row for row in candidates if folders[row] in chosen}
     if not validation:
         raise ValueError(
             f"documents: {len(candidates)} are too few to keep each {validation_every}th for validation; give more "
@@ -64,6 +71,13 @@ def split_documents(
         )
     training = [row for row in range(len(documents)) if row not in validation]
     return documents.select(training), documents.select(sorted(validation))
+
+
+def _first_folders(documents: Dataset) -> list[str]:
+    """The first folder of each document's path."""
+    if "path" not in documents.column_names:
+        raise ValueError("whole_folders=True: the documents have no column `path` to tell their folder by; give files")
+    return [path.partition("/")[0] for path in documents["path"]]
 
 
 def _outside(documents: Dataset, folders: Collection[str]) -> list[int]:

@@ -95,7 +95,9 @@ def prepare_data(request: DataRequest, check_tokenizer: Callable[[PreTrainedToke
     if request.validation_data is not None:
         held_out = _load(request, request.validation_data, recipe.validation_split, streaming=False)
     elif recipe.validation_every is not None:
-        documents, held_out = split_documents(documents, recipe.validation_every, recipe.training_only)
+        documents, held_out = split_documents(
+            documents, recipe.validation_every, recipe.training_only, recipe.whole_folders
+        )
     if tokenizer is None:
         tokenizer = trained_tokenizer(documents, request.vocabulary_size, request.cache)
     identity = {"tokenizer": tokenizer_digest(tokenizer)}

@@ -16,9 +16,11 @@ from ..storage.digests import file_digest
 from ..storage.disk import check_disk_space
 from .corpus import standard_library_documents
 from .files import COMPRESSED, KINDS, TEXT, documents_of_files, file_kind, file_texts, missing_column
+from .packages import installed_package_documents, installed_packages_state
 
 FORMAT, MANIFEST, DOCUMENTS = 1, "manifest.json", "documents.arrow"
-STANDARD_LIBRARY = "standard-library"
+STANDARD_LIBRARY, PYTHON_PACKAGES = "standard-library", "python-packages"
+BUILT_IN = (STANDARD_LIBRARY, PYTHON_PACKAGES)
 PATH_SUFFIXES = {*KINDS, *COMPRESSED, ".txt", ".text", ".md"}
 
 
@@ -34,9 +36,10 @@ def load_documents(
     """Documents of a source, in its order, with memory that does not grow with it.
 
     Args:
-        source: `"standard-library"`; a file (`.jsonl`, `.json`, also compressed, or `.parquet`: one document per
-            record; any other: the whole file is one document); a folder (all files below it in the order of their
-            path, hidden ones left out); or the name of a dataset for `datasets.load_dataset`.
+        source: `"standard-library"` (its files); `"python-packages"` (long documents, see `data.packages`); a file
+            (`.jsonl`, `.json`, also compressed, or `.parquet`: one document per record; any other: the whole file is
+            one document); a folder (all files below it in the order of their path, hidden ones left out); or the name
+            of a dataset for `datasets.load_dataset`.
         cache_folder: where the documents are written to.
         text_column: of the records, or of the dataset.
         split, configuration: of a dataset.
@@ -53,15 +56,15 @@ def load_documents(
     """
     check_no_address(source)
     path = Path(source).expanduser()
-    if source != STANDARD_LIBRARY and not path.exists() and not looks_like_path(source):
+    if source not in BUILT_IN and not path.exists() and not looks_like_path(source):
         return _load_dataset(str(source), text_column, split, configuration, streaming, Path(cache_folder))
     if split != "train" or configuration is not None:
         raise ValueError(
             f"split={split!r}, configuration={configuration!r}: only a dataset of the Hub has them, which "
             f"source={source} is not; leave them out"
         )
-    if source == STANDARD_LIBRARY:
-        documents = standard_library_documents()
+    if source in BUILT_IN:
+        documents = standard_library_documents() if source == STANDARD_LIBRARY else installed_package_documents()
         return documents.to_iterable_dataset() if streaming else documents
     return _load_files(path, text_column, streaming, Path(cache_folder))
 
@@ -72,6 +75,8 @@ def source_state(source: str | Path) -> str:
     A data set of the Hub is told by its name alone.
     """
     path = Path(source).expanduser()
+    if source == PYTHON_PACKAGES:
+        return f"{source} {installed_packages_state()}"
     if source == STANDARD_LIBRARY or not path.exists():
         return str(source)
     root, files = _files_of(path)

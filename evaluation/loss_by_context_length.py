@@ -27,6 +27,11 @@ def loss_by_context_length(
         ValueError: `length` is below 2, or the documents are shorter.
     """
     losses = loss_by_position(subject, first_tokens(documents, length), batch_size, description=subject.label)
+    return means_of_documents(losses)
+
+
+def means_of_documents(losses: torch.Tensor) -> dict[str, float | int | list[float] | None]:
+    """What `loss_by_context_length` returns, of losses [documents, tokens]."""
     means = losses.double().mean(dim=1)
     error = None if len(means) < 2 else (means.std() / len(means) ** 0.5).item()
     return {

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from .subject import Subject, token_losses
 
+BLOCK = 64  # positions whose mean is kept of every document
+
 
 def loss_by_position(
     subject: Subject | PreTrainedModel,
@@ -50,6 +52,23 @@ def loss_by_position(
             losses.append(token_losses(subject, batch))
             progress.update(losses[-1].numel())
     return torch.cat(losses)
+
+
+def means_of_positions(losses: torch.Tensor) -> dict[str, float | int | list]:
+    """What is kept of losses by position, [documents, length - 1].
+
+    Returns:
+        `loss` (nats per token), `tokens` (how many were predicted), `loss_by_position` (means over documents) and
+        `loss_by_block`, per document the mean of each `BLOCK` positions, the last of them perhaps fewer.
+    """
+    means = losses.double().mean(dim=0)
+    blocks = [block.double().mean(dim=1) for block in losses.split(BLOCK, dim=1)]
+    return {
+        "loss": means.mean().item(),
+        "tokens": losses.numel(),
+        "loss_by_position": means.tolist(),
+        "loss_by_block": torch.stack(blocks, dim=1).tolist(),
+    }
 
 
 def bucket_bounds(edges: Sequence[int], length: int) -> list[tuple[int, int]]:

@@ -14,8 +14,8 @@ from .bits_per_byte import bits_per_byte
 from .comparison import Quantity
 from .decoding_loss import decoding_loss
 from .latency import latency
-from .loss_by_context_length import loss_by_context_length
-from .loss_by_position import loss_by_position
+from .loss_by_context_length import loss_by_context_length, means_of_documents
+from .loss_by_position import loss_by_position, means_of_positions
 from .needle_in_a_haystack import needle_in_a_haystack
 from .perplexity import perplexity
 from .subject import Subject
@@ -107,6 +107,7 @@ class Task:
         needs_tokenizer: it reads text.
         depends_on_device: its numbers are only comparable on the same device.
         least: the smallest length.
+        of_losses: the point, of the losses [documents, length - 1] of each token, where nothing else is measured.
     """
 
     name: str
@@ -120,12 +121,12 @@ class Task:
     needs_tokenizer: bool = True
     depends_on_device: bool = False
     least: int = 2
+    of_losses: Callable[[torch.Tensor], dict] | None = None
 
 
 def _by_position(subject: Subject, data: TaskData, length: int, settings: NoSettings) -> dict:
     losses = loss_by_position(subject, data.documents[:, :length], data.batch_size, description=subject.label)
-    means = losses.double().mean(dim=0)
-    return {"loss": means.mean().item(), "tokens": losses.numel(), "loss_by_position": means.tolist()}
+    return means_of_positions(losses)
 
 
 def _perplexity(subject: Subject, data: TaskData, length: int, settings: NoSettings) -> dict:
@@ -176,6 +177,7 @@ TASKS = {
             NoSettings,
             (Quantity("loss_by_position", "Loss", "nats per token", by_position=True),),
             _by_position,
+            of_losses=means_of_positions,
         ),
         Task(
             "perplexity",
@@ -188,6 +190,7 @@ TASKS = {
             NoSettings,
             (Quantity("loss", "Loss", "nats per token", by_document="loss_by_document"),),
             _context_length,
+            of_losses=means_of_documents,
         ),
         Task(
             "bits-per-byte",

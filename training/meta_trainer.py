@@ -46,10 +46,11 @@ class MetaTrainer(SafeTrainer):
     """Trains a causal language model with test-time training; any other causal language model as a baseline, too.
 
     Beyond transformers' Trainer: the inner learning rate's warm-up; weight decay on all parameters; Muon; logs of the
-    inner loop (`nll_mini_batch_I`, `inner_grad_norm`, `inner_steps_clipped`), `tokens_per_second` and `peak_memory_mib`
-    (the most of any process: of the GPU's allocator, or resident memory); evaluation with learning on (`eval_loss`) and
-    off (`eval_loss_learning_off`); checkpoints that are complete or not used; refusals of what would be silently wrong;
-    and a stop before a gradient that is not finite reaches the weights.
+    inner loop (`nll_mini_batch_I`, `inner_grad_norm`, `inner_steps_clipped`), `tokens_per_second`, `cpu_seconds` (of
+    all processes since the last log) and `peak_memory_mib` (the most of any process: of the GPU's allocator, or
+    resident memory); evaluation with learning on (`eval_loss`) and off (`eval_loss_learning_off`); checkpoints that are
+    complete or not used; refusals of what would be silently wrong; and a stop before a gradient that is not finite
+    reaches the weights.
 
     Args:
         model: a causal language model, or a model of ours with another head.
@@ -83,7 +84,7 @@ class MetaTrainer(SafeTrainer):
         parts = [part for part in self.model.modules() if isinstance(part, PreTrainedModel)]
         self._can_skip_logits = any("skip_logits" in inspect.signature(part.forward).parameters for part in parts)
         self._inner_logs = InnerLogs()
-        self._last_log = time.perf_counter()
+        self._last_log, self._last_cpu = time.perf_counter(), time.process_time()
         self._learning_off, self._evaluated, self.evaluation_passes = False, None, 1
         if self.compute_metrics is not None:
             args.prediction_loss_only = False  # it asks for the logits
@@ -181,23 +182,20 @@ class MetaTrainer(SafeTrainer):
         """Add what the inner loop did since the last log to the logs of training."""
         if "loss" in logs:
             inner, tokens = self._inner_logs.collect()
-            now = time.perf_counter()
+            now, cpu = time.perf_counter(), time.process_time()
             logs = {
                 **logs,
                 **inner,
                 "tokens_per_second": tokens / (now - self._last_log),
-                "peak_memory_mib": self._peak_memory() / 2**20,
+                "cpu_seconds": self._over_processes(cpu - self._last_cpu).sum().item(),
+                "peak_memory_mib": self._over_processes(peak_memory(self.args.device)).max().item() / 2**20,
             }
-            self._last_log = now
+            self._last_log, self._last_cpu = now, cpu
         super().log(logs, start_time)
 
-    def _peak_memory(self) -> int:
-        if self.args.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            # Linux counts in KiB, macOS in bytes.
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return int(self.accelerator.gather(torch.tensor([peak], device=self.args.device)).max())
+    def _over_processes(self, value: float) -> torch.Tensor:
+        """A number of every process, float64 [processes]."""
+        return self.accelerator.gather(torch.tensor([value], dtype=torch.float64, device=self.args.device))
 
     def evaluation_loop(self, dataloader, description: str, *others, metric_key_prefix: str = "eval", **named):
         """Trainer's loop with learning on; in evaluation, for a model that learns, once more with learning off.
@@ -205,7 +203,7 @@ class MetaTrainer(SafeTrainer):
         For a model that returns `token_nll` the loss is the mean over all labelled tokens, each row counted once
         however many processes there are.
         """
-        started, name = time.perf_counter(), f"{metric_key_prefix}_loss"
+        started, cpu, name = time.perf_counter(), time.process_time(), f"{metric_key_prefix}_loss"
         learns = any(part.config.test_time_training for part in learning_models(self.model))
         self.evaluation_passes = 2 if learns and description == "Evaluation" else 1
         self._evaluated = _TokenMean(self.accelerator)
@@ -219,8 +217,13 @@ class MetaTrainer(SafeTrainer):
                 # For the speed in the metrics, which is that of both passes.
                 output = output._replace(num_samples=2 * output.num_samples)
         self._evaluated = None
-        self._last_log += time.perf_counter() - started  # the speed of training leaves it out
+        self._leave_out(started, cpu)
         return output
+
+    def _leave_out(self, started: float, cpu: float) -> None:
+        """Take what was done since out of the times of training."""
+        self._last_log += time.perf_counter() - started
+        self._last_cpu += time.process_time() - cpu
 
     def _loss_without_learning(self, dataloader, name: str, prefix: str) -> float:
         self._learning_off, self._evaluated = True, _TokenMean(self.accelerator)
@@ -242,9 +245,17 @@ class MetaTrainer(SafeTrainer):
             self.args.dataloader_drop_last = drop_last
 
     def _save_checkpoint(self, model: nn.Module, trial: dict | None) -> None:
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         super()._save_checkpoint(model, trial)
-        self._last_log += time.perf_counter() - started
+        self._leave_out(started, cpu)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has had at most: of the GPU's allocator, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class _TokenMean:
@@ -304,7 +315,7 @@ class _InnerWarmup(TrainerCallback):
             for part in parts:
                 if isinstance(part, PreTrainedModel):
                     part.disable_input_require_grads()
-        self.trainer._last_log = time.perf_counter()
+        self.trainer._last_log, self.trainer._last_cpu = time.perf_counter(), time.process_time()
 
     def on_step_begin(self, args, state, control, **named):
         for part in learning_models(self.trainer.model):

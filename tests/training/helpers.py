@@ -34,6 +34,7 @@ ARGUMENTS = {
 # What the wall clock or the machine decides.
 MEASURED = {
     "tokens_per_second",
+    "cpu_seconds",
     "peak_memory_mib",
     "train_runtime",
     "train_samples_per_second",

@@ -176,7 +176,7 @@ def test_logs_are_the_means_of_what_the_model_returned(tmp_path):
     assert log["inner_grad_norm"] == pytest.approx(norms.mean().item(), rel=1e-6)
     clipped = (norms > limit).float().mean().item()
     assert 0 < clipped < 1 and log["inner_steps_clipped"] == pytest.approx(clipped)
-    assert log["tokens_per_second"] > 0 and log["peak_memory_mib"] > 0
+    assert log["tokens_per_second"] > 0 and log["peak_memory_mib"] > 0 and log["cpu_seconds"] > 0
 
 
 def test_the_last_steps_are_logged(tmp_path):
