@@ -17,6 +17,7 @@ from .presets import presets
 from .reproduce import reproduce
 from .serve import serve
 from .train import train
+from .tune_outer import tune_outer
 from .warm_start import transformer, tune_inner_lr
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ app.command()(chat)
 app.command()(serve)
 app.add_typer(convert, name="convert")
 app.command("tune-inner-lr")(tune_inner_lr)
+app.command("tune-outer")(tune_outer)
 app.command()(export)
 app.command()(merge)
 app.command()(presets)

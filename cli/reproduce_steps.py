@@ -1,31 +1,59 @@
 """The steps behind `ttt-e2e reproduce`: train every row, measure, compare with the paper."""
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from filelock import FileLock
 from rich.console import Console
 
-from ttt_e2e.configuration import Recipe, load_recipe, load_systems, system_preset
-from ttt_e2e.configuration.experiments import Experiment, Measured, Number, Trained
+from ttt_e2e.configuration import Recipe, load_preset, load_recipe, load_systems, system_preset
+from ttt_e2e.configuration.experiments import Experiment, Measured, Trained
 from ttt_e2e.configuration.strict_yaml import merged
 from ttt_e2e.data.corpus import split_documents
+from ttt_e2e.data.run_data import DataRequest, prepare_data
 from ttt_e2e.data.sources import load_documents, source_state
+from ttt_e2e.evaluation.experiment_report import RowFacts, report_text
 from ttt_e2e.evaluation.results import Point
-from ttt_e2e.evaluation.runs import EvaluationRequest, measure_missing, prepare_evaluation, write_comparison
+from ttt_e2e.evaluation.runs import (
+    Evaluation,
+    EvaluationRequest,
+    measure_missing,
+    prepare_evaluation,
+    write_comparison,
+)
 from ttt_e2e.evaluation.tasks import TASKS
+from ttt_e2e.evaluation.verdicts import Verdict, judge_claims, seed_label
+from ttt_e2e.evaluation.yardsticks import measure_yardsticks
 from ttt_e2e.storage.digests import digest
-from ttt_e2e.storage.disk import write_text, written_whole
+from ttt_e2e.storage.disk import read_json, write_text, written_whole
 from ttt_e2e.storage.record import RECORD
-from ttt_e2e.training.run import MODEL, TrainingRequest, finish_run, prepare_run
+from ttt_e2e.training.run import LOG, MODEL, TrainingRequest, finish_run, prepare_run
 
 VALIDATION = "validation.jsonl"
 
 
+@dataclass(frozen=True)
+class TrainedRow:
+    """A row's models, one for each seed, and what their training took.
+
+    Attributes:
+        models: folders, or the preset where nothing is trained.
+        tokens: that each of them was trained on.
+        cpu_seconds: of all processes, mean over seeds; None where nothing is trained.
+    """
+
+    models: list[str]
+    tokens: int
+    cpu_seconds: float | None
+
+
 def run_experiment(
     experiment: Experiment, folder: Path, models_folder: Path, cache: Path, console: Console
-) -> list[tuple[str, bool]]:
+) -> list[Verdict]:
     """Train, measure and compare; what is there already is kept.
 
     Args:
@@ -33,69 +61,127 @@ def run_experiment(
             same.
 
     Returns:
-        Each claim, and whether this run agrees with it.
+        What this run says to each claim.
     """
     console.print(f"[bold]{experiment.description}[/bold]", "Paper:", experiment.paper, sep="\n")
     folder.mkdir(parents=True, exist_ok=True)
-    models = {}
+    rows = {}
     for label, row in experiment.rows.items():
         if not row.of:
             console.rule(f"Training: {label}")
-            models[label] = train_row(experiment, row, models_folder, cache)
-    models |= {label: models[row.of] for label, row in experiment.rows.items() if row.of}
+            rows[label] = train_row(experiment, row, models_folder, cache)
+    rows |= {label: rows[row.of] for label, row in experiment.rows.items() if row.of}
     held_out = write_held_out(experiment, folder, cache)
-    points = []
+    points: list[Point] = []
     for number, measured in enumerate(experiment.measured):
         console.rule(f"Measuring: {measured.task}")
-        request = evaluation_request(experiment, measured, models, held_out, cache)
+        request = evaluation_request(experiment, measured, rows, held_out, cache)
         request = dataclasses.replace(request, output=folder / f"{number}-{measured.task}")
         evaluation = prepare_evaluation(request)
         measure_missing(evaluation)
+        if experiment.yardsticks is not None and evaluation.task.of_losses is not None:
+            add_yardsticks(experiment, evaluation, max(row.tokens for row in rows.values()), cache)
         for table in write_comparison(evaluation)[0]:
             console.print(table.rich())
         points += evaluation.results.points
-    verdicts = [(claim.text, *verdict(claim.smaller, claim.larger, points)) for claim in experiment.claims]
-    report = report_text(experiment, verdicts)
+    verdicts = judge_claims(experiment, points)
+    facts = {label: RowFacts(row.tokens, row.cpu_seconds, len(row.models)) for label, row in rows.items()}
+    report = report_text(experiment, facts, points, verdicts)
     write_text(folder / "report.md", report)
     console.print(report)
-    return [(text, agrees) for text, agrees, _ in verdicts]
+    return verdicts
 
 
-def train_row(experiment: Experiment, row: Trained, models_folder: Path, cache: Path) -> str:
-    """The folder of a row's trained model, or its preset where nothing is trained.
+def train_row(experiment: Experiment, row: Trained, models_folder: Path, cache: Path) -> TrainedRow:
+    """Train a row with each of its seeds."""
+    trained = [train_seed(experiment, row, seed, models_folder, cache) for seed in range(row.seeds)]
+    seconds = [each for _, _, each in trained if each is not None]
+    return TrainedRow(
+        [model for model, _, _ in trained], trained[0][1], sum(seconds) / len(seconds) if seconds else None
+    )
 
-    Each further recipe goes on from the model before.
+
+def train_seed(
+    experiment: Experiment, row: Trained, seed: int, models_folder: Path, cache: Path
+) -> tuple[str, int, float | None]:
+    """Train a row once; each further recipe goes on from the model before.
+
+    Returns:
+        The folder of the model, or its preset where nothing is trained; tokens, and CPU seconds, of all recipes.
     """
     preset = system_preset(row.system, experiment.size)
-    model, recipes = preset, row_recipes(experiment, row, preset)
-    identity: list[Any] = [preset, experiment.data, source_state(experiment.data)]
+    model, recipes = preset, row_recipes(experiment, row, preset, seed)
+    before: list[Any] = []
+    tokens, seconds = 0, 0.0
     for recipe in recipes:
-        identity.append(dataclasses.asdict(recipe))
-        run = models_folder / f"{preset}-{recipe.name}-{digest(identity)[:8]}"
-        models_folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{run}.lock"):  # another experiment may be training the same model
-            if not (run / MODEL).is_dir():
-                resume = (run / RECORD).is_file()
-                request = TrainingRequest(
-                    model, recipe, experiment.data, run, cache, tokenizer=experiment.tokenizer or None, resume=resume
-                )
-                trainer = prepare_run(request)
-                finish_run(trainer, trainer.last_whole_checkpoint() if resume else None)
-        model = str(run / MODEL)
-    return model
+        run, read, taken = train_recipe(experiment, preset, model, recipe, before, models_folder, cache)
+        before.append(dataclasses.asdict(recipe))
+        model, tokens, seconds = str(run / MODEL), tokens + read, seconds + taken
+    return model, tokens, seconds if recipes else None
 
 
-def row_recipes(experiment: Experiment, row: Trained, preset: str) -> list[Recipe]:
+def train_recipe(
+    experiment: Experiment, preset: str, model: str, recipe: Recipe, before: list[Any], models_folder: Path, cache: Path
+) -> tuple[Path, int, float]:
+    """Train a model by one recipe, unless that was done.
+
+    Args:
+        model: the preset itself, or the folder of a model that `before`, the recipes until then, has made.
+
+    Returns:
+        The folder of the run; tokens that were read, and CPU seconds.
+    """
+    identity = [preset, experiment.data, source_state(experiment.data), *before, dataclasses.asdict(recipe)]
+    run = models_folder / f"{preset}-{recipe.name}-{digest(identity)[:8]}"
+    models_folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{run}.lock"):  # another experiment may be training the same model
+        if not (run / MODEL).is_dir():
+            resume = (run / RECORD).is_file()
+            request = TrainingRequest(
+                model, recipe, experiment.data, run, cache, tokenizer=experiment.tokenizer or None, resume=resume
+            )
+            trainer = prepare_run(request)
+            finish_run(trainer, trainer.last_whole_checkpoint() if resume else None)
+    log = read_json(run / LOG, remedy="remove the folder, to train again")
+    tokens = max(entry["step"] for entry in log) * recipe.batch_size * recipe.data.sequence_length
+    return run, tokens, sum(entry.get("cpu_seconds", 0.0) for entry in log)
+
+
+def row_recipes(experiment: Experiment, row: Trained, preset: str, seed: int = 0) -> list[Recipe]:
     """The recipes of a row, one after the other; what the row changes in the model is in the first one."""
     changes, recipes = merged(load_systems()[row.system].training, row.model), []
+    overrides = [*experiment.by_system.get(row.system, ()), *row.overrides]
+    if seed:
+        overrides.append(f"training.seed={seed}")
     for name in experiment.recipes:
-        recipe = load_recipe(name, preset, row.overrides)
+        recipe = load_recipe(name, preset, overrides)
         data = dataclasses.replace(
-            recipe.data, validation_every=experiment.validation_every, training_only=experiment.training_only
+            recipe.data,
+            validation_every=experiment.validation_every,
+            training_only=experiment.training_only,
+            whole_folders=experiment.whole_folders,
         )
         recipes.append(dataclasses.replace(recipe, model=merged(recipe.model, changes), data=data))
         changes = {}
     return recipes
+
+
+def add_yardsticks(experiment: Experiment, evaluation: Evaluation, tokens: int, cache: Path) -> None:
+    """Measure n-gram models of as much training text as the systems read, and compressors."""
+    assert experiment.yardsticks is not None
+    row = next(row for row in experiment.rows.values() if not row.of)
+    preset = system_preset(row.system, experiment.size)
+    recipe = row_recipes(experiment, row, preset)[0]
+    vocabulary_size = load_preset(preset)["vocab_size"]
+
+    def training_tokens() -> np.ndarray:
+        request = DataRequest(experiment.data, None, experiment.tokenizer or None, vocabulary_size, recipe.data, cache)
+        rows = prepare_data(request, check_tokenizer=lambda tokenizer: None).rows
+        count = min(len(rows), -(-tokens // recipe.data.sequence_length))
+        chosen = torch.linspace(0, len(rows) - 1, count).long().tolist()  # evenly spread, as shuffled rows are
+        return np.concatenate([rows[number]["input_ids"].numpy() for number in chosen])
+
+    measure_yardsticks(evaluation, experiment.yardsticks.n_grams, training_tokens, vocabulary_size)
 
 
 def write_held_out(experiment: Experiment, folder: Path, cache: Path) -> Path:
@@ -103,14 +189,16 @@ def write_held_out(experiment: Experiment, folder: Path, cache: Path) -> Path:
     path = folder / VALIDATION
     if not path.is_file():
         documents = load_documents(experiment.data, cache_folder=cache)
-        _, held_out = split_documents(documents, experiment.validation_every, experiment.training_only)
+        _, held_out = split_documents(
+            documents, experiment.validation_every, experiment.training_only, experiment.whole_folders
+        )
         with written_whole(path) as temporary:
             held_out.select_columns(["text"]).to_json(temporary)
     return path
 
 
 def evaluation_request(
-    experiment: Experiment, measured: Measured, models: dict[str, str], held_out: Path, cache: Path
+    experiment: Experiment, measured: Measured, rows: dict[str, TrainedRow], held_out: Path, cache: Path
 ) -> EvaluationRequest:
     """What is to be measured, but for the folder to write to."""
     systems = load_systems()
@@ -118,7 +206,8 @@ def evaluation_request(
     for label, row in experiment.rows.items():
         learning = (systems[row.system].evaluation | row.evaluation).get("test_time_training")
         suffix = "" if learning is None else f"@learning-{'on' if learning else 'off'}"
-        specs[label] = f"{models[label]}{suffix}"
+        for seed, model in enumerate(rows[label].models):
+            specs[seed_label(label, seed)] = f"{model}{suffix}"
     return EvaluationRequest(
         task=measured.task,
         models=[f"{label}={spec}" for label, spec in specs.items() if label != measured.judge],
@@ -131,34 +220,3 @@ def evaluation_request(
         judge=specs.get(measured.judge, measured.judge) or None,
         settings=[f"{name}={value}" for name, value in measured.settings.items()],
     )
-
-
-def verdict(smaller: Number, larger: Number, points: list[Point]) -> tuple[bool, str]:
-    """Whether two numbers are in the paper's order, and both in words."""
-    low, high = measured_number(smaller, points), measured_number(larger, points)
-    return low < high, f"{smaller.row} {_shown(low)}, {larger.row} {_shown(high)}"
-
-
-def _shown(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def measured_number(number: Number, points: list[Point]) -> float:
-    """The number that a claim speaks of."""
-    found = next(
-        point.numbers[number.name]
-        for point in points
-        if point.label == number.row and point.length == number.length and number.name in point.numbers
-    )
-    if isinstance(found, list):
-        part = found[number.first : number.end or len(found)]
-        return sum(part) / len(part)
-    return found
-
-
-def report_text(experiment: Experiment, verdicts: list[tuple[str, bool, str]]) -> str:
-    """What the paper found, what this run found, and whether they agree, as Markdown."""
-    lines = [f"# {experiment.description}", "", f"Paper: {experiment.paper.strip()}", ""]
-    lines += ["| claim | this run | agrees with the paper |", "| --- | --- | --- |"]
-    lines += [f"| {text} | {numbers} | {'yes' if agrees else '**no**'} |" for text, agrees, numbers in verdicts]
-    return "\n".join(lines) + "\n"

@@ -1,6 +1,7 @@
 """Experiments: what is trained, what is measured, and what the paper found, in one YAML file each.
 
-`NAME.yaml` is the toy twin, for two CPU cores; `NAME-full.yaml` beside it has the paper's sizes.
+`NAME.yaml` is the toy twin, for two CPU cores; `NAME-full.yaml` beside it has the paper's sizes. What several of them
+share is said once, in a file whose name begins with an underscore and which they name as their `base`.
 """
 
 from dataclasses import dataclass, field
@@ -10,10 +11,11 @@ from huggingface_hub.dataclasses import strict
 
 from .presets import preset_names, system_preset
 from .recipes import recipe_names
-from .strict_yaml import build_strictly, file_names, first_comment, named_file, read_mapping
+from .strict_yaml import build_strictly, file_names, first_comment, merged, named_file, read_mapping
 from .systems import load_systems
 
 EXPERIMENT_FOLDER = Path(__file__).with_name("experiments")
+LOSS_TASKS = ("loss-by-position", "context-length")  # of `ttt-e2e evaluate`: those that are made of losses alone
 
 
 @strict
@@ -27,6 +29,7 @@ class Trained:
         overrides: of the recipe, as on a command line, for example "training.learning_rate=1e-3".
         of: the row whose trained model is evaluated; empty for one of its own.
         evaluation: arguments of the model's forward in evaluation, over those of the system.
+        seeds: trainings, with the seeds 0, 1 and so on.
     """
 
     system: str
@@ -34,6 +37,7 @@ class Trained:
     overrides: list[str] = field(default_factory=list)
     of: str = ""
     evaluation: dict = field(default_factory=dict)
+    seeds: int = 1
 
 
 @strict
@@ -81,11 +85,34 @@ class Claim:
     Attributes:
         text: in words.
         smaller, larger: the number that is smaller in the paper, and the larger one.
+        about_context: it says what context far beyond the window is worth.
     """
 
     text: str
     smaller: Number
     larger: Number
+    about_context: bool = False
+
+
+@strict
+@dataclass
+class Yardsticks:
+    """What stands beside every loss, so that a reader can tell whether the systems are trained.
+
+    Attributes:
+        n_grams: orders of the n-gram models of the training text; the first one tells what is trained.
+        static_twin: the row of TTT-E2E's architecture, trained and measured without an inner loop.
+        learning_off: the row of the meta-trained model, measured without one. As long as it is better than the twin,
+            the outer training is not done.
+        full_context, limited_context: rows of full attention and of its window-limited twin. Where the first is not
+            better, the data shows nothing about context.
+    """
+
+    n_grams: list[int]
+    static_twin: str
+    learning_off: str
+    full_context: str
+    limited_context: str
 
 
 @strict
@@ -102,7 +129,10 @@ class Experiment:
             all leaves the weights random, which is enough to measure time.
         data: as `ttt-e2e train --data` takes it; validation_every: each n-th document is kept for the measurements;
             tokenizer: a folder or an id of the Hub; empty for one that is trained on the data;
-            training_only: folders whose documents never are, because they hold near-copies of one another.
+            training_only: folders whose documents never are, because they hold near-copies of one another;
+            whole_folders: a folder's documents stay on one side.
+        by_system: overrides of the recipe that suit a system, for all its rows; those of a row come over them.
+        yardsticks: beside the losses; None where nothing is trained.
         rows: by the label in tables and pictures.
         baseline: the row to which differences are shown; empty for none.
         measured: the measurements.
@@ -122,11 +152,18 @@ class Experiment:
     claims: list[Claim]
     tokenizer: str = ""
     training_only: list[str] = field(default_factory=list)
+    whole_folders: bool = False
+    by_system: dict = field(default_factory=dict)
+    yardsticks: Yardsticks | None = None
+
+    def measures_losses(self) -> bool:
+        """Whether losses of trained models are compared."""
+        return bool(self.recipes) and any(part.task in LOSS_TASKS for part in self.measured)
 
 
 def experiment_names() -> list[str]:
     """Names that `load_experiment` knows, sorted."""
-    return file_names(EXPERIMENT_FOLDER)
+    return [name for name in file_names(EXPERIMENT_FOLDER) if not name.startswith("_")]
 
 
 def experiment_description(name: str) -> str:
@@ -141,11 +178,14 @@ def load_experiment(name_or_path: str) -> Experiment:
         ValueError: no such experiment; a field is unknown, missing or of the wrong type; a name in it is unknown.
     """
     path = named_file(name_or_path, EXPERIMENT_FOLDER, "experiment")
-    source, fields = str(path), read_mapping(path)
+    source, fields = str(path), _with_base(read_mapping(path))
     fields = {"name": path.stem, "description": first_comment(path), "baseline": ""} | fields
+    if fields.get("yardsticks") is not None:
+        fields["yardsticks"] = build_strictly(Yardsticks, fields["yardsticks"], source=f"{source}, yardsticks")
     fields["rows"] = {
         label: build_strictly(Trained, row, source=f"{source}, row {label!r}")
         for label, row in (fields.get("rows") or {}).items()
+        if row is not None  # a row of the base that is not wanted
     }
     fields["measured"] = [
         build_strictly(Measured, part, source=f"{source}, measured") for part in fields.get("measured") or []
@@ -156,6 +196,11 @@ def load_experiment(name_or_path: str) -> Experiment:
     return experiment
 
 
+def _with_base(fields: dict) -> dict:
+    base = fields.pop("base", None)
+    return fields if base is None else merged(read_mapping(named_file(base, EXPERIMENT_FOLDER, "experiment")), fields)
+
+
 def _check_names(experiment: Experiment, source: str) -> None:
     for label, row in experiment.rows.items():
         if "=" in label:
@@ -163,6 +208,18 @@ def _check_names(experiment: Experiment, source: str) -> None:
         system_preset(row.system, experiment.size)
         if row.of and row.of not in experiment.rows:
             raise ValueError(f"{source}, row {label!r}: of={row.of!r} is no row of this experiment")
+        if row.seeds < 1:
+            raise ValueError(f"{source}, row {label!r}: seeds={row.seeds} must be at least 1")
+    if experiment.measures_losses() and experiment.yardsticks is None:
+        raise ValueError(
+            f"{source}: losses of trained models are measured, but there are no yardsticks; add them, as `base: _tiny` "
+            "does"
+        )
+    for name, label in (vars(experiment.yardsticks) if experiment.yardsticks else {}).items():
+        if isinstance(label, str) and label not in experiment.rows:
+            raise ValueError(f"{source}, yardsticks: {name}={label!r} is no row of this experiment")
+    for system in experiment.by_system:
+        system_preset(system, experiment.size)
     known = {"recipe": recipe_names(), "preset": preset_names(), "system": load_systems()}
     for recipe in experiment.recipes:
         if recipe not in known["recipe"]:

@@ -70,6 +70,8 @@ class DataRecipe:
             of one another.
         whole_folders: a folder's documents are all for training or all for validation; `validation_every` counts
             folders then.
+        tuning: keep back as many further documents of the training ones, and validate on these: what is chosen by them
+            is not chosen by those that are measured in the end.
         validation_rows: at most so many rows for validation; None: all.
     """
 
@@ -84,6 +86,7 @@ class DataRecipe:
     validation_every: int | None = None
     training_only: list[str] = dataclasses.field(default_factory=list)
     whole_folders: bool = False
+    tuning: bool = False
     validation_rows: int | None = None
 
 

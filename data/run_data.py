@@ -70,6 +70,11 @@ def check_data_request(request: DataRequest) -> None:
         for message, refused in refusals.items():
             if refused:
                 raise ValueError(message)
+    if recipe.tuning and (request.validation_data is not None or recipe.validation_every is None):
+        raise ValueError(
+            "data.tuning=True keeps back training documents beside those of data.validation_every: set that to a "
+            "number, and give no --validation-data"
+        )
     if request.validation_data == request.data and recipe.validation_split == recipe.split:
         raise ValueError(
             f"validation_data={request.validation_data!r} is the training data: name other data, or (of the Hub) "
@@ -95,9 +100,10 @@ def prepare_data(request: DataRequest, check_tokenizer: Callable[[PreTrainedToke
     if request.validation_data is not None:
         held_out = _load(request, request.validation_data, recipe.validation_split, streaming=False)
     elif recipe.validation_every is not None:
-        documents, held_out = split_documents(
-            documents, recipe.validation_every, recipe.training_only, recipe.whole_folders
-        )
+        for _ in range(2 if recipe.tuning else 1):
+            documents, held_out = split_documents(
+                documents, recipe.validation_every, recipe.training_only, recipe.whole_folders
+            )
     if tokenizer is None:
         tokenizer = trained_tokenizer(documents, request.vocabulary_size, request.cache)
     identity = {"tokenizer": tokenizer_digest(tokenizer)}

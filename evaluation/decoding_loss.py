@@ -45,8 +45,8 @@ def decoding_loss(
         buckets: parts of the continuation, as equal as possible, at most `new_tokens`.
 
     Returns:
-        `loss` (nats per written token), `loss_by_bucket`, `bucket_starts` (the first position of each, counted from
-        the prompt's end) and `tokens` (how many were written).
+        `loss` (nats per written token), `loss_by_document`, `loss_by_bucket`, `bucket_starts` (the first position of
+        each, counted from the prompt's end) and `tokens` (how many were written).
 
     Raises:
         ValueError: the two have different vocabularies and no tokenizers that relate them, a number is not positive,
@@ -74,11 +74,13 @@ def decoding_loss(
             else:
                 losses += [text_losses(subject, judge, row, length)[None] for row in sequences]
             progress.update(len(batch) * new_tokens)
-    by_position = torch.cat(losses).mean(dim=0)
+    written = torch.cat(losses)  # [documents, new_tokens]
+    by_position = written.mean(dim=0)
     parts = by_position.tensor_split(min(buckets, new_tokens))
     starts = torch.tensor([0] + [len(part) for part in parts[:-1]]).cumsum(0)
     return {
         "loss": by_position.mean().item(),
+        "loss_by_document": written.mean(dim=1).tolist(),
         "loss_by_bucket": [part.mean().item() for part in parts],
         "bucket_starts": starts.tolist(),
         "tokens": len(prompts) * new_tokens,

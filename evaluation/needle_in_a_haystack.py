@@ -50,8 +50,9 @@ def needle_in_a_haystack(
         `accuracy`: share of answers, decoded greedily, that contain the value. `likelihood_accuracy`: share of
         samples whose right value is more likely than every distractor, `chance` for a model that remembers nothing.
         `margin`: nats by which the right value is more likely than the mean distractor, 0 by chance.
-        `prompt_tokens`: on average. `depth`: mean depth of the samples in each fifth of the haystack that has any,
-        and with one number each `accuracy_by_depth`, `likelihood_accuracy_by_depth` and `margin_by_depth`.
+        Each with `_by_sample` behind its name: of every sample. `prompt_tokens`: on average. `depth`: mean depth of the
+        samples in each fifth of the haystack that has any, and with one number each `accuracy_by_depth`,
+        `likelihood_accuracy_by_depth` and `margin_by_depth`.
 
     Raises:
         ValueError: no tokenizer, a length beyond the model's learned positions, or an argument that `needle_prompts`
@@ -91,6 +92,7 @@ def needle_in_a_haystack(
     scores = {"accuracy": found, "likelihood_accuracy": best, "margin": margins}
     return {
         **{name: fmean(values) for name, values in scores.items()},
+        **{f"{name}_by_sample": values for name, values in scores.items()},
         "chance": 1 / (1 + distractors),
         "prompt_tokens": fmean(len(prompt.ids) for prompt in prompts),
         **_by_depth([prompt.depth for prompt in prompts], scores),

@@ -153,7 +153,8 @@ def _decoding(subject: Subject, data: TaskData, length: int, settings: DecodingS
         batch_size=data.batch_size,
         buckets=settings.new_tokens,  # one for each token: tables and pictures average on their own
     )
-    return {"loss": numbers["loss"], "tokens": numbers["tokens"], "loss_by_position": numbers["loss_by_bucket"]}
+    kept = {name: numbers[name] for name in ("loss", "loss_by_document", "tokens")}
+    return kept | {"loss_by_position": numbers["loss_by_bucket"]}
 
 
 def _latency(subject: Subject, data: TaskData, length: int, settings: LatencySettings) -> dict:

@@ -1,5 +1,6 @@
 """An experiment from its file to a verdict, at a size of seconds."""
 
+import json
 import random
 from pathlib import Path
 
@@ -10,40 +11,39 @@ from typer.testing import CliRunner
 
 from ttt_e2e.cli import reproduce_steps
 from ttt_e2e.cli.main import app
-from ttt_e2e.cli.reproduce_steps import measured_number, run_experiment, verdict, write_held_out
-from ttt_e2e.configuration.experiments import Number, experiment_names, load_experiment
-from ttt_e2e.evaluation.results import Point
+from ttt_e2e.cli.reproduce_steps import run_experiment, write_held_out
+from ttt_e2e.cli.tune_outer_steps import tune_outer
+from ttt_e2e.configuration.experiments import experiment_names, load_experiment
+from ttt_e2e.evaluation.verdicts import AGREES, DISAGREES, NOT_JUDGED, NOT_RESOLVED
 
 SHORT = ["batch_size=2", "data.sequence_length=128", "data.validation_rows=2", "training.max_steps=2"]
 SHORT += ["training.logging_steps=1", "training.save_steps=2", "training.eval_strategy=no"]
+SYSTEMS = ("full-attention", "sliding-window", "static-twin", "ttt-e2e")
 
 
 @pytest.fixture
 def experiment(tmp_path):
     choose = random.Random(0)
-    (tmp_path / "texts").mkdir()
     for number in range(12):
         words = ("".join(choose.choices("abcdefghij", k=5)) for _ in range(400))
-        (tmp_path / "texts" / f"{number:02}.txt").write_text(" ".join(words))
-    row = {"overrides": SHORT}
+        path = tmp_path / "texts" / f"{number:02}" / "all.txt"
+        path.parent.mkdir(parents=True)
+        path.write_text(" ".join(words))
     fields = {
+        "base": "_tiny",
         "paper": "Nothing at this size.",
-        "size": "tiny",
         "recipes": ["pretrain-tiny"],
         "data": str(tmp_path / "texts"),
         "validation_every": 4,
-        "rows": {
-            "TTT-E2E": {"system": "ttt-e2e", **row},
-            "sliding window": {"system": "sliding-window", **row},
-            "off": {"system": "ttt-e2e", "of": "TTT-E2E", "evaluation": {"test_time_training": False}},
-        },
+        "by_system": dict.fromkeys(SYSTEMS, SHORT),
+        "rows": {"TTT-E2E": {"seeds": 2}},
         "baseline": "sliding window",
         "measured": [{"task": "loss-by-position", "lengths": [192], "documents": 3}],
         "claims": [
             {
                 "text": "learning changes something",
                 "smaller": {"row": "TTT-E2E", "length": 192, "name": "loss"},
-                "larger": {"row": "off", "length": 192, "name": "loss"},
+                "larger": {"row": "TTT-E2E, learning off", "length": 192, "name": "loss"},
             }
         ],
     }
@@ -56,9 +56,10 @@ def test_experiment_is_trained_measured_and_judged_once(tmp_path, experiment, mo
     output, cache = tmp_path / "out", tmp_path / "cache"
     models = tmp_path / "models"
     verdicts = run_experiment(experiment, output, models, cache, Console(quiet=True))
-    assert [text for text, _ in verdicts] == ["learning changes something"]
+    assert [verdict.claim for verdict in verdicts] == ["learning changes something"]
+    assert verdicts[0].answer in (AGREES, DISAGREES, NOT_RESOLVED, NOT_JUDGED)
     report = (output / "report.md").read_text()
-    assert "Nothing at this size." in report and ("| yes |" in report) == verdicts[0][1]
+    assert "Nothing at this size." in report and verdicts[0].answer in report
     assert (output / "0-loss-by-position" / "results.png").is_file()
     # What is there is kept: nothing is trained or measured again.
     monkeypatch.setattr(reproduce_steps, "prepare_run", None)
@@ -67,16 +68,63 @@ def test_experiment_is_trained_measured_and_judged_once(tmp_path, experiment, mo
     assert (output / "0-loss-by-position" / "results.jsonl").read_text() == lines
     # Another experiment takes the models that it would train alike, and only those.
     assert run_experiment(experiment, tmp_path / "other", models, cache, Console(quiet=True)) == verdicts
-    experiment.rows["TTT-E2E"].overrides.append("training.seed=1")
+    experiment.rows["TTT-E2E"].overrides.append("training.seed=7")
     with pytest.raises(TypeError, match="NoneType"):
         run_experiment(experiment, tmp_path / "third", models, cache, Console(quiet=True))
 
 
+def test_a_table_has_yardsticks_tokens_and_seconds(tmp_path, experiment):
+    run_experiment(experiment, tmp_path / "out", tmp_path / "models", tmp_path / "cache", Console(quiet=True))
+    report = (tmp_path / "out" / "report.md").read_text()
+    table = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in report.splitlines() if line.startswith("|")}
+    assert table[""][:2] == [" training tokens ", " CPU seconds "]
+    for row in experiment.rows:
+        tokens, seconds, loss, bits, mark = (cell.strip() for cell in table[row])
+        assert tokens == "512" and float(seconds) > 0 and float(bits) > 0
+        assert ("±" in loss) == row.startswith("TTT-E2E")  # the only rows with several seeds
+        assert "3-gram" in mark or mark == "**not trained**"
+    for yardstick in ("3-gram", "5-gram", "gzip", "zstd"):
+        tokens, seconds, loss, bits, mark = (cell.strip() for cell in table[yardstick])
+        assert (tokens, seconds, mark) == ("", "", "") and float(loss) > 0 and float(bits) > 0
+    # Bits per byte are one factor away from nats per token, the same for all.
+    numbers = [table[row][2:4] for row in (*experiment.rows, "3-gram", "gzip")]
+    factors = [float(bits) / float(loss.split("±")[0]) for loss, bits in numbers]
+    assert factors == pytest.approx([factors[0]] * len(factors), rel=0.01)
+    assert "better than static twin by" in report or "is better than TTT-E2E, learning off by" in report
+
+
+def test_seeds_are_trainings_of_their_own(tmp_path, experiment):
+    run_experiment(experiment, tmp_path / "out", tmp_path / "models", tmp_path / "cache", Console(quiet=True))
+    lines = (tmp_path / "out" / "0-loss-by-position" / "results.jsonl").read_text().splitlines()
+    losses = {point["label"]: point["numbers"]["loss"] for point in map(json.loads, lines)}
+    assert losses["TTT-E2E"] != losses["TTT-E2E, seed 1"]
+    assert "sliding window, seed 1" not in losses
+
+
+def test_rates_are_tried_on_documents_that_are_not_measured(tmp_path, experiment):
+    """The grid's trainings hold back other documents than the experiment does, and the best of them is named."""
+    where = (tmp_path / "tuning", tmp_path / "models", tmp_path / "cache")
+    best = tune_outer(experiment, [0.5, 2.0], 0.5, *where, Console(quiet=True))
+    assert list(best) == ["full-attention", "sliding-window", "static-twin", "ttt-e2e"]
+    tried = json.loads((tmp_path / "tuning" / "tuning.json").read_text())
+    assert len(tried) == 8
+    for system, [override] in best.items():
+        losses = {each["rates"]["learning_rate"]: each["loss"] for each in tried if each["system"] == system}
+        assert set(losses) == {0.003, 0.012}  # half and twice the recipe's
+        assert override == f"training.learning_rate={min(losses, key=losses.get):g}"
+    assert "by_system:" in (tmp_path / "tuning" / "tuning.md").read_text()
+    # Nothing is trained twice, and the documents that are measured in the end were held back from all of it.
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "models").rglob("*.safetensors")}
+    assert tune_outer(experiment, [0.5, 2.0], 0.5, *where, Console(quiet=True)) == best
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "models").rglob("*.safetensors")}
+
+
 def test_training_only_documents_are_never_measured(tmp_path, experiment):
-    tables = Path(experiment.data) / "tables"
-    tables.mkdir()
     for number in range(12):
-        (tables / f"{number:02}.txt").write_text(f"table {number} " * 300)
+        path = Path(experiment.data) / "tables" / f"{number:02}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"table {number} " * 300)
+    experiment.whole_folders = False
     held_out = write_held_out(experiment, tmp_path / "all", tmp_path / "cache").read_text()
     assert "table" in held_out
     experiment.training_only = ["tables"]
@@ -84,21 +132,21 @@ def test_training_only_documents_are_never_measured(tmp_path, experiment):
     assert held_out and "table" not in held_out
 
 
-def test_verdict_is_the_order_of_the_numbers():
-    points = [
-        Point("task", label, "spec", 8, {}, {"loss": loss, "losses": [loss, 2 * loss, 30.0]}, {}, {})
-        for label, loss in (("a", 1.0), ("b", 2.0))
-    ]
-    a, b = Number("a", 8, "loss"), Number("b", 8, "loss")
-    assert verdict(a, b, points) == (True, "a 1.000, b 2.000")
-    assert not verdict(b, a, points)[0] and not verdict(a, a, points)[0]
-    assert measured_number(Number("b", 8, "losses", first=0, end=2), points) == 3.0
-    points[1].numbers["loss"] = 67371008
-    assert verdict(a, b, points) == (True, "a 1.000, b 67,371,008")
-
-
 def test_experiments_are_listed_and_mistakes_refused():
     shown = CliRunner().invoke(app, ["reproduce"])
     assert shown.exit_code == 0 and all(name in shown.output for name in experiment_names())
     refused = CliRunner().invoke(app, ["reproduce", "tokn-position"])
     assert refused.exit_code == 2 and "token-position" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["tune-outer", "token-positoin"], "token-position"),
+        (["tune-outer", "latency"], "trains nothing"),
+        (["tune-outer", "token-position", "--factors", "0,1"], "must be above 0"),
+    ],
+)
+def test_refused_tuning(command, message):
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 2 and message in refused.output

@@ -16,7 +16,11 @@ from ttt_e2e.configuration.strict_yaml import merged
 
 
 def changed(tmp_path, change):
-    fields = yaml.safe_load((EXPERIMENT_FOLDER / "token-position.yaml").read_text())
+    base, own = (
+        yaml.safe_load((EXPERIMENT_FOLDER / f"{name}.yaml").read_text()) for name in ("_tiny", "token-position")
+    )
+    del own["base"]
+    fields = merged(base, own)
     change(fields)
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(fields))
@@ -47,8 +51,34 @@ def test_rows_have_equal_parameters(name):
         (lambda fields: fields["claims"][0]["larger"].update(length=7), "length=7 is not measured"),
         (lambda fields: fields.update(recipes=["pretrain-9k"]), "recipes has 'pretrain-9k'"),
         (lambda fields: fields.update(baseline="nobody"), "baseline='nobody' is no row"),
+        (lambda fields: fields.pop("yardsticks"), "there are no yardsticks; add them"),
+        (lambda fields: fields["yardsticks"].update(static_twin="nobody"), "static_twin='nobody' is no row"),
+        (lambda fields: fields["rows"]["TTT-E2E"].update(seeds=0), "row 'TTT-E2E': seeds=0 must be at least 1"),
+        (lambda fields: fields.update(by_system={"ttt-e3e": []}), "did you mean 'ttt-e2e'"),
+        (lambda fields: fields.update(base="nothing"), "no such experiment"),
     ],
 )
 def test_mistakes_are_named(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         load_experiment(changed(tmp_path, change))
+
+
+def test_what_a_base_says_holds_unless_the_experiment_says_otherwise(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "# Mine\nbase: _tiny\npaper: Nothing.\nrows: {full attention: {seeds: 2}, second: {system: mamba2}}\n"
+        "measured: [{task: context-length, lengths: [64], documents: 2}]\nclaims: []\n"
+    )
+    experiment = load_experiment(str(path))
+    assert experiment.rows["full attention"].seeds == 2 and experiment.rows["sliding window"].seeds == 1
+    assert list(experiment.rows)[-1] == "second" and experiment.yardsticks.n_grams == [3, 5]
+    assert not any(name.startswith("_") for name in experiment_names())
+    path.write_text(path.read_text().replace("rows: {", "rows: {sliding window: null, "))
+    with pytest.raises(ValueError, match="yardsticks: limited_context='sliding window' is no row"):
+        load_experiment(str(path))
+
+
+@pytest.mark.parametrize("name", experiment_names())
+def test_losses_are_never_compared_without_yardsticks(name):
+    experiment = load_experiment(name)
+    assert (experiment.yardsticks is not None) == bool(experiment.recipes) or not experiment.measures_losses()

@@ -25,7 +25,14 @@ def recipe_file(folder, **changes):
 
 
 def test_recipes_are_those_of_training():
-    assert recipe_names() == ["extend-128k", "extend-32k", "pretrain-8k", "pretrain-tiny", "warm-start"]
+    assert recipe_names() == [
+        "extend-128k",
+        "extend-32k",
+        "pretrain-8k",
+        "pretrain-packages",
+        "pretrain-tiny",
+        "warm-start",
+    ]
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -11,7 +11,8 @@ from ttt_e2e.configuration import load_config, load_systems, system_preset
 from .test_presets import SIZES
 
 NAMES = (
-    "full-attention sliding-window hybrid mamba2 gated-delta-net ttt-linear ttt-mlp ttt-kvb ttt-naive ttt-e2e".split()
+    "full-attention sliding-window hybrid mamba2 gated-delta-net ttt-linear ttt-mlp ttt-kvb ttt-naive static-twin "
+    "ttt-e2e".split()
 )
 
 

@@ -1,0 +1,125 @@
+"""The steps behind `ttt-e2e tune-outer`: every system of an experiment at several learning rates, for fewer tokens."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+
+from ttt_e2e.configuration import Recipe, system_preset
+from ttt_e2e.configuration.experiments import Experiment, Trained
+from ttt_e2e.evaluation.tables import Table
+from ttt_e2e.storage.disk import write_json, write_text
+from ttt_e2e.training.run import LOG
+
+from .reproduce_steps import row_recipes, train_recipe
+
+RATES = ("learning_rate", "muon_learning_rate")
+CHOSEN = tuple(f"training.{name}=" for name in RATES)  # overrides of an experiment that are chosen anew
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One training of the grid.
+
+    Attributes:
+        factor: of the recipe's learning rates.
+        rates: the learning rates themselves, by name.
+        loss: nats per token of the documents that were kept back for tuning; infinite where training broke down.
+    """
+
+    system: str
+    factor: float
+    rates: dict[str, float]
+    tokens: int
+    loss: float
+
+
+def tune_outer(
+    experiment: Experiment,
+    factors: Sequence[float],
+    share: float,
+    folder: Path,
+    models_folder: Path,
+    cache: Path,
+    console: Console,
+) -> dict[str, list[str]]:
+    """Train each system at each rate; what is trained already is kept.
+
+    Returns:
+        By system, the overrides of the best rates: `by_system` of the experiment.
+    """
+    tried: list[Tried] = []
+    for row in rows_to_tune(experiment).values():
+        for factor in factors:
+            console.rule(f"{row.system}, {factor:g} times the recipe's learning rates")
+            tried.append(try_rate(experiment, row, factor, share, models_folder, cache))
+            write_json(folder / "tuning.json", [dataclasses.asdict(each) for each in tried])
+    table, best = tuning_table(tried), best_overrides(tried)
+    text = f"{table.title}\n\n{table.markdown()}\n```yaml\n{yaml.safe_dump({'by_system': best}, sort_keys=False)}```\n"
+    write_text(folder / "tuning.md", text)
+    console.print(table.rich())
+    console.print(f"In the experiment's file:\n{yaml.safe_dump({'by_system': best}, sort_keys=False)}")
+    return best
+
+
+def rows_to_tune(experiment: Experiment) -> dict[str, Trained]:
+    """By system, the row that is trained as the system's preset says; TTT-naive trains what the static twin trains."""
+    rows = {row.system: row for row in experiment.rows.values() if not row.of and not row.model}
+    if "static-twin" in rows:
+        rows.pop("ttt-naive", None)
+    return rows
+
+
+def try_rate(
+    experiment: Experiment, row: Trained, factor: float, share: float, models_folder: Path, cache: Path
+) -> Tried:
+    """Train a system for a share of its steps, with its recipe's learning rates times a factor."""
+    preset = system_preset(row.system, experiment.size)
+    others = [text for text in experiment.by_system.get(row.system, ()) if not text.startswith(CHOSEN)]
+    plain = dataclasses.replace(experiment, by_system={row.system: others})
+    recipe = tuning_recipe(row_recipes(plain, Trained(row.system), preset)[0], factor, share)
+    run, tokens, _ = train_recipe(experiment, preset, preset, recipe, [], models_folder, cache)
+    log = json.loads((run / LOG).read_text(encoding="utf-8"))
+    loss = next(entry["eval_loss"] for entry in reversed(log) if "eval_loss" in entry)
+    rates = {name: recipe.training[name] for name in RATES if name in recipe.training}
+    return Tried(row.system, factor, rates, tokens, loss if math.isfinite(loss) else math.inf)
+
+
+def tuning_recipe(recipe: Recipe, factor: float, share: float) -> Recipe:
+    """A recipe with other learning rates, for a share of its steps, measured on documents that are kept for it."""
+    rates = {name: recipe.training[name] * factor for name in RATES if recipe.training.get(name) is not None}
+    steps = max(1, round(recipe.training["max_steps"] * share))
+    shorter = {"max_steps": steps, "eval_strategy": "no", "save_strategy": "no"}
+    return dataclasses.replace(
+        recipe,
+        name=f"{recipe.name}-tuning",
+        data=dataclasses.replace(recipe.data, tuning=True),
+        training=recipe.training | rates | shorter,
+    )
+
+
+def best_overrides(tried: Sequence[Tried]) -> dict[str, list[str]]:
+    """By system, what the best of its rates is in an experiment's file."""
+    best: dict[str, Tried] = {}
+    for each in tried:
+        if each.system not in best or each.loss < best[each.system].loss:
+            best[each.system] = each
+    return {system: [f"training.{name}={rate:g}" for name, rate in each.rates.items()] for system, each in best.items()}
+
+
+def tuning_table(tried: Sequence[Tried]) -> Table:
+    """Losses by system and factor, the best of each system in bold."""
+    factors = sorted({each.factor for each in tried})
+    rows = []
+    for system in dict.fromkeys(each.system for each in tried):
+        losses = {each.factor: each.loss for each in tried if each.system == system}
+        least = min(losses.values())
+        shown = {factor: f"**{loss:.3f}**" if loss == least else f"{loss:.3f}" for factor, loss in losses.items()}
+        rows.append([system, *(shown.get(factor, "") for factor in factors)])
+    title = f"Loss after {max(each.tokens for each in tried):,} tokens, by the factor of the recipe's learning rates"
+    return Table(title, ["", *(f"{factor:g}" for factor in factors)], rows)

@@ -1,0 +1,137 @@
+"""The report of an experiment: one table with all that makes a comparison fair, and what is said to each claim."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..configuration.experiments import Experiment, Yardsticks
+from .results import Point
+from .tables import Table
+from .verdicts import (
+    DISAGREES,
+    Estimate,
+    Verdict,
+    difference,
+    find_estimate,
+    is_trained,
+    n_gram_label,
+    shows_context,
+)
+from .yardsticks import COMPRESSORS
+
+
+@dataclass(frozen=True)
+class RowFacts:
+    """What a row's training took: tokens and CPU seconds (None: nothing was trained) of each of its seeds."""
+
+    tokens: int
+    cpu_seconds: float | None
+    seeds: int
+
+
+def report_text(
+    experiment: Experiment, facts: Mapping[str, RowFacts], points: Sequence[Point], verdicts: Sequence[Verdict]
+) -> str:
+    """What the paper found, what this run found, and whether they agree, as Markdown."""
+    lines = [f"# {experiment.description}", "", f"Paper: {experiment.paper.strip()}", ""]
+    for part in experiment.measured:
+        if experiment.yardsticks is not None and experiment.recipes and _has_losses(points, part.task):
+            own = [point for point in points if point.task == part.task]
+            lines += [loss_comparison(experiment, facts, own, part.lengths).markdown()]
+            lines += [f"- {note}" for note in notes(experiment.yardsticks, own, max(part.lengths))] + [""]
+    lines += ["| claim | this run | answer |", "| --- | --- | --- |"]
+    for verdict in verdicts:
+        answer = f"**{verdict.answer}**" if verdict.answer == DISAGREES else verdict.answer
+        lines.append(f"| {verdict.claim} | {verdict.numbers} | {answer} |")
+    return "\n".join(lines) + "\n"
+
+
+def loss_comparison(
+    experiment: Experiment, facts: Mapping[str, RowFacts], points: Sequence[Point], lengths: Sequence[int]
+) -> Table:
+    """Losses by row, with what each row's training took and the yardsticks below.
+
+    Behind a loss stands its standard error over seeds, where there are several.
+
+    Args:
+        points: of one task.
+    """
+    yardsticks, longest = experiment.yardsticks, max(lengths)
+    assert yardsticks is not None
+    counted = [*map(n_gram_label, yardsticks.n_grams), *COMPRESSORS]
+    rows = []
+    for label in (*experiment.rows, *counted):
+        estimates = [find_estimate(points, label, length, "loss") for length in lengths]
+        fact = facts.get(label)
+        below = [
+            n_gram_label(order)
+            for order in yardsticks.n_grams
+            if estimates[-1].mean < find_estimate(points, n_gram_label(order), longest, "loss").mean
+        ]
+        marks = "" if fact is None else f"better than {' and '.join(below)}" if below else "**not trained**"
+        rows.append(
+            [
+                label,
+                "" if fact is None else f"{fact.tokens:,}",
+                ""
+                if fact is None or fact.cpu_seconds is None
+                else f"{fact.cpu_seconds:,.3g}"
+                if fact.cpu_seconds < 10
+                else f"{fact.cpu_seconds:,.0f}",
+                *(_with_error(estimate) for estimate in estimates),
+                f"{bits_per_byte(estimates[-1].mean, points, longest):.3f}",
+                marks,
+            ]
+        )
+    header = ["", "training tokens", "CPU seconds", *(f"{length:,}" for length in lengths), "bits per byte", ""]
+    return Table(f"{experiment.description} Nats per token", header, rows)
+
+
+def bits_per_byte(loss: float, points: Sequence[Point], length: int) -> float:
+    """A loss in nats per token of the texts that were measured, in bits per byte of the same."""
+    compressor = next(point for point in points if point.label in COMPRESSORS and point.length == length)
+    return loss * compressor.numbers["tokens"] / (math.log(2) * compressor.numbers["bytes"])
+
+
+def notes(yardsticks: Yardsticks, points: Sequence[Point], length: int) -> list[str]:
+    """What a reader must know before comparing anything."""
+    found = []
+    off = find_estimate(points, yardsticks.learning_off, length, "loss")
+    twin = find_estimate(points, yardsticks.static_twin, length, "loss")
+    apart = difference(off, twin, None)
+    if apart.value > 0:
+        found.append(
+            f"**The outer training is not done:** {yardsticks.learning_off} is better than {yardsticks.static_twin} by "
+            f"{_difference(apart.value, apart.error)}, which trained models would not be: the inner loop makes up for "
+            "the outer one."
+        )
+    else:
+        found.append(
+            f"{yardsticks.static_twin} is better than {yardsticks.learning_off} by "
+            f"{_difference(-apart.value, apart.error)}, as it should be."
+        )
+    full, limited = yardsticks.full_context, yardsticks.limited_context
+    gain = difference(find_estimate(points, full, length, "loss"), find_estimate(points, limited, length, "loss"), None)
+    says = _difference(gain.value, gain.error)
+    if shows_context(yardsticks, length, points):
+        found.append(f"{full} is better than {limited} by {says}: the data rewards context beyond the window.")
+    else:
+        found.append(f"**No claim about context:** {full} gains {says} over {limited}, not two standard errors.")
+    untrained = [row for row in (full, limited) if not is_trained(yardsticks, row, length, points)]
+    if untrained:
+        found.append(f"{' and '.join(untrained)}: not better than the {n_gram_label(yardsticks.n_grams[0])}.")
+    return found
+
+
+def _has_losses(points: Sequence[Point], task: str) -> bool:
+    return any(point.task == task and point.label in COMPRESSORS for point in points)
+
+
+def _difference(value: float, error: float | None) -> str:
+    return f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def _with_error(estimate: Estimate) -> str:
+    variance = estimate.seed_variance()
+    shown = f"{estimate.mean:.3f}"
+    return shown if variance is None else f"{shown} ± {(variance / len(estimate.seeds)) ** 0.5:.3f}"

@@ -1,0 +1,89 @@
+"""Yardsticks beside the losses of models: what counting and compressing alone make of the same texts.
+
+A model that is not better than the 3-gram model of its own training text has learned nothing that counting does not
+give; gzip and zstd are numbers that anyone can take again.
+"""
+
+import gzip
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pyarrow
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..storage.digests import digest
+from .kneser_ney import KneserNey
+from .results import Point, environment
+from .runs import Evaluation
+from .verdicts import n_gram_label
+
+COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": lambda data: gzip.compress(data, compresslevel=9),
+    "zstd": lambda data: pyarrow.Codec("zstd", compression_level=19).compress(data, asbytes=True),
+}
+
+
+def measure_yardsticks(
+    evaluation: Evaluation, orders: Sequence[int], training_tokens: Callable[[], np.ndarray], vocabulary_size: int
+) -> None:
+    """Add the points of n-gram models and compressors that are not there yet to a task's results.
+
+    Args:
+        evaluation: of a task that is made of losses alone.
+        orders: of the n-gram models.
+        training_tokens: gives what they count, int64 [tokens].
+        vocabulary_size: of the tokenizer.
+    """
+    task, documents, tokenizer = evaluation.task, evaluation.data.documents, evaluation.candidates[0].tokenizer
+    lengths, results = sorted(set(evaluation.request.lengths)), evaluation.results
+    assert task.of_losses is not None and documents is not None and tokenizer is not None
+    missing = {
+        label: [length for length in lengths if not results.has(label, length)]
+        for label in (*map(n_gram_label, orders), *COMPRESSORS)
+    }
+    tokens = training_tokens() if any(missing[n_gram_label(order)] for order in orders) else None
+    with results:
+        for order in orders:
+            wanted = missing[n_gram_label(order)]
+            model = KneserNey(tokens, vocabulary_size, order) if wanted and tokens is not None else None
+            for length in wanted:
+                losses = model.token_losses(documents[:, :length])
+                identity = ["kneser-ney", order, vocabulary_size, digest(tokens.tolist())]
+                results.append(_point(evaluation, n_gram_label(order), length, task.of_losses(losses), identity))
+        for name, compress in COMPRESSORS.items():
+            for length in missing[name]:
+                losses, size = compressed_losses(documents[:, :length], tokenizer, compress)
+                numbers = task.of_losses(losses) | {"bytes": size}
+                results.append(_point(evaluation, name, length, numbers, [name]))
+
+
+def compressed_losses(
+    documents: torch.Tensor, tokenizer: PreTrainedTokenizerBase, compress: Callable[[bytes], bytes]
+) -> tuple[torch.Tensor, int]:
+    """What a compressor needs for each document, spread evenly over its tokens.
+
+    Args:
+        documents: token ids, int64 [documents, length].
+
+    Returns:
+        Nats per token, float32 [documents, length - 1]; and the bytes of all texts in UTF-8.
+    """
+    texts = [str(text).encode() for text in tokenizer.batch_decode(documents, skip_special_tokens=True)]
+    nats = torch.tensor([len(compress(text)) * 8 * math.log(2) for text in texts])
+    predicted = documents.shape[1] - 1
+    return (nats / predicted)[:, None].expand(-1, predicted), sum(map(len, texts))
+
+
+def _point(evaluation: Evaluation, label: str, length: int, numbers: dict, identity: list) -> Point:
+    return Point(
+        evaluation.task.name,
+        label,
+        label,
+        length,
+        evaluation.recorded,
+        numbers,
+        environment(),
+        {"model": digest(identity), "data": evaluation.data_digest, "settings": digest(evaluation.recorded)},
+    )
