@@ -14,13 +14,13 @@ def demo(
         Path | None, typer.Option(help="A recipe instead of the built-in one.", exists=True, dir_okay=False)
     ] = None,
 ) -> None:
-    """Train a tiny TTT-E2E and two baselines on Python's own source files and compare them (minutes, on a CPU).
+    """Train a tiny TTT-E2E and its baselines on Python's own source files and compare them (minutes, on a CPU).
 
-    Five steps: tokenizer and data; training as `ttt-e2e train` does; loss by token position up to 4 times the training
-    length; saving, loading and generating; reading a long file once and continuing from the saved learned context.
+    Three steps: training and comparing, as `ttt-e2e reproduce demo` does; saving, loading and generating; reading a
+    long file once and continuing from the saved learned context. Interrupted, the same command goes on.
 
-    Written to the folder: `results.json`, `results.md`, `loss_by_position.png`, `model/` (load it with
-    `AutoModelForCausalLM.from_pretrained`), `learned_context/`, and in `cache/` the tokenizer and the tokens.
+    Written to the folder: `report.md`, `0-loss-by-position/` with a picture, `results.json`, `model/` (load it with
+    `AutoModelForCausalLM.from_pretrained`), `learned_context/`, and in `models/` and `cache/` all trainings and tokens.
     """
     from rich.console import Console
 

@@ -51,17 +51,28 @@ class TrainedRow:
     cpu_seconds: float | None
 
 
+@dataclass(frozen=True)
+class ExperimentRun:
+    """What a run of an experiment found: its trained rows, all points, what it says to each claim, and the report."""
+
+    rows: dict[str, TrainedRow]
+    points: list[Point]
+    verdicts: list[Verdict]
+    report: str
+
+    def facts(self) -> dict[str, RowFacts]:
+        """What the training of each row took."""
+        return {label: RowFacts(row.tokens, row.cpu_seconds, len(row.models)) for label, row in self.rows.items()}
+
+
 def run_experiment(
     experiment: Experiment, folder: Path, models_folder: Path, cache: Path, console: Console
-) -> list[Verdict]:
+) -> ExperimentRun:
     """Train, measure and compare; what is there already is kept.
 
     Args:
         folder: of the measurements; models_folder: of the trained models, which experiments share where they train the
             same.
-
-    Returns:
-        What this run says to each claim.
     """
     console.print(f"[bold]{experiment.description}[/bold]", "Paper:", experiment.paper, sep="\n")
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,11 +96,11 @@ def run_experiment(
             console.print(table.rich())
         points += evaluation.results.points
     verdicts = judge_claims(experiment, points)
-    facts = {label: RowFacts(row.tokens, row.cpu_seconds, len(row.models)) for label, row in rows.items()}
-    report = report_text(experiment, facts, points, verdicts)
-    write_text(folder / "report.md", report)
-    console.print(report)
-    return verdicts
+    run = ExperimentRun(rows, points, verdicts, "")
+    run = dataclasses.replace(run, report=report_text(experiment, run.facts(), points, verdicts))
+    write_text(folder / "report.md", run.report)
+    console.print(run.report)
+    return run
 
 
 def train_row(experiment: Experiment, row: Trained, models_folder: Path, cache: Path) -> TrainedRow:

@@ -197,8 +197,11 @@ def load_experiment(name_or_path: str) -> Experiment:
 
 
 def _with_base(fields: dict) -> dict:
+    """The fields over those of the base that they name, if any, which may name one in turn."""
     base = fields.pop("base", None)
-    return fields if base is None else merged(read_mapping(named_file(base, EXPERIMENT_FOLDER, "experiment")), fields)
+    if base is None:
+        return fields
+    return merged(_with_base(read_mapping(named_file(base, EXPERIMENT_FOLDER, "experiment"))), fields)
 
 
 def _check_names(experiment: Experiment, source: str) -> None:

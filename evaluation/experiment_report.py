@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..configuration.experiments import Experiment, Yardsticks
+from ..configuration.experiments import LOSS_TASKS, Experiment, Yardsticks
 from .results import Point
 from .tables import Table
 from .verdicts import (
@@ -32,10 +32,14 @@ class RowFacts:
 def report_text(
     experiment: Experiment, facts: Mapping[str, RowFacts], points: Sequence[Point], verdicts: Sequence[Verdict]
 ) -> str:
-    """What the paper found, what this run found, and whether they agree, as Markdown."""
+    """What the paper found, what this run found, and whether they agree, as Markdown.
+
+    Raises:
+        KeyError: a row or a yardstick was not measured.
+    """
     lines = [f"# {experiment.description}", "", f"Paper: {experiment.paper.strip()}", ""]
     for part in experiment.measured:
-        if experiment.yardsticks is not None and experiment.recipes and _has_losses(points, part.task):
+        if experiment.yardsticks is not None and part.task in LOSS_TASKS:
             own = [point for point in points if point.task == part.task]
             lines += [loss_comparison(experiment, facts, own, part.lengths).markdown()]
             lines += [f"- {note}" for note in notes(experiment.yardsticks, own, max(part.lengths))] + [""]
@@ -121,10 +125,6 @@ def notes(yardsticks: Yardsticks, points: Sequence[Point], length: int) -> list[
     if untrained:
         found.append(f"{' and '.join(untrained)}: not better than the {n_gram_label(yardsticks.n_grams[0])}.")
     return found
-
-
-def _has_losses(points: Sequence[Point], task: str) -> bool:
-    return any(point.task == task and point.label in COMPRESSORS for point in points)
 
 
 def _difference(value: float, error: float | None) -> str:

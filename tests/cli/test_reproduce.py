@@ -55,7 +55,7 @@ def experiment(tmp_path):
 def test_experiment_is_trained_measured_and_judged_once(tmp_path, experiment, monkeypatch):
     output, cache = tmp_path / "out", tmp_path / "cache"
     models = tmp_path / "models"
-    verdicts = run_experiment(experiment, output, models, cache, Console(quiet=True))
+    verdicts = run_experiment(experiment, output, models, cache, Console(quiet=True)).verdicts
     assert [verdict.claim for verdict in verdicts] == ["learning changes something"]
     assert verdicts[0].answer in (AGREES, DISAGREES, NOT_RESOLVED, NOT_JUDGED)
     report = (output / "report.md").read_text()
@@ -64,10 +64,10 @@ def test_experiment_is_trained_measured_and_judged_once(tmp_path, experiment, mo
     # What is there is kept: nothing is trained or measured again.
     monkeypatch.setattr(reproduce_steps, "prepare_run", None)
     lines = (output / "0-loss-by-position" / "results.jsonl").read_text()
-    assert run_experiment(experiment, output, models, cache, Console(quiet=True)) == verdicts
+    assert run_experiment(experiment, output, models, cache, Console(quiet=True)).verdicts == verdicts
     assert (output / "0-loss-by-position" / "results.jsonl").read_text() == lines
     # Another experiment takes the models that it would train alike, and only those.
-    assert run_experiment(experiment, tmp_path / "other", models, cache, Console(quiet=True)) == verdicts
+    assert run_experiment(experiment, tmp_path / "other", models, cache, Console(quiet=True)).verdicts == verdicts
     experiment.rows["TTT-E2E"].overrides.append("training.seed=7")
     with pytest.raises(TypeError, match="NoneType"):
         run_experiment(experiment, tmp_path / "third", models, cache, Console(quiet=True))
@@ -108,10 +108,11 @@ def test_rates_are_tried_on_documents_that_are_not_measured(tmp_path, experiment
     assert list(best) == ["full-attention", "sliding-window", "static-twin", "ttt-e2e"]
     tried = json.loads((tmp_path / "tuning" / "tuning.json").read_text())
     assert len(tried) == 8
-    for system, [override] in best.items():
+    for system, overrides in best.items():
         losses = {each["rates"]["learning_rate"]: each["loss"] for each in tried if each["system"] == system}
-        assert set(losses) == {0.003, 0.012}  # half and twice the recipe's
-        assert override == f"training.learning_rate={min(losses, key=losses.get):g}"
+        assert set(losses) == {0.0015, 0.006}  # half and twice the recipe's
+        rate = min(losses, key=losses.get)
+        assert overrides == [f"training.learning_rate={rate:g}", f"training.muon_learning_rate={rate / 0.3:g}"]
     assert "by_system:" in (tmp_path / "tuning" / "tuning.md").read_text()
     # Nothing is trained twice, and the documents that are measured in the end were held back from all of it.
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "models").rglob("*.safetensors")}
