@@ -93,8 +93,10 @@ def loss_comparison(
 
 def bits_per_byte(loss: float, points: Sequence[Point], length: int) -> float:
     """A loss in nats per token of the texts that were measured, in bits per byte of the same."""
-    compressor = next(point for point in points if point.label in COMPRESSORS and point.length == length)
-    return loss * compressor.numbers["tokens"] / (math.log(2) * compressor.numbers["bytes"])
+    numbers = next((p.numbers for p in points if p.label in COMPRESSORS and p.length == length), None)
+    if numbers is None:
+        raise KeyError(f"{' and '.join(COMPRESSORS)} have no 'loss' at length {length}")
+    return loss * numbers["tokens"] / (math.log(2) * numbers["bytes"])
 
 
 def notes(yardsticks: Yardsticks, points: Sequence[Point], length: int) -> list[str]:
