@@ -26,7 +26,7 @@ from ttt_e2e.evaluation.runs import (
     write_comparison,
 )
 from ttt_e2e.evaluation.tasks import TASKS
-from ttt_e2e.evaluation.verdicts import Verdict, judge_claims, seed_label
+from ttt_e2e.evaluation.verdicts import ClaimVerdict, judge_claims, seed_label
 from ttt_e2e.evaluation.yardsticks import measure_yardsticks
 from ttt_e2e.storage.digests import digest
 from ttt_e2e.storage.disk import read_json, write_text, written_whole
@@ -57,7 +57,7 @@ class ExperimentRun:
 
     rows: dict[str, TrainedRow]
     points: list[Point]
-    verdicts: list[Verdict]
+    verdicts: list[ClaimVerdict]
     report: str
 
     def facts(self) -> dict[str, RowFacts]:
@@ -187,7 +187,7 @@ def add_yardsticks(experiment: Experiment, evaluation: Evaluation, tokens: int, 
 
     def training_tokens() -> np.ndarray:
         request = DataRequest(experiment.data, None, experiment.tokenizer or None, vocabulary_size, recipe.data, cache)
-        rows = prepare_data(request, check_tokenizer=lambda tokenizer: None).rows
+        rows: Any = prepare_data(request, check_tokenizer=lambda tokenizer: None).rows
         count = min(len(rows), -(-tokens // recipe.data.sequence_length))
         chosen = torch.linspace(0, len(rows) - 1, count).long().tolist()  # evenly spread, as shuffled rows are
         return np.concatenate([rows[number]["input_ids"].numpy() for number in chosen])

@@ -55,7 +55,7 @@ def split_documents(
     if validation_every < 2:
         raise ValueError(f"validation_every={validation_every}: must be at least 2, or nothing is left to train on")
     candidates = _outside(documents, training_only)
-    folders = _first_folders(documents) if whole_folders else list(range(len(documents)))
+    folders: list = _first_folders(documents) if whole_folders else list(range(len(documents)))
     sizes: dict[int | str, int] = {}
     texts = (text for batch in text_batches(documents) for text in batch)
     for folder, text in zip(folders, texts, strict=True):

@@ -89,7 +89,8 @@ def package_roots() -> Iterator[tuple[str, Path]]:
 
 def needed_distributions() -> set[str]:
     """Names of the installed distributions that this one needs, directly or not, without its extras."""
-    found, waiting = set(), [OWN_NAME]
+    found: set[str] = set()
+    waiting = [OWN_NAME]
     while waiting:
         for line in importlib.metadata.requires(waiting.pop()) or ():
             requirement = Requirement(line)

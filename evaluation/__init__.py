@@ -13,7 +13,7 @@ from .perplexity import perplexity
 from .plots import plot_loss_by_position
 from .runs import EvaluationRequest, measure_missing, prepare_evaluation, write_comparison
 from .subject import Subject, token_losses
-from .tables import Table, loss_table
+from .tables import Table
 
 __all__ = [
     "EvaluationRequest",
@@ -27,7 +27,6 @@ __all__ = [
     "load_subject",
     "loss_by_context_length",
     "loss_by_position",
-    "loss_table",
     "measure_missing",
     "metric_path",
     "needle_in_a_haystack",

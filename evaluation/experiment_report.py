@@ -10,7 +10,7 @@ from .tables import Table
 from .verdicts import (
     DISAGREES,
     Estimate,
-    Verdict,
+    ClaimVerdict,
     difference,
     find_estimate,
     is_trained,
@@ -30,7 +30,7 @@ class RowFacts:
 
 
 def report_text(
-    experiment: Experiment, facts: Mapping[str, RowFacts], points: Sequence[Point], verdicts: Sequence[Verdict]
+    experiment: Experiment, facts: Mapping[str, RowFacts], points: Sequence[Point], verdicts: Sequence[ClaimVerdict]
 ) -> str:
     """What the paper found, what this run found, and whether they agree, as Markdown.
 
@@ -83,7 +83,7 @@ def loss_comparison(
                 if fact.cpu_seconds < 10
                 else f"{fact.cpu_seconds:,.0f}",
                 *(_with_error(estimate) for estimate in estimates),
-                f"{bits_per_byte(estimates[-1].mean, points, longest):.3f}",
+                f"{in_bits_per_byte(estimates[-1].mean, points, longest):.3f}",
                 marks,
             ]
         )
@@ -91,7 +91,7 @@ def loss_comparison(
     return Table(f"{experiment.description} Nats per token", header, rows)
 
 
-def bits_per_byte(loss: float, points: Sequence[Point], length: int) -> float:
+def in_bits_per_byte(loss: float, points: Sequence[Point], length: int) -> float:
     """A loss in nats per token of the texts that were measured, in bits per byte of the same."""
     numbers = next((p.numbers for p in points if p.label in COMPRESSORS and p.length == length), None)
     if numbers is None:

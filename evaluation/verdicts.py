@@ -54,7 +54,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ClaimVerdict:
     """What a run says to a claim of the paper.
 
     Attributes:
@@ -68,7 +68,7 @@ class Verdict:
     numbers: str
 
 
-def judge_claims(experiment: Experiment, points: Sequence[Point]) -> list[Verdict]:
+def judge_claims(experiment: Experiment, points: Sequence[Point]) -> list[ClaimVerdict]:
     """What a run says to each claim of its experiment."""
     numbers = [(number_of(points, claim.smaller), number_of(points, claim.larger)) for claim in experiment.claims]
     seed_variance = pooled_seed_variance([each for pair in numbers for each in pair])
@@ -80,10 +80,10 @@ def judge_claims(experiment: Experiment, points: Sequence[Point]) -> list[Verdic
             shown += f"; difference {found.value:+.3f} ± {found.error:.3f}"
         why_not = None if experiment.yardsticks is None else forbids(experiment.yardsticks, claim, points)
         if why_not is not None:
-            verdicts.append(Verdict(claim.text, NOT_JUDGED, f"{shown}: {why_not}"))
+            verdicts.append(ClaimVerdict(claim.text, NOT_JUDGED, f"{shown}: {why_not}"))
         else:
             scale = max(abs(smaller.mean), abs(larger.mean))
-            verdicts.append(Verdict(claim.text, found.answer(scale), shown))
+            verdicts.append(ClaimVerdict(claim.text, found.answer(scale), shown))
     return verdicts
 
 

@@ -188,7 +188,7 @@ class MetaTrainer(SafeTrainer):
                 **inner,
                 "tokens_per_second": tokens / (now - self._last_log),
                 "cpu_seconds": self._over_processes(cpu - self._last_cpu).sum().item(),
-                "peak_memory_mib": self._over_processes(peak_memory(self.args.device)).max().item() / 2**20,
+                "peak_memory_mib": self._over_processes(process_peak_memory(self.args.device)).max().item() / 2**20,
             }
             self._last_log, self._last_cpu = now, cpu
         super().log(logs, start_time)
@@ -250,7 +250,7 @@ class MetaTrainer(SafeTrainer):
         self._leave_out(started, cpu)
 
 
-def peak_memory(device: torch.device) -> int:
+def process_peak_memory(device: torch.device) -> int:
     """Bytes that this process has had at most: of the GPU's allocator, or resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()

@@ -6,30 +6,26 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from ttt_e2e.evaluation import loss_table, plot_loss_by_position
+from ttt_e2e.evaluation import Table, plot_loss_by_position
 from ttt_e2e.evaluation.plots import Panel, plot_panels, smoothed_curve
 from ttt_e2e.training.pictures import plot_training
 
-SYSTEMS = [{"name": "ours", "parameters": 12345, "training_seconds": 6.7, "loss": 1.25, "loss_by_bucket": [1.5, 1.0]}]
+TABLE = Table("title", ["", "ours"], [["parameters", "12,345"], ["positions 4-8", "1.250"]])
 
 
 def test_markdown_table():
-    markdown = loss_table(SYSTEMS, [(0, 4), (4, 8)], "title").markdown()
-    assert markdown.splitlines() == [
+    assert TABLE.markdown().splitlines() == [
         "|  | ours |",
         "| --- | ---: |",
         "| parameters | 12,345 |",
-        "| seconds of training | 7 |",
-        "| positions 0-4 | 1.500 |",
-        "| positions 4-8 | 1.000 |",
-        "| all positions | 1.250 |",
+        "| positions 4-8 | 1.250 |",
     ]
 
 
 def test_terminal_table():
     console = Console(width=100)
     with console.capture() as shown:
-        console.print(loss_table(SYSTEMS, [(0, 4), (4, 8)], "title").rich())
+        console.print(TABLE.rich())
     assert all(text in shown.get() for text in ("title", "ours", "12,345", "1.250", "4-8"))
 
 

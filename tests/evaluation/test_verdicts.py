@@ -139,7 +139,7 @@ def test_report_says_whether_the_data_rewards_context():
 
 @pytest.mark.parametrize("missing", ["twin", "3-gram", "gzip"])
 def test_no_table_without_yardsticks(missing):
-    with pytest.raises(KeyError, match="(has|have) no 'loss' at length 64"):
+    with pytest.raises(KeyError, match=r"(has|have) no 'loss' at length 64"):
         report([each for each in points() if each.label not in (missing, "zstd")])
 
 
