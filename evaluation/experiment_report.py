@@ -9,8 +9,8 @@ from .results import Point
 from .tables import Table
 from .verdicts import (
     DISAGREES,
-    Estimate,
     ClaimVerdict,
+    Estimate,
     difference,
     find_estimate,
     is_trained,
