@@ -19,6 +19,10 @@ def reproduce(
     models: Annotated[
         Path, typer.Option(help="Where trained models are kept; experiments share them.", file_okay=False)
     ] = Path("runs/models"),
+    rows: Annotated[
+        list[str] | None, typer.Option("--row", metavar="LABEL", help="Only this row, and the yardsticks; repeatable.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="At most so many trainings of a row.", min=1)] = None,
     cache: options.Cache = options.DEFAULT_CACHE,
 ) -> None:
     """Train the systems of an experiment, measure them, and compare with what the paper found.
@@ -39,5 +43,5 @@ def reproduce(
             typer.echo(f"{name:28}{experiment_description(name)}")
         return
     with refusals():
-        chosen = load_experiment(experiment)
+        chosen = load_experiment(experiment).part(rows or (), seeds)
     run_experiment(chosen, output or Path("runs") / chosen.name, models, cache, Console())

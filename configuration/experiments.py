@@ -4,7 +4,8 @@
 share is said once, in a file whose name begins with an underscore and which they name as their `base`.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
@@ -155,6 +156,29 @@ class Experiment:
     whole_folders: bool = False
     by_system: dict = field(default_factory=dict)
     yardsticks: Yardsticks | None = None
+
+    def part(self, labels: Sequence[str], seeds: int | None = None) -> "Experiment":
+        """The experiment with some of its rows alone, and at most so many seeds of each; an empty list means all rows.
+
+        Yardsticks stay, and so do the rows that another one is evaluated of. Claims about other rows are left out.
+
+        Raises:
+            ValueError: there is no such row, or `seeds` is below 1.
+        """
+        for label in labels:
+            if label not in self.rows:
+                raise ValueError(f"row={label!r}: experiment {self.name!r} has {', '.join(self.rows)}")
+        if seeds is not None and seeds < 1:
+            raise ValueError(f"seeds={seeds}: must be at least 1")
+        kept = set(labels or self.rows)
+        if self.yardsticks is not None:
+            kept |= {label for label in vars(self.yardsticks).values() if isinstance(label, str)}
+        kept |= {self.rows[label].of for label in kept} | {part.judge for part in self.measured}
+        rows = {label: row for label, row in self.rows.items() if label in kept}
+        if seeds is not None:
+            rows = {label: replace(row, seeds=min(seeds, row.seeds)) for label, row in rows.items()}
+        claims = [claim for claim in self.claims if {claim.smaller.row, claim.larger.row} <= rows.keys()]
+        return replace(self, rows=rows, claims=claims, baseline=self.baseline if self.baseline in rows else "")
 
     def measures_losses(self) -> bool:
         """Whether losses of trained models are compared."""

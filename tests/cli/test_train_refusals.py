@@ -188,6 +188,11 @@ def test_validation_on_the_training_data_is_refused(place):
     assert "is the training data" in refused
 
 
+def test_tuning_without_validation_documents_is_refused(place):
+    refused = refusal(train(place, data__tuning="true", data__validation_every="null"))
+    assert "data.tuning=True keeps back training documents beside those of data.validation_every" in refused
+
+
 def test_misspelt_nested_field_is_refused(place):
     assert "did you mean 'rope_theta'" in refusal(train(place, model__rope_parameters__rope_thetta=1e6))
 

@@ -82,3 +82,24 @@ def test_what_a_base_says_holds_unless_the_experiment_says_otherwise(tmp_path):
 def test_losses_are_never_compared_without_yardsticks(name):
     experiment = load_experiment(name)
     assert (experiment.yardsticks is not None) == bool(experiment.recipes) or not experiment.measures_losses()
+
+
+def test_a_part_keeps_yardsticks_and_what_is_evaluated_of_its_rows():
+    experiment = load_experiment("context-length")
+    part = experiment.part(["Mamba 2"], seeds=2)
+    assert list(part.rows) == [
+        "full attention",
+        "sliding window",
+        "static twin",
+        "TTT-E2E",
+        "TTT-E2E, learning off",
+        "Mamba 2",
+    ]
+    assert {row.seeds for row in part.rows.values()} == {1, 2}
+    named = {number.row for claim in part.claims for number in (claim.smaller, claim.larger)}
+    assert "Mamba 2" in named and named <= part.rows.keys() and len(part.claims) < len(experiment.claims)
+    assert experiment.part([]) == experiment
+    judged = load_experiment("decoding").part(["sliding window"])
+    assert "Mamba 2" in judged.rows, "the judge stays"
+    with pytest.raises(ValueError, match="row='nobody': experiment 'context-length' has full attention"):
+        experiment.part(["nobody"])

@@ -47,3 +47,14 @@ def test_documents_without_paths_can_be_split():
     assert [len(text) for text in training["text"]] == [1, 3, 4, 5, 7, 8]
     with pytest.raises(ValueError, match=r"training_only=\['tables'\]: the documents have no column `path`"):
         split_documents(documents, validation_every=4, training_only=["tables"])
+
+
+def test_whole_folders_stay_on_one_side():
+    paths = [f"{number % 10}/{number}.py" for number in range(60)]
+    documents = Dataset.from_dict({"path": paths, "text": ["x" * (1 + number % 10) for number in range(60)]})
+    training, validation = split_documents(documents, validation_every=4, whole_folders=True)
+    sides = [{path.partition("/")[0] for path in part["path"]} for part in (training, validation)]
+    assert not sides[0] & sides[1] and len(sides[1]) == 2
+    assert sorted([*training["path"], *validation["path"]]) == sorted(paths)
+    with pytest.raises(ValueError, match=r"whole_folders=True: the documents have no column `path`"):
+        split_documents(documents.select_columns(["text"]), 4, whole_folders=True)
