@@ -19,6 +19,7 @@ from ttt_e2e.training.run import LOG
 from .reproduce_steps import row_recipes, train_recipe
 
 RATES = ("learning_rate", "muon_learning_rate")
+FURTHER = 2  # steps beyond the grid
 CHOSEN = tuple(f"training.{name}=" for name in RATES)  # overrides of an experiment that are chosen anew
 
 
@@ -55,16 +56,38 @@ def tune_outer(
     """
     tried: list[Tried] = []
     for row in rows_to_tune(experiment).values():
-        for factor in factors:
+        own: list[Tried] = []
+        while (factor := next_factor(own, factors)) is not None:
             console.rule(f"{row.system}, {factor:g} times the recipe's learning rates")
-            tried.append(try_rate(experiment, row, factor, share, models_folder, cache))
-            write_json(folder / "tuning.json", [dataclasses.asdict(each) for each in tried])
+            own.append(try_rate(experiment, row, factor, share, models_folder, cache))
+            write_json(folder / "tuning.json", [dataclasses.asdict(each) for each in tried + own])
+        tried += own
     table, best = tuning_table(tried), best_overrides(tried)
     text = f"{table.title}\n\n{table.markdown()}\n```yaml\n{yaml.safe_dump({'by_system': best}, sort_keys=False)}```\n"
     write_text(folder / "tuning.md", text)
     console.print(table.rich())
     console.print(f"In the experiment's file:\n{yaml.safe_dump({'by_system': best}, sort_keys=False)}")
     return best
+
+
+def next_factor(tried: Sequence[Tried], factors: Sequence[float]) -> float | None:
+    """What is tried next for a system: the grid, and then beyond it as long as the best stands at its edge.
+
+    Args:
+        tried: for this system until now.
+        factors: the grid.
+
+    Returns:
+        None where the best has been found, or has run away over `FURTHER` steps.
+    """
+    done = sorted(each.factor for each in tried)
+    missing = [factor for factor in factors if factor not in done]
+    if missing:
+        return missing[0]
+    best = min(tried, key=lambda each: each.loss).factor
+    if len(done) < 2 or len(done) >= len(factors) + FURTHER or best not in (done[0], done[-1]):
+        return None
+    return best * best / (done[1] if best == done[0] else done[-2])
 
 
 def rows_to_tune(experiment: Experiment) -> dict[str, Trained]:
