@@ -23,9 +23,9 @@ def tune_outer(
 ) -> None:
     """Train every system of an experiment at several learning rates, and tell which suits it best.
 
-    The same effort for each: as many rates, as many tokens, and up to two rates beyond the grid where the best stands at
-    its edge. They are compared on documents that are kept back for it
-    from the training ones, never on those of the experiment.
+    The same effort for each: as many rates, as many tokens, and up to two rates beyond the grid where the best stands
+    at its edge. They are compared on documents that are kept back for it from the training ones, never on those of the
+    experiment.
 
     Interrupted, the same command goes on: finished trainings are kept. Written to the folder: `tuning.json` and
     `tuning.md`, with the lines for the experiment's file.
