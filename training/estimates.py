@@ -12,12 +12,14 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .. import TTTE2EConfig, TTTE2EForCausalLM, TTTLayersConfig
 from ..attention import block_size
 from ..configuration import Recipe
 from .lora import add_lora
+from .muon import muon_matrices
 from .prime_trainer import ALL, PRIME, freeze_all_but_prime
 
 FLOAT32 = 4  # bytes
@@ -89,7 +91,7 @@ def estimate_run(
     """Count what can be counted and estimate the peak memory of one process, parameters in float32 on its device.
 
     Parts of the peak, in bytes:
-        parameters, gradients, adamw_moments: 4 for each parameter; 4 and 8 for each trained one.
+        parameters, gradients, optimizer_moments: 4 for each parameter; 4 for each trained one, and 8, or 4 by Muon.
         gradient_buckets: 4 for each trained parameter, when there are several processes.
         bfloat16_copies: 2 for each parameter, under `bf16`.
         gradients_in_transit: of the head and, with activation checkpointing, of the suffix, before they are added up.
@@ -128,7 +130,8 @@ def estimate_run(
     if isinstance(config, TTTLayersConfig) and config.num_fast_weights:
         fast_weights = config.num_fast_weights
         mini_batches = math.ceil(recipe.data.sequence_length / config.mini_batch_size)
-    memory_parts = {} if sizes is None else _memory_parts(sizes, trained, processes)
+    moments = 2 * trained - (_trained_by_muon(model, recipe) if recipe.training.get("optimizer") == "muon" else 0)
+    memory_parts = {} if sizes is None else _memory_parts(sizes, trained, moments, processes)
     return RunEstimate(
         parameters=parameters,
         trained_parameters=trained,
@@ -168,14 +171,20 @@ class _Sizes:
         self.saved = {name: both[self.bf16] for name, both in SAVED.items()}
 
 
-def _memory_parts(sizes: _Sizes, trained: int, processes: int) -> dict[str, float]:
+def _trained_by_muon(model: nn.Module, recipe: Recipe) -> int:
+    """How many values Muon trains, which keeps one moment of each."""
+    parameters = dict(model.named_parameters())
+    return sum(parameters[name].numel() for name in muon_matrices(model, recipe.training.get("muon_excludes") or ()))
+
+
+def _memory_parts(sizes: _Sizes, trained: int, moments: int, processes: int) -> dict[str, float]:
     head = sizes.config.vocab_size * sizes.config.hidden_size
     in_transit = head + (sizes.suffix_parameters if sizes.checkpointing else 0)
     boundary_fast_weights, boundary_keys = _boundaries(sizes)
     return {
         "parameters": FLOAT32 * sizes.parameters,
         "gradients": FLOAT32 * trained,
-        "adamw_moments": 2 * FLOAT32 * trained,
+        "optimizer_moments": FLOAT32 * moments,
         "gradient_buckets": FLOAT32 * trained if processes > 1 else 0,
         "bfloat16_copies": sizes.saved["value"] * sizes.parameters if sizes.bf16 else 0,
         "gradients_in_transit": FLOAT32 * in_transit,

@@ -51,18 +51,24 @@ class MuonWithAdamW(Optimizer):
         self._share()
 
 
-def is_for_muon(name: str, parameter: nn.Parameter, linear: set[nn.Parameter], excluded: Sequence[str]) -> bool:
-    """Whether Muon trains a parameter: a linear layer's matrix that is not by token, and that no pattern names.
+def muon_matrices(model: nn.Module, excluded: Sequence[str] = ()) -> list[str]:
+    """Names of the trained parameters that Muon trains: matrices of linear layers that are not by token.
 
     What is a matrix only by its shape (convolutions, the initial weights of TTT layers, tables of decays) is not.
+
+    Args:
+        excluded: regular expressions; a matrix whose name one of them fits is left out.
     """
-    by_token = any(part in BY_TOKEN for part in name.split("."))
-    return (
-        parameter in linear
+    linear = set(_linear_weights(model))
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter in linear
+        and parameter.requires_grad
         and parameter.dim() == 2
-        and not by_token
+        and not any(part in BY_TOKEN for part in name.split("."))
         and not any(re.search(pattern, name) for pattern in excluded)
-    )
+    ]
 
 
 def muon_of_model(model: nn.Module, args, decayed: Iterable[str]) -> MuonWithAdamW:
@@ -76,12 +82,11 @@ def muon_of_model(model: nn.Module, args, decayed: Iterable[str]) -> MuonWithAda
         ValueError: a pattern of `args.muon_excludes` fits no matrix, or Muon would have nothing to train.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    linear = set(_linear_weights(model))
-    chosen = {name for name, parameter in trained.items() if is_for_muon(name, parameter, linear, ())}
+    matrices = muon_matrices(model)
     for pattern in args.muon_excludes:
-        if not any(re.search(pattern, name) for name in chosen):
+        if not any(re.search(pattern, name) for name in matrices):
             raise ValueError(f"muon_excludes={args.muon_excludes}: no matrix has a name with {pattern!r}; leave it out")
-    chosen = {name for name in chosen if is_for_muon(name, trained[name], linear, args.muon_excludes)}
+    chosen = set(muon_matrices(model, args.muon_excludes))
     if not chosen:
         raise ValueError(
             f"optimizer='muon', but a {type(model).__name__} has no matrix for it to train; use optimizer='adamw'"

@@ -135,7 +135,7 @@ def test_lines_have_all_digits_and_say_what_is_unknown():
     estimate = estimate_run(config, recipe)
     lines = estimate.lines()
     assert f"parameters: {estimate.parameters}" in lines and estimate.parameters > 10**8
-    assert f"tokens: {240 * 4 * 128}" in lines
+    assert f"tokens: {1000 * 4 * 128}" in lines
     assert sum(int(line.split(": ")[1]) for line in lines if line.startswith("peak_memory_bytes.")) == (
         estimate.peak_memory_bytes
     )
@@ -148,7 +148,7 @@ def test_models_of_another_kind_have_counts_without_memory():
     estimate = estimate_run(config, load_recipe("pretrain-tiny", "tiny-mamba2"))
     with torch.device("meta"):
         assert estimate.parameters == AutoModelForCausalLM.from_config(config).num_parameters()
-    assert estimate.fast_weight_bytes_per_sequence == 0 and estimate.tokens == 240 * 8 * 512
+    assert estimate.fast_weight_bytes_per_sequence == 0 and estimate.tokens == 1000 * 2 * 512
     assert "peak_memory_bytes: unknown" in estimate.lines()
 
 
@@ -161,3 +161,14 @@ def test_fast_weights_of_ttt_layers_are_as_many_as_their_initial_values(kind):
     fast = sum(p.numel() for name, p in model.named_parameters() if ".ttt.initial_" in name)
     assert estimate.fast_weight_bytes_per_sequence == 4 * fast
     assert estimate.mini_batches_per_sequence == 512 // config.mini_batch_size
+
+
+def test_muon_keeps_one_moment_of_a_matrix():
+    config, recipe = TTTE2EConfig(**SMALL), tiny_recipe()
+    parts = estimate_run(config, recipe).memory_parts
+    adamw = dataclasses.replace(recipe, training=recipe.training | {"optimizer": "adamw"})
+    saved = estimate_run(config, adamw).memory_parts["optimizer_moments"] - parts["optimizer_moments"]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    linear = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in name]
+    assert recipe.training["optimizer"] == "muon" and saved == 4 * sum(m.weight.numel() for m in linear) > 0
