@@ -31,7 +31,7 @@ CHECKPOINT_STEPS ?= 1200
 # Threads that wait for one another by spinning bring torch to a crawl on a machine that does other work besides.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-all test-newest lint bench gpu checkpoint checkpoint-code smollm2 smollm2-static chat install install-dev lock docs types release
+.PHONY: help demo comparisons test test-all test-newest lint bench gpu checkpoint checkpoint-code smollm2 smollm2-static chat install install-dev lock docs types release
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -57,6 +57,15 @@ lint: $(INSTALLED_DEV) ## linter and formatter, changing nothing
 gpu: $(INSTALLED_DEV) ## on a machine with a GPU: its tests, and benchmarks into benchmarks/results (under 9 minutes)
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)
 	$(BIN)/python -m ttt_e2e.benchmarks.gpu --output benchmarks/results
+
+# In this order; what is there is kept, so that the same command goes on. ARGS="--seeds 1" for a first look.
+COMPARED ?= context-length token-position meta-gradients outer-optimizer window mini-batch suffix-blocks prime-mlp staircase \
+	attention-free ttt-linear-switches decoding needle latency
+
+comparisons: $(INSTALLED) ## every system against every other, into results/ (ten hours of two cores; goes on where it stopped)
+	for name in $(COMPARED); do \
+		$(BIN)/ttt-e2e reproduce $$name --models results/models --output results/$$name $(ARGS) || exit 1; \
+	done
 
 bench: $(INSTALLED) ## time and memory of training, reading and decoding against stock transformers
 	$(BIN)/ttt-e2e bench $(ARGS)

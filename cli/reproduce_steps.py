@@ -91,7 +91,7 @@ def run_experiment(
         evaluation = prepare_evaluation(request)
         measure_missing(evaluation)
         if experiment.yardsticks is not None and evaluation.task.of_losses is not None:
-            add_yardsticks(experiment, evaluation, max(row.tokens for row in rows.values()), cache)
+            add_yardsticks(experiment, evaluation, rows[experiment.yardsticks.learning_off].tokens, cache)
         for table in write_comparison(evaluation)[0]:
             console.print(table.rich())
         points += evaluation.results.points
@@ -178,7 +178,7 @@ def row_recipes(experiment: Experiment, row: Trained, preset: str, seed: int = 0
 
 
 def add_yardsticks(experiment: Experiment, evaluation: Evaluation, tokens: int, cache: Path) -> None:
-    """Measure n-gram models of as much training text as the systems read, and compressors."""
+    """Measure n-gram models of as much training text as the meta-trained model read, and compressors."""
     assert experiment.yardsticks is not None
     row = next(row for row in experiment.rows.values() if not row.of)
     preset = system_preset(row.system, experiment.size)

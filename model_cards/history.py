@@ -18,7 +18,9 @@ STATE = "trainer_state.json"
 REMEDY = "repair it, or take it away: the card then says nothing about training"
 # What an optimizer does by default is no choice of the run.
 CHOICES = {
+    "optimizer": "outer optimizer",
     "learning_rate": "learning rate",
+    "muon_learning_rate": "learning rate of the matrices that Muon trains",
     "lr_scheduler_type": "schedule of the learning rate",
     "warmup_steps": "warm-up (steps, or their share)",
     "weight_decay": "weight decay",

@@ -10,6 +10,7 @@ so that a step changes an entry by about 0.2 a, as one of AdamW does, whatever t
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 from transformers import PreTrainedModel
@@ -23,26 +24,32 @@ class MuonWithAdamW(Optimizer):
 
     Args:
         matrices: groups for `torch.optim.Muon`, each with its parameters, all [rows, columns], and its own options.
-        others: groups for `torch.optim.AdamW`.
+        others: groups for `torch.optim.AdamW`; there may be none (adapters are matrices alone).
         lr: of groups without one of their own; schedules take their floor from it.
     """
 
-    def __init__(self, matrices: Iterable[dict], others: Iterable[dict], lr: float):
-        self.muon = Muon(list(matrices), lr=lr, adjust_lr_fn="match_rms_adamw")
-        self.adamw = AdamW(list(others), lr=lr)
-        super().__init__([*self.adamw.param_groups, *self.muon.param_groups], {"lr": lr})
+    def __init__(self, matrices: Sequence[dict], others: Sequence[dict], lr: float):
+        self.parts: list[Optimizer] = [AdamW(others, lr=lr)] if others else []
+        self.parts.append(Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw"))
+        super().__init__([group for part in self.parts for group in part.param_groups], {"lr": lr})
         self._share()
 
     def _share(self) -> None:
-        """Let both parts work on the groups and the state of the whole."""
-        count = len(self.adamw.param_groups)
-        self.adamw.param_groups, self.muon.param_groups = self.param_groups[:count], self.param_groups[count:]
-        self.adamw.state = self.muon.state = self.state
+        """Let the parts work on the groups and the state of the whole."""
+        first = 0
+        for part in self.parts:
+            count = len(part.param_groups)
+            part.param_groups, part.state = self.param_groups[first : first + count], self.state
+            first += count
 
     def step(self, closure=None):
         """One step of both; as `torch.optim.Optimizer.step`."""
-        loss = self.adamw.step(closure)
-        self.muon.step()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:

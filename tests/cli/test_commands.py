@@ -116,8 +116,8 @@ def test_unknown_preset_is_refused():
 
 def test_demo_refuses_a_misspelt_recipe_before_any_work(tmp_path):
     fields = yaml.safe_load(DEMO_RECIPE.read_text())
-    fields["data"]["validation_evry"] = fields["data"].pop("validation_every")
+    fields["experimnt"] = fields.pop("experiment")
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(fields))
     refused = run("demo", "--recipe", str(tmp_path / "wrong.yaml"), "--folder", str(tmp_path / "out"))
-    assert refused.exit_code == 2 and "validation_evry" in refused.output
+    assert refused.exit_code == 2 and "experimnt" in refused.output
     assert not (tmp_path / "out").exists()

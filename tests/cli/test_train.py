@@ -144,6 +144,7 @@ def test_saved_model_is_extended_to_longer_rows_and_another_rope_base(place):
         "model__sliding_window": 12,
         "model__rope_parameters__rope_theta": 2e6,
         "training__learning_rate": 1e-5,
+        "training__muon_learning_rate": 1e-5,
     }
     result = train(place, "--model", place / "run", output="longer", **changes)
     assert result.exit_code == 0, result.output

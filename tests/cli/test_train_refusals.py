@@ -112,7 +112,7 @@ def test_folder_of_another_run_is_left_alone(place):
     assert train(place).exit_code == 0
     before = everything_below(place / "run")
     assert "holds another run" in refusal(train(place))
-    assert "its run was begun with recipe.training.learning_rate=0.006" in refusal(
+    assert "its run was begun with recipe.training.learning_rate=0.003" in refusal(
         train(place, "--resume", training__learning_rate=0.1)
     )
     (place / "texts" / "00.txt").write_text("other words")

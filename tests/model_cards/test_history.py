@@ -28,7 +28,9 @@ def config():
 
 def run(folder, config, data="standard-library", model="tiny", log=LOG, **changes):
     """The folder of a finished run; returns that of its model."""
-    recipe = load_recipe("pretrain-tiny", "tiny", ["batch_size=3", "data.sequence_length=100"])
+    recipe = load_recipe(
+        "pretrain-tiny", "tiny", ["batch_size=3", "training.per_device_train_batch_size=3", "data.sequence_length=100"]
+    )
     request = TrainingRequest(model, recipe, data, folder, folder, **changes)
     record = run_record(request, find_model("tiny"), config, TrainingData(None, None, None, {}))
     folder.mkdir(exist_ok=True)
@@ -46,7 +48,9 @@ def test_facts_are_those_of_the_recipe_and_the_log(tmp_path, config):
         "tokens in a row": "100",
         "steps": "25",
         "tokens": "7,500",
-        "learning rate": "0.006",
+        "outer optimizer": "muon",
+        "learning rate": "0.003",
+        "learning rate of the matrices that Muon trains": "0.01",
         "validation loss after step 25": "3.250 nats per token",
         "validation loss, learning off after step 25": "3.750 nats per token",
     }

@@ -11,6 +11,7 @@ from ttt_e2e import RecurrentHybridForCausalLM, TTTLayersForCausalLM
 from ttt_e2e.configuration import load_config, system_preset
 from ttt_e2e.training import MetaTrainingArguments
 from ttt_e2e.training.guards import check_whole_matrices
+from ttt_e2e.training.lora import add_lora
 from ttt_e2e.training.muon import MuonWithAdamW, muon_of_model
 
 from .helpers import meta_trainer, random_rows, tiny_model
@@ -26,7 +27,7 @@ def arguments(folder, **fields):
 
 def trained_by_muon(model, optimizer):
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return {names[parameter] for group in optimizer.muon.param_groups for parameter in group["params"]}
+    return {names[parameter] for group in optimizer.parts[-1].param_groups for parameter in group["params"]}
 
 
 def test_it_is_torchs_muon_and_torchs_adamw(tmp_path):
@@ -136,6 +137,15 @@ def test_refused_models(tmp_path):
     with pytest.raises(ValueError, match="has no matrix for it to train"):
         muon_of_model(nn.LayerNorm(4), arguments(tmp_path), ())
     check_whole_matrices(tiny_model())
+
+
+def test_adapters_are_matrices_alone(tmp_path):
+    model = add_lora(tiny_model(), "prime", rank=2, alpha=2)
+    optimizer = muon_of_model(model, arguments(tmp_path), ())
+    assert len(optimizer.parts) == 1
+    chosen = trained_by_muon(model, optimizer)
+    assert chosen == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name for name in chosen)
 
 
 def test_one_list_of_groups():
