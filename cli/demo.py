@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from . import options
 from .errors import refuse
 
 
@@ -13,6 +14,7 @@ def demo(
     recipe: Annotated[
         Path | None, typer.Option(help="A recipe instead of the built-in one.", exists=True, dir_okay=False)
     ] = None,
+    processes: options.Processes = None,
 ) -> None:
     """Train a tiny TTT-E2E and its baselines on Python's own source files and compare them (minutes, on a CPU).
 
@@ -30,6 +32,6 @@ def demo(
 
     try:
         chosen = load_demo_recipe(recipe) if recipe else load_demo_recipe()
-        run_demo(chosen, folder, Console())
+        run_demo(chosen, folder, Console(), processes)
     except (ValueError, OSError) as error:
         refuse(error)

@@ -29,17 +29,18 @@ SEED = 0  # of what is written
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "repetition_penalty": 1.1}
 
 
-def run_demo(recipe: DemoRecipe, folder: Path, console: Console) -> dict:
+def run_demo(recipe: DemoRecipe, folder: Path, console: Console, processes: int | None = None) -> dict:
     """Run all steps and return what is also written to `results.json`; models that are there already are kept.
 
     Args:
         recipe: what is compared, read and written.
         folder: where everything is written.
         console: where tables and texts are shown.
+        processes: that train at once; None: as `train_rows` says.
     """
     started = time.perf_counter()
     console.rule("1/3  Train and compare")
-    run = run_experiment(recipe.compared(), folder, folder / "models", folder / "cache", console)
+    run = run_experiment(recipe.compared(), folder, folder / "models", folder / "cache", console, processes)
 
     console.rule("2/3  Save, load, generate")
     save_model(recipe, run, folder / "model")

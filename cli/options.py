@@ -28,6 +28,10 @@ SplitSpecialTokens = Annotated[
         help="Read special tokens that a text spells out, as <|end|>, as these letters, or as the tokens.",
     ),
 ]
+Processes = Annotated[
+    int | None,
+    typer.Option(help="Models that are trained at once. [default: 2 on a CPU of several cores, otherwise 1]", min=1),
+]
 # Of commands that measure.
 Documents = Annotated[int, typer.Option(help="Documents that are read, of those that are long enough.")]
 BatchSize = Annotated[int, typer.Option(help="Documents side by side; changes only speed and memory.")]

@@ -23,6 +23,7 @@ def reproduce(
         list[str] | None, typer.Option("--row", metavar="LABEL", help="Only this row, and the yardsticks; repeatable.")
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="At most so many trainings of a row.", min=1)] = None,
+    processes: options.Processes = None,
     cache: options.Cache = options.DEFAULT_CACHE,
 ) -> None:
     """Train the systems of an experiment, measure them, and compare with what the paper found.
@@ -44,4 +45,4 @@ def reproduce(
         return
     with refusals():
         chosen = load_experiment(experiment).part(rows or (), seeds)
-    run_experiment(chosen, output or Path("runs") / chosen.name, models, cache, Console())
+    run_experiment(chosen, output or Path("runs") / chosen.name, models, cache, Console(), processes)

@@ -7,15 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from rich.console import Console
 
-from ttt_e2e.configuration import Recipe, load_preset, load_recipe, load_systems, system_preset
-from ttt_e2e.configuration.experiments import Experiment, Measured, Trained
-from ttt_e2e.configuration.strict_yaml import merged
+from ttt_e2e.configuration import load_preset, load_systems, system_preset
+from ttt_e2e.configuration.experiments import Experiment, Measured
 from ttt_e2e.data.corpus import split_documents
 from ttt_e2e.data.run_data import DataRequest, prepare_data
-from ttt_e2e.data.sources import load_documents, source_state
+from ttt_e2e.data.sources import load_documents
 from ttt_e2e.evaluation.experiment_report import RowFacts, report_text
 from ttt_e2e.evaluation.results import Point
 from ttt_e2e.evaluation.runs import (
@@ -28,27 +26,11 @@ from ttt_e2e.evaluation.runs import (
 from ttt_e2e.evaluation.tasks import TASKS
 from ttt_e2e.evaluation.verdicts import ClaimVerdict, judge_claims, seed_label
 from ttt_e2e.evaluation.yardsticks import measure_yardsticks
-from ttt_e2e.storage.digests import digest
-from ttt_e2e.storage.disk import read_json, write_text, written_whole
-from ttt_e2e.storage.record import RECORD
-from ttt_e2e.training.run import LOG, MODEL, TrainingRequest, finish_run, prepare_run
+from ttt_e2e.storage.disk import write_text, written_whole
+
+from .experiment_training import TrainedRow, row_recipes, train_rows
 
 VALIDATION = "validation.jsonl"
-
-
-@dataclass(frozen=True)
-class TrainedRow:
-    """A row's models, one for each seed, and what their training took.
-
-    Attributes:
-        models: folders, or the preset where nothing is trained.
-        tokens: that each of them was trained on.
-        cpu_seconds: of all processes, mean over seeds; None where nothing is trained.
-    """
-
-    models: list[str]
-    tokens: int
-    cpu_seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -66,21 +48,23 @@ class ExperimentRun:
 
 
 def run_experiment(
-    experiment: Experiment, folder: Path, models_folder: Path, cache: Path, console: Console
+    experiment: Experiment,
+    folder: Path,
+    models_folder: Path,
+    cache: Path,
+    console: Console,
+    processes: int | None = None,
 ) -> ExperimentRun:
     """Train, measure and compare; what is there already is kept.
 
     Args:
         folder: of the measurements; models_folder: of the trained models, which experiments share where they train the
             same.
+        processes: that train at once; None: as `train_rows` says.
     """
     console.print(f"[bold]{experiment.description}[/bold]", "Paper:", experiment.paper, sep="\n")
     folder.mkdir(parents=True, exist_ok=True)
-    rows = {}
-    for label, row in experiment.rows.items():
-        if not row.of:
-            console.rule(f"Training: {label}")
-            rows[label] = train_row(experiment, row, models_folder, cache)
+    rows = train_rows(experiment, models_folder, cache, console, processes)
     rows |= {label: rows[row.of] for label, row in experiment.rows.items() if row.of}
     held_out = write_held_out(experiment, folder, cache)
     points: list[Point] = []
@@ -101,80 +85,6 @@ def run_experiment(
     write_text(folder / "report.md", run.report)
     console.print(run.report)
     return run
-
-
-def train_row(experiment: Experiment, row: Trained, models_folder: Path, cache: Path) -> TrainedRow:
-    """Train a row with each of its seeds."""
-    trained = [train_seed(experiment, row, seed, models_folder, cache) for seed in range(row.seeds)]
-    seconds = [each for _, _, each in trained if each is not None]
-    return TrainedRow(
-        [model for model, _, _ in trained], trained[0][1], sum(seconds) / len(seconds) if seconds else None
-    )
-
-
-def train_seed(
-    experiment: Experiment, row: Trained, seed: int, models_folder: Path, cache: Path
-) -> tuple[str, int, float | None]:
-    """Train a row once; each further recipe goes on from the model before.
-
-    Returns:
-        The folder of the model, or its preset where nothing is trained; tokens, and CPU seconds, of all recipes.
-    """
-    preset = system_preset(row.system, experiment.size)
-    model, recipes = preset, row_recipes(experiment, row, preset, seed)
-    before: list[Any] = []
-    tokens, seconds = 0, 0.0
-    for recipe in recipes:
-        run, read, taken = train_recipe(experiment, preset, model, recipe, before, models_folder, cache)
-        before.append(dataclasses.asdict(recipe))
-        model, tokens, seconds = str(run / MODEL), tokens + read, seconds + taken
-    return model, tokens, seconds if recipes else None
-
-
-def train_recipe(
-    experiment: Experiment, preset: str, model: str, recipe: Recipe, before: list[Any], models_folder: Path, cache: Path
-) -> tuple[Path, int, float]:
-    """Train a model by one recipe, unless that was done.
-
-    Args:
-        model: the preset itself, or the folder of a model that `before`, the recipes until then, has made.
-
-    Returns:
-        The folder of the run; tokens that were read, and CPU seconds.
-    """
-    identity = [preset, experiment.data, source_state(experiment.data), *before, dataclasses.asdict(recipe)]
-    run = models_folder / f"{preset}-{recipe.name}-{digest(identity)[:8]}"
-    models_folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{run}.lock"):  # another experiment may be training the same model
-        if not (run / MODEL).is_dir():
-            resume = (run / RECORD).is_file()
-            request = TrainingRequest(
-                model, recipe, experiment.data, run, cache, tokenizer=experiment.tokenizer or None, resume=resume
-            )
-            trainer = prepare_run(request)
-            finish_run(trainer, trainer.last_whole_checkpoint() if resume else None)
-    log = read_json(run / LOG, remedy="remove the folder, to train again")
-    tokens = max(entry["step"] for entry in log) * recipe.batch_size * recipe.data.sequence_length
-    return run, tokens, sum(entry.get("cpu_seconds", 0.0) for entry in log)
-
-
-def row_recipes(experiment: Experiment, row: Trained, preset: str, seed: int = 0) -> list[Recipe]:
-    """The recipes of a row, one after the other; what the row changes in the model is in the first one."""
-    changes, recipes = merged(load_systems()[row.system].training, row.model), []
-    overrides = [*experiment.by_system.get(row.system, ()), *row.overrides]
-    if seed:
-        overrides.append(f"training.seed={seed}")
-    for name in experiment.recipes:
-        recipe = load_recipe(name, preset, overrides)
-        data = dataclasses.replace(
-            recipe.data,
-            validation_every=experiment.validation_every,
-            training_only=experiment.training_only,
-            whole_folders=experiment.whole_folders,
-        )
-        recipes.append(dataclasses.replace(recipe, model=merged(recipe.model, changes), data=data))
-        changes = {}
-    return recipes
 
 
 def add_yardsticks(experiment: Experiment, evaluation: Evaluation, tokens: int, cache: Path) -> None:

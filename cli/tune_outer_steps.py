@@ -16,7 +16,7 @@ from ttt_e2e.evaluation.tables import Table
 from ttt_e2e.storage.disk import write_json, write_text
 from ttt_e2e.training.run import LOG
 
-from .reproduce_steps import row_recipes, train_recipe
+from .experiment_training import row_recipes, train_recipe
 
 RATES = ("learning_rate", "muon_learning_rate")
 FURTHER = 2  # steps beyond the grid

@@ -58,7 +58,7 @@ def test_demo_writes_everything_it_promises(tmp_path, recipe, monkeypatch):
     monkeypatch.setattr(sources, "standard_library_documents", lambda: standard_library_documents(root))
     shown = io.StringIO()
     folder = tmp_path / "run"
-    demo_steps.run_demo(recipe, folder, Console(file=shown, width=120))
+    demo_steps.run_demo(recipe, folder, Console(file=shown, width=120), processes=1)
 
     results = json.loads((folder / "results.json").read_text())
     tokens = {label: facts["tokens"] for label, facts in results["training"].items()}

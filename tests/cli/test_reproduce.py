@@ -9,7 +9,7 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ttt_e2e.cli import reproduce_steps
+from ttt_e2e.cli import experiment_training
 from ttt_e2e.cli.main import app
 from ttt_e2e.cli.reproduce_steps import run_experiment, write_held_out
 from ttt_e2e.cli.tune_outer_steps import FURTHER, Tried, next_factor, tune_outer
@@ -55,26 +55,31 @@ def experiment(tmp_path):
 def test_experiment_is_trained_measured_and_judged_once(tmp_path, experiment, monkeypatch):
     output, cache = tmp_path / "out", tmp_path / "cache"
     models = tmp_path / "models"
-    verdicts = run_experiment(experiment, output, models, cache, Console(quiet=True)).verdicts
+    verdicts = run_experiment(experiment, output, models, cache, Console(quiet=True), processes=1).verdicts
     assert [verdict.claim for verdict in verdicts] == ["learning changes something"]
     assert verdicts[0].answer in (AGREES, DISAGREES, NOT_RESOLVED, NOT_JUDGED)
     report = (output / "report.md").read_text()
     assert "Nothing at this size." in report and verdicts[0].answer in report
     assert (output / "0-loss-by-position" / "results.png").is_file()
     # What is there is kept: nothing is trained or measured again.
-    monkeypatch.setattr(reproduce_steps, "prepare_run", None)
+    monkeypatch.setattr(experiment_training, "prepare_run", None)
     lines = (output / "0-loss-by-position" / "results.jsonl").read_text()
-    assert run_experiment(experiment, output, models, cache, Console(quiet=True)).verdicts == verdicts
+    assert run_experiment(experiment, output, models, cache, Console(quiet=True), processes=1).verdicts == verdicts
     assert (output / "0-loss-by-position" / "results.jsonl").read_text() == lines
     # Another experiment takes the models that it would train alike, and only those.
-    assert run_experiment(experiment, tmp_path / "other", models, cache, Console(quiet=True)).verdicts == verdicts
+    assert (
+        run_experiment(experiment, tmp_path / "other", models, cache, Console(quiet=True), processes=1).verdicts
+        == verdicts
+    )
     experiment.rows["TTT-E2E"].overrides.append("training.seed=7")
     with pytest.raises(TypeError, match="NoneType"):
-        run_experiment(experiment, tmp_path / "third", models, cache, Console(quiet=True))
+        run_experiment(experiment, tmp_path / "third", models, cache, Console(quiet=True), processes=1)
 
 
 def test_a_table_has_yardsticks_tokens_and_seconds(tmp_path, experiment):
-    run_experiment(experiment, tmp_path / "out", tmp_path / "models", tmp_path / "cache", Console(quiet=True))
+    run_experiment(
+        experiment, tmp_path / "out", tmp_path / "models", tmp_path / "cache", Console(quiet=True), processes=1
+    )
     report = (tmp_path / "out" / "report.md").read_text()
     table = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in report.splitlines() if line.startswith("|")}
     assert table[""][:2] == [" training tokens ", " CPU seconds "]
@@ -93,8 +98,23 @@ def test_a_table_has_yardsticks_tokens_and_seconds(tmp_path, experiment):
     assert "better than static twin by" in report or "is better than TTT-E2E, learning off by" in report
 
 
+def test_two_processes_train_what_one_does(tmp_path, experiment):
+    shared = (tmp_path / "cache", Console(quiet=True))
+    one, two = (
+        run_experiment(experiment, tmp_path / f"out{n}", tmp_path / f"models{n}", *shared, processes=n) for n in (1, 2)
+    )
+    folders = [{Path(model).parent.name for row in run.rows.values() for model in row.models} for run in (one, two)]
+    assert folders[0] == folders[1] and len(folders[0]) == 5
+    losses = [{(point.label, point.length): point.numbers["loss"] for point in run.points} for run in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # other numbers of threads add up in other orders
+    assert "train_loss" in (tmp_path / "models2" / "training.log").read_text()
+    assert all(row.cpu_seconds > 0 for row in two.rows.values())
+
+
 def test_seeds_are_trainings_of_their_own(tmp_path, experiment):
-    run_experiment(experiment, tmp_path / "out", tmp_path / "models", tmp_path / "cache", Console(quiet=True))
+    run_experiment(
+        experiment, tmp_path / "out", tmp_path / "models", tmp_path / "cache", Console(quiet=True), processes=1
+    )
     lines = (tmp_path / "out" / "0-loss-by-position" / "results.jsonl").read_text().splitlines()
     losses = {point["label"]: point["numbers"]["loss"] for point in map(json.loads, lines)}
     assert losses["TTT-E2E"] != losses["TTT-E2E, seed 1"]

@@ -1,0 +1,202 @@
+"""Training the rows of an experiment, several at once where the machine has room."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from rich.console import Console
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from ttt_e2e.configuration import Recipe, load_recipe, load_systems, system_preset
+from ttt_e2e.configuration.experiments import Experiment, Trained
+from ttt_e2e.configuration.strict_yaml import merged
+from ttt_e2e.data.sources import source_state
+from ttt_e2e.storage.digests import digest
+from ttt_e2e.storage.disk import read_json
+from ttt_e2e.storage.record import RECORD
+from ttt_e2e.training.run import LOG, MODEL, TrainingRequest, finish_run, prepare_run
+
+WORKERS_LOG = "training.log"
+
+_steps_done: Any = None  # in a process that trains for another one: its count of outer steps
+
+
+@dataclass(frozen=True)
+class TrainedRow:
+    """A row's models, one for each seed, and what their training took.
+
+    Attributes:
+        models: folders, or the preset where nothing is trained.
+        tokens: that each of them was trained on.
+        cpu_seconds: of all processes, mean over seeds; None where nothing is trained.
+    """
+
+    models: list[str]
+    tokens: int
+    cpu_seconds: float | None
+
+
+def train_rows(
+    experiment: Experiment, models_folder: Path, cache: Path, console: Console, processes: int | None
+) -> dict[str, TrainedRow]:
+    """Train what an experiment compares, or find what is trained already.
+
+    Args:
+        processes: that train at once, each one row with a share of the machine's threads; what they print goes to
+            `training.log` in the models' folder then. None: two on a CPU of several cores, otherwise one.
+
+    Returns:
+        By label, also of rows that are evaluated of another one.
+    """
+    wanted = [(label, seed) for label, row in experiment.rows.items() if not row.of for seed in range(row.seeds)]
+    models_folder.mkdir(parents=True, exist_ok=True)
+    if processes is None:
+        processes = 1 if torch.accelerator.is_available() else min(2, os.cpu_count() or 1)
+    if processes > 1 and len(wanted) > 1:
+        found = _train_at_once(experiment, wanted, models_folder, cache, processes)
+    else:
+        found = {}
+        for label, seed in wanted:
+            console.rule(f"Training: {label}" + (f", seed {seed}" if seed else ""))
+            found[label, seed] = train_seed(experiment, experiment.rows[label], seed, models_folder, cache)
+    rows = {}
+    for label, row in experiment.rows.items():
+        results = [found[row.of or label, seed] for seed in range(experiment.rows[row.of or label].seeds)]
+        seconds = [taken for _, _, taken in results if taken is not None]
+        mean = sum(seconds) / len(seconds) if seconds else None
+        rows[label] = TrainedRow([model for model, _, _ in results], results[0][1], mean)
+    return rows
+
+
+def _train_at_once(
+    experiment: Experiment, wanted: Sequence[tuple[str, int]], models_folder: Path, cache: Path, processes: int
+) -> dict[tuple[str, int], tuple[str, int, float | None]]:
+    context = get_context("spawn")
+    steps, threads = context.Value("q", 0), max(1, torch.get_num_threads() // processes)
+    total = sum(_steps_to_do(experiment, experiment.rows[label], seed, models_folder) for label, seed in wanted)
+    started = (models_folder / WORKERS_LOG, steps, threads)
+    with (
+        ProcessPoolExecutor(processes, mp_context=context, initializer=_begin_to_train, initargs=started) as pool,
+        tqdm(total=total, desc=f"Training {len(wanted)} models", unit=" steps") as progress,
+    ):
+        futures = {
+            key: pool.submit(train_seed, experiment, experiment.rows[key[0]], key[1], models_folder, cache)
+            for key in wanted
+        }
+        waiting = set(futures.values())
+        while waiting:
+            done, waiting = wait(waiting, timeout=1)
+            progress.update(steps.value - progress.n)
+            if any(future.exception() for future in done):
+                pool.shutdown(cancel_futures=True)
+        return {key: future.result() for key, future in futures.items()}
+
+
+def _begin_to_train(log: Path, steps: Any, threads: int) -> None:
+    """Let a process that only trains count its steps, and write what it prints to a file."""
+    global _steps_done
+    _steps_done = steps
+    torch.set_num_threads(threads)
+    written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(written, stream)
+
+
+class _StepCounter(TrainerCallback):
+    def __init__(self, steps: Any):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **named):
+        with self.steps.get_lock():
+            self.steps.value += 1
+
+
+def _steps_to_do(experiment: Experiment, row: Trained, seed: int, models_folder: Path) -> int:
+    """Outer steps of the recipes of a row that were not trained to their end."""
+    preset = system_preset(row.system, experiment.size)
+    steps, before = 0, []
+    for recipe in row_recipes(experiment, row, preset, seed):
+        if not (run_folder(experiment, preset, recipe, before, models_folder) / MODEL).is_dir():
+            steps += max(0, recipe.training.get("max_steps", 0))
+        before.append(dataclasses.asdict(recipe))
+    return steps
+
+
+def train_seed(
+    experiment: Experiment, row: Trained, seed: int, models_folder: Path, cache: Path
+) -> tuple[str, int, float | None]:
+    """Train a row once, unless that was done; each further recipe goes on from the model before.
+
+    Returns:
+        The folder of the model, or its preset where nothing is trained; tokens, and CPU seconds, of all recipes.
+    """
+    preset = system_preset(row.system, experiment.size)
+    model, recipes = preset, row_recipes(experiment, row, preset, seed)
+    before: list[Any] = []
+    tokens, seconds = 0, 0.0
+    for recipe in recipes:
+        run, read, taken = train_recipe(experiment, preset, model, recipe, before, models_folder, cache)
+        before.append(dataclasses.asdict(recipe))
+        model, tokens, seconds = str(run / MODEL), tokens + read, seconds + taken
+    return model, tokens, seconds if recipes else None
+
+
+def train_recipe(
+    experiment: Experiment, preset: str, model: str, recipe: Recipe, before: list[Any], models_folder: Path, cache: Path
+) -> tuple[Path, int, float]:
+    """Train a model by one recipe, unless that was done.
+
+    Args:
+        model: the preset itself, or the folder of a model that `before`, the recipes until then, has made.
+
+    Returns:
+        The folder of the run; tokens that were read, and CPU seconds.
+    """
+    run = run_folder(experiment, preset, recipe, before, models_folder)
+    models_folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{run}.lock"):  # another experiment may be training the same model
+        if not (run / MODEL).is_dir():
+            resume = (run / RECORD).is_file()
+            request = TrainingRequest(
+                model, recipe, experiment.data, run, cache, tokenizer=experiment.tokenizer or None, resume=resume
+            )
+            trainer = prepare_run(request)
+            if _steps_done is not None:
+                trainer.add_callback(_StepCounter(_steps_done))
+            finish_run(trainer, trainer.last_whole_checkpoint() if resume else None)
+    log = read_json(run / LOG, remedy="remove the folder, to train again")
+    tokens = max(entry["step"] for entry in log) * recipe.batch_size * recipe.data.sequence_length
+    return run, tokens, sum(entry.get("cpu_seconds", 0.0) for entry in log)
+
+
+def run_folder(experiment: Experiment, preset: str, recipe: Recipe, before: Sequence[Any], models_folder: Path) -> Path:
+    """Where a model is trained: named by all that decides what comes out."""
+    identity = [preset, experiment.data, source_state(experiment.data), *before, dataclasses.asdict(recipe)]
+    return models_folder / f"{preset}-{recipe.name}-{digest(identity)[:8]}"
+
+
+def row_recipes(experiment: Experiment, row: Trained, preset: str, seed: int = 0) -> list[Recipe]:
+    """The recipes of a row, one after the other; what the row changes in the model is in the first one."""
+    changes, recipes = merged(load_systems()[row.system].training, row.model), []
+    overrides = [*experiment.by_system.get(row.system, ()), *row.overrides]
+    if seed:
+        overrides.append(f"training.seed={seed}")
+    for name in experiment.recipes:
+        recipe = load_recipe(name, preset, overrides)
+        data = dataclasses.replace(
+            recipe.data,
+            validation_every=experiment.validation_every,
+            training_only=experiment.training_only,
+            whole_folders=experiment.whole_folders,
+        )
+        recipes.append(dataclasses.replace(recipe, model=merged(recipe.model, changes), data=data))
+        changes = {}
+    return recipes
