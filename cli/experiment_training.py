@@ -81,15 +81,15 @@ def _train_at_once(
 ) -> dict[tuple[str, int], tuple[str, int, float | None]]:
     context = get_context("spawn")
     steps, threads = context.Value("q", 0), max(1, torch.get_num_threads() // processes)
-    total = sum(_steps_to_do(experiment, experiment.rows[label], seed, models_folder) for label, seed in wanted)
+    todo = {key: _steps_to_do(experiment, experiment.rows[key[0]], key[1], models_folder) for key in wanted}
     started = (models_folder / WORKERS_LOG, steps, threads)
     with (
         ProcessPoolExecutor(processes, mp_context=context, initializer=_begin_to_train, initargs=started) as pool,
-        tqdm(total=total, desc=f"Training {len(wanted)} models", unit=" steps") as progress,
+        tqdm(total=sum(todo.values()), desc=f"Training {len(wanted)} models", unit=" steps") as progress,
     ):
         futures = {
             key: pool.submit(train_seed, experiment, experiment.rows[key[0]], key[1], models_folder, cache)
-            for key in wanted
+            for key in sorted(wanted, key=lambda key: -todo[key])  # the longest first: no process waits at the end
         }
         waiting = set(futures.values())
         while waiting:

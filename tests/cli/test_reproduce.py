@@ -52,10 +52,15 @@ def experiment(tmp_path):
     return load_experiment(str(path))
 
 
+def run(experiment, tmp_path, output="out"):
+    """Run an experiment in this process."""
+    where = (tmp_path / output, tmp_path / "models", tmp_path / "cache")
+    return run_experiment(experiment, *where, Console(quiet=True), processes=1)
+
+
 def test_experiment_is_trained_measured_and_judged_once(tmp_path, experiment, monkeypatch):
-    output, cache = tmp_path / "out", tmp_path / "cache"
-    models = tmp_path / "models"
-    verdicts = run_experiment(experiment, output, models, cache, Console(quiet=True), processes=1).verdicts
+    output = tmp_path / "out"
+    verdicts = run(experiment, tmp_path).verdicts
     assert [verdict.claim for verdict in verdicts] == ["learning changes something"]
     assert verdicts[0].answer in (AGREES, DISAGREES, NOT_RESOLVED, NOT_JUDGED)
     report = (output / "report.md").read_text()
@@ -64,16 +69,13 @@ def test_experiment_is_trained_measured_and_judged_once(tmp_path, experiment, mo
     # What is there is kept: nothing is trained or measured again.
     monkeypatch.setattr(experiment_training, "prepare_run", None)
     lines = (output / "0-loss-by-position" / "results.jsonl").read_text()
-    assert run_experiment(experiment, output, models, cache, Console(quiet=True), processes=1).verdicts == verdicts
+    assert run(experiment, tmp_path).verdicts == verdicts
     assert (output / "0-loss-by-position" / "results.jsonl").read_text() == lines
     # Another experiment takes the models that it would train alike, and only those.
-    assert (
-        run_experiment(experiment, tmp_path / "other", models, cache, Console(quiet=True), processes=1).verdicts
-        == verdicts
-    )
+    assert run(experiment, tmp_path, "other").verdicts == verdicts
     experiment.rows["TTT-E2E"].overrides.append("training.seed=7")
     with pytest.raises(TypeError, match="NoneType"):
-        run_experiment(experiment, tmp_path / "third", models, cache, Console(quiet=True), processes=1)
+        run(experiment, tmp_path, "third")
 
 
 def test_a_table_has_yardsticks_tokens_and_seconds(tmp_path, experiment):
@@ -103,9 +105,9 @@ def test_two_processes_train_what_one_does(tmp_path, experiment):
     one, two = (
         run_experiment(experiment, tmp_path / f"out{n}", tmp_path / f"models{n}", *shared, processes=n) for n in (1, 2)
     )
-    folders = [{Path(model).parent.name for row in run.rows.values() for model in row.models} for run in (one, two)]
+    folders = [{Path(model).parent.name for row in each.rows.values() for model in row.models} for each in (one, two)]
     assert folders[0] == folders[1] and len(folders[0]) == 5
-    losses = [{(point.label, point.length): point.numbers["loss"] for point in run.points} for run in (one, two)]
+    losses = [{(point.label, point.length): point.numbers["loss"] for point in each.points} for each in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # other numbers of threads add up in other orders
     assert "train_loss" in (tmp_path / "models2" / "training.log").read_text()
     assert all(row.cpu_seconds > 0 for row in two.rows.values())
