@@ -25,6 +25,9 @@ COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+BY_PART = ("loss_by_position", "loss_by_block")
+
+
 def measure_yardsticks(
     evaluation: Evaluation, orders: Sequence[int], training_tokens: Callable[[], np.ndarray], vocabulary_size: int
 ) -> None:
@@ -56,6 +59,8 @@ def measure_yardsticks(
             for length in missing[name]:
                 losses, size = compressed_losses(documents[:, :length], tokenizer, compress)
                 numbers = task.of_losses(losses) | {"bytes": size}
+                for name_of_part in BY_PART:  # a compressor tells only what the whole takes
+                    numbers.pop(name_of_part, None)
                 results.append(_point(evaluation, name, length, numbers, [name]))
 
 
