@@ -26,7 +26,7 @@ NEWEST_TESTS ?= tests/modeling tests/storage tests/data tests/conversion tests/t
 CHECKPOINT ?= tiny-standard-library
 CHECKPOINT_RUNS ?= runs/checkpoint
 CHECKPOINT_FOLDER ?= model_cards/checkpoints
-CHECKPOINT_STEPS ?= 1200
+CHECKPOINT_STEPS ?= 3600
 
 # Threads that wait for one another by spinning bring torch to a crawl on a machine that does other work besides.
 export OMP_WAIT_POLICY ?= PASSIVE
