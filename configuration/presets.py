@@ -19,12 +19,12 @@ from pathlib import Path
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .. import RecurrentHybridConfig, TTTE2EConfig, TTTLayersConfig
+from .. import TTTE2EConfig
+from ..registration import CONFIGURATIONS
 from .strict_yaml import build_strictly, check_field_names, first_comment, merged, read_mapping
 from .systems import System, load_systems
 
 SIZES = Path(__file__).with_name("sizes.yaml")
-CONFIG_CLASSES = {each.model_type: each for each in (TTTE2EConfig, RecurrentHybridConfig, TTTLayersConfig)}
 TYPES_BY_BLOCK = ("layer_types", "mixer_types")
 
 
@@ -185,9 +185,9 @@ def _checked(fields: dict, source: str, also: Collection[str] = ()) -> dict:
 
 def _config_class(fields: dict, source: str) -> type[PreTrainedConfig]:
     model_type = fields.get("model_type", TTTE2EConfig.model_type)
-    if model_type not in CONFIG_CLASSES:
-        raise ValueError(f"{source}: model_type={model_type!r} is unknown; choose one of {', '.join(CONFIG_CLASSES)}")
-    return CONFIG_CLASSES[model_type]
+    if model_type not in CONFIGURATIONS:
+        raise ValueError(f"{source}: model_type={model_type!r} is unknown; choose one of {', '.join(CONFIGURATIONS)}")
+    return CONFIGURATIONS[model_type]
 
 
 def _field_names(config_class: type[PreTrainedConfig]) -> list[str]:

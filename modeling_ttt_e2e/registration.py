@@ -22,6 +22,9 @@ TASKS = {
     AutoModelForTokenClassification: modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 }
 
+# What has been registered, by model type.
+CONFIGURATIONS: dict[str, type] = {}
+
 
 def register(config_class: type, model_class: type, task_classes: dict[type, type]) -> None:
     """Register one architecture under its `model_type`; registering twice is harmless.
@@ -29,6 +32,7 @@ def register(config_class: type, model_class: type, task_classes: dict[type, typ
     Args:
         task_classes: the classes with a head, by their Auto class.
     """
+    CONFIGURATIONS[config_class.model_type] = config_class
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModel.register(config_class, model_class, exist_ok=True)
     for auto_class, task_class in task_classes.items():

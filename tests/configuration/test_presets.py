@@ -6,11 +6,10 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from ttt_e2e import RecurrentHybridConfig, TTTE2EConfig, TTTLayersConfig
-from ttt_e2e.configuration import load_config, load_preset, preset_description, preset_names
+from ttt_e2e.configuration import load_config, load_preset, load_systems, preset_description, preset_names
 
 SIZES = ("tiny", "125m", "350m", "760m", "1b", "3b")
-BASELINES = ("full-attention", "sliding-window", "hybrid", "mamba2", "gated-delta-net")
-BASELINES += ("ttt-linear", "ttt-mlp", "ttt-kvb")
+BASELINES = [system.name for system in load_systems().values() if system.preset_suffix]
 
 
 def meta_model(name):
