@@ -53,7 +53,8 @@ setup(
     package_data={
         "ttt_e2e.configuration": ["*.yaml", "recipes/*.yaml", "experiments/*.yaml"],
         "ttt_e2e.benchmarks": ["*.yaml", "results/*.json"],
-        "ttt_e2e.evaluation": ["*.yaml", "metrics/*/*.py", "harness/*"],
+        "ttt_e2e.data": ["*.yaml"],
+        "ttt_e2e.evaluation": ["metrics/*/*.py", "harness/*"],
         "ttt_e2e.model_cards": ["*.md"],
     },
     entry_points={"console_scripts": ["ttt-e2e = ttt_e2e_cli.main:app"]},

@@ -126,7 +126,7 @@ def _steps_to_do(experiment: Experiment, row: Trained, seed: int, models_folder:
     for recipe in row_recipes(experiment, row, preset, seed):
         if not (run_folder(experiment, preset, recipe, before, models_folder) / MODEL).is_dir():
             steps += max(0, recipe.training.get("max_steps", 0))
-        before.append(dataclasses.asdict(recipe))
+        before.append(deciding_fields(recipe))
     return steps
 
 
@@ -144,7 +144,7 @@ def train_seed(
     tokens, seconds = 0, 0.0
     for recipe in recipes:
         run, read, taken = train_recipe(experiment, preset, model, recipe, before, models_folder, cache)
-        before.append(dataclasses.asdict(recipe))
+        before.append(deciding_fields(recipe))
         model, tokens, seconds = str(run / MODEL), tokens + read, seconds + taken
     return model, tokens, seconds if recipes else None
 
@@ -179,8 +179,22 @@ def train_recipe(
 
 def run_folder(experiment: Experiment, preset: str, recipe: Recipe, before: Sequence[Any], models_folder: Path) -> Path:
     """Where a model is trained: named by all that decides what comes out."""
-    identity = [preset, experiment.data, source_state(experiment.data), *before, dataclasses.asdict(recipe)]
+    identity = [preset, experiment.data, source_state(experiment.data), *before, deciding_fields(recipe)]
     return models_folder / f"{preset}-{recipe.name}-{digest(identity)[:8]}"
+
+
+def deciding_fields(recipe: Any) -> dict:
+    """What decides a training: the fields of a recipe that are not at their defaults, without what is only told.
+
+    A field that a later version adds changes nothing as long as it has its default.
+    """
+    found = {}
+    for each in dataclasses.fields(recipe):
+        value = getattr(recipe, each.name)
+        default = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
+        if each.name != "description" and value != default:
+            found[each.name] = deciding_fields(value) if dataclasses.is_dataclass(value) else value
+    return found
 
 
 def row_recipes(experiment: Experiment, row: Trained, preset: str, seed: int = 0) -> list[Recipe]:

@@ -72,6 +72,7 @@ class DataRecipe:
             folders then.
         tuning: keep back as many further documents of the training ones, and validate on these: what is chosen by them
             is not chosen by those that are measured in the end.
+        needle_share: share of the training rows that hide a fact and ask for it at their end (`data.needle_rows`).
         validation_rows: at most so many rows for validation; None: all.
     """
 
@@ -87,6 +88,7 @@ class DataRecipe:
     training_only: list[str] = dataclasses.field(default_factory=list)
     whole_folders: bool = False
     tuning: bool = False
+    needle_share: float = 0.0
     validation_rows: int | None = None
 
 
@@ -230,6 +232,8 @@ def _check_values(recipe: Recipe, source: str) -> None:
     training_types = typing.get_type_hints(TrainingArguments) | OWN_TRAINING_TYPES
     check_field_types(recipe.training, training_types, source=f"{source}, section training")
     check_field_types(recipe.model, MODEL_FIELDS, source=f"{source}, section model")
+    if not 0 <= recipe.data.needle_share <= 1:
+        raise ValueError(f"{source}: data.needle_share={recipe.data.needle_share} must be between 0 and 1")
     at_least = {"batch_size": (recipe.batch_size, 1), "data.sequence_length": (recipe.data.sequence_length, 1)}
     at_least["data.validation_every"] = (recipe.data.validation_every, 2)
     at_least["data.validation_rows"] = (recipe.data.validation_rows, 1)

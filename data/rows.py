@@ -183,9 +183,13 @@ def longest_reading(store: TokenStore, length: int) -> tuple[list[str], torch.Te
     return [store.names[number] for number in used], torch.from_numpy(tokens.astype(np.int64))
 
 
-def _row(tokens: np.ndarray, separator: int) -> dict[str, torch.Tensor]:
-    input_ids = torch.from_numpy(tokens.astype(np.int64))
+def labelled_row(input_ids: torch.Tensor, separator: int) -> dict[str, torch.Tensor]:
+    """A row of tokens, int64 [tokens], with its labels."""
     return {"input_ids": input_ids, "labels": input_ids.masked_fill(input_ids == separator, NO_TARGET)}
+
+
+def _row(tokens: np.ndarray, separator: int) -> dict[str, torch.Tensor]:
+    return labelled_row(torch.from_numpy(tokens.astype(np.int64)), separator)
 
 
 def _check_sequence_length(sequence_length: int) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..configuration import DataRecipe
 from .corpus import split_documents
+from .needle_rows import NeedleRows
 from .rows import DocumentRows, PackedRows, PackedStream
 from .sources import check_no_address, load_documents, source_state
 from .token_store import TokenStore, tokenize_documents
@@ -63,6 +64,9 @@ def check_data_request(request: DataRequest) -> None:
                 recipe.validation_every is not None
             ),
             "data.one_document_per_row needs all documents first: turn data.streaming off": recipe.one_document_per_row,
+            "data.needle_share needs rows that are there: set it to 0, or turn data.streaming off": (
+                recipe.needle_share > 0
+            ),
             "tokenizer: none can be trained on data.streaming documents; name one with --tokenizer": (
                 request.tokenizer is None
             ),
@@ -114,6 +118,8 @@ def prepare_data(request: DataRequest, check_tokenizer: Callable[[PreTrainedToke
     else:
         store = tokenize_documents(documents, tokenizer, request.cache, recipe.split_special_tokens)
         rows, identity["data"] = _rows(store, recipe), store.folder.name
+        if recipe.needle_share:
+            rows = NeedleRows(rows, tokenizer, recipe.needle_share)
     validation = None
     if held_out is not None:
         store = tokenize_documents(held_out, tokenizer, request.cache, recipe.split_special_tokens)

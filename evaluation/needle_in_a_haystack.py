@@ -9,8 +9,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
+from ..data.needles import NeedlePrompt, needle_prompts
 from ..data.tokenizer import encode_texts
-from .needle_data import NeedlePrompt, needle_prompts
 from .subject import Subject, check_longest_text, token_losses
 
 DEPTH_BUCKETS = 5

@@ -16,6 +16,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..data.needles import documentation_texts, ruler_essays
 from ..data.rows import document_prefixes
 from ..data.sources import load_documents
 from ..data.texts import text_batches
@@ -27,7 +28,6 @@ from ..storage.record import check_output
 from .bits_per_byte import first_bytes
 from .candidates import Candidate, find_candidates, find_judge, load_candidate
 from .comparison import comparison_panels, comparison_tables
-from .needle_data import documentation_texts, ruler_essays
 from .plots import plot_panels
 from .results import Point, ResultsFile, environment, lock_path, tokens_digest
 from .subject import Subject

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ttt_e2e import TTTE2EForCausalLM
 from ttt_e2e.conversion.pretrained import find_source
 from ttt_e2e.conversion.transformer_layout import check_convertible
-from ttt_e2e.evaluation.needle_data import needle_prompts
+from ttt_e2e.data.needles import needle_prompts
 from ttt_e2e.evaluation.tables import Table
 from ttt_e2e.storage.disk import write_text
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from ttt_e2e import RecurrentHybridConfig, RecurrentHybridForCausalLM, TTTE2EConfig, TTTE2EForCausalLM
-from ttt_e2e.evaluation.needle_data import documentation_texts, needle_prompts, needle_settings, ruler_essays
+from ttt_e2e.data.needles import documentation_texts, needle_prompts, needle_settings, ruler_essays
 from ttt_e2e.evaluation.needle_in_a_haystack import (
     continuation_ids,
     needle_in_a_haystack,

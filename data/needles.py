@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from ..data.tokenizer import encode_texts
+from .tokenizer import encode_texts
 
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*$")
 
@@ -63,9 +63,37 @@ class Haystack:
 
 @cache
 def needle_settings() -> dict:
-    """What `needle.yaml` holds: wording, tasks, and the words that keys are made of."""
-    settings = yaml.safe_load(Path(__file__).with_name("needle.yaml").read_text(encoding="utf-8"))
+    """What `needles.yaml` holds: wording, tasks, and the words that keys are made of."""
+    settings = yaml.safe_load(Path(__file__).with_name("needles.yaml").read_text(encoding="utf-8"))
     return settings | {name: settings[name].split() for name in ("adjectives", "nouns")}
+
+
+@dataclass(frozen=True)
+class SampledNeedle:
+    """A fact to hide, and the words around it.
+
+    Attributes:
+        before, after: the prompt's text before and behind the haystack; `after` ends where the value is asked for.
+        sentence: the needle.
+        values: its value, then others that occur nowhere.
+    """
+
+    before: str
+    sentence: str
+    after: str
+    values: list[str]
+
+
+def sampled_needle(kind: str, generator: random.Random, distractors: int = 0) -> SampledNeedle:
+    """A key and a value of a kind ("number" of seven digits, or "uuid"), in the words of RULER."""
+    settings = needle_settings()
+    key = f"{generator.choice(settings['adjectives'])}-{generator.choice(settings['nouns'])}"
+    values = _different_values(kind, 1 + distractors, generator)
+    sentence = settings["needle"].format(kind=kind, key=key, value=values[0])
+    before, after = (
+        part.format(kind=kind, key=key) for part in (settings["prompt"] + settings["answer"]).split("{context}")
+    )
+    return SampledNeedle(before, sentence, after, values)
 
 
 def needle_prompts(
@@ -113,15 +141,11 @@ def needle_prompts(
     for index, place in enumerate(depths):
         # A generator per sample: how much one draws, or another length, changes no other sample.
         generator = random.Random(f"needle {seed} {task} {index}")
-        key = f"{generator.choice(settings['adjectives'])}-{generator.choice(settings['nouns'])}"
-        values = _different_values(kind, 1 + distractors, generator)
-        needle = settings["needle"].format(kind=kind, key=key, value=values[0])
-        before, after = (
-            part.format(kind=kind, key=key) for part in (settings["prompt"] + settings["answer"]).split("{context}")
-        )
-        text = partial(_text, hay, before, needle, after, generator.randrange(len(hay.units)), place)
+        needle = sampled_needle(kind, generator, distractors)
+        first = generator.randrange(len(hay.units))
+        text = partial(_text, hay, needle.before, needle.sentence, needle.after, first, place)
         fitting = text(_largest_count(partial(_count_tokens, encode, text), length, answer_tokens))
-        prompts.append(NeedlePrompt(fitting, encode(fitting), after, values, place))
+        prompts.append(NeedlePrompt(fitting, encode(fitting), needle.after, needle.values, place))
     return prompts
 
 
