@@ -111,15 +111,15 @@ def prepare_data(request: DataRequest, check_tokenizer: Callable[[PreTrainedToke
     if tokenizer is None:
         tokenizer = trained_tokenizer(documents, request.vocabulary_size, request.cache)
     identity = {"tokenizer": tokenizer_digest(tokenizer)}
+    rows: Dataset
     if recipe.streaming:
         rows = PackedStream(documents, tokenizer, recipe.sequence_length, recipe.split_special_tokens)
         identity["data"] = source_state(request.data)
         next(iter(rows))  # too few tokens are noticed here
     else:
         store = tokenize_documents(documents, tokenizer, request.cache, recipe.split_special_tokens)
-        rows, identity["data"] = _rows(store, recipe), store.folder.name
-        if recipe.needle_share:
-            rows = NeedleRows(rows, tokenizer, recipe.needle_share)
+        identity["data"], whole = store.folder.name, _rows(store, recipe)
+        rows = NeedleRows(whole, tokenizer, recipe.needle_share) if recipe.needle_share else whole
     validation = None
     if held_out is not None:
         store = tokenize_documents(held_out, tokenizer, request.cache, recipe.split_special_tokens)
