@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,19 +22,24 @@ SHORT += ["training.logging_steps=1", "training.save_steps=2", "training.eval_st
 SYSTEMS = ("full-attention", "sliding-window", "static-twin", "ttt-e2e")
 
 
-@pytest.fixture
-def experiment(tmp_path):
-    choose = random.Random(0)
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with texts, twelve packages of one document each."""
+    folder, choose = tmp_path_factory.mktemp("experiment"), random.Random(0)
     for number in range(12):
         words = ("".join(choose.choices("abcdefghij", k=5)) for _ in range(400))
-        path = tmp_path / "texts" / f"{number:02}" / "all.txt"
+        path = folder / "texts" / f"{number:02}" / "all.txt"
         path.parent.mkdir(parents=True)
         path.write_text(" ".join(words))
+    return folder
+
+
+def experiment_of(place):
     fields = {
         "base": "_tiny",
         "paper": "Nothing at this size.",
         "recipes": ["pretrain-tiny"],
-        "data": str(tmp_path / "texts"),
+        "data": str(place / "texts"),
         "validation_every": 4,
         "by_system": dict.fromkeys(SYSTEMS, SHORT),
         "rows": {"TTT-E2E": {"seeds": 2}},
@@ -47,42 +53,48 @@ def experiment(tmp_path):
             }
         ],
     }
-    path = tmp_path / "mine.yaml"
+    path = place / "mine.yaml"
     path.write_text("# Mine\n" + yaml.safe_dump(fields))
     return load_experiment(str(path))
 
 
-def run(experiment, tmp_path, output="out"):
-    """Run an experiment in this process."""
-    where = (tmp_path / output, tmp_path / "models", tmp_path / "cache")
-    return run_experiment(experiment, *where, Console(quiet=True), processes=1)
+@pytest.fixture
+def experiment(place):
+    return experiment_of(place)
 
 
-def test_experiment_is_trained_measured_and_judged_once(tmp_path, experiment, monkeypatch):
-    output = tmp_path / "out"
-    verdicts = run(experiment, tmp_path).verdicts
-    assert [verdict.claim for verdict in verdicts] == ["learning changes something"]
-    assert verdicts[0].answer in (AGREES, DISAGREES, NOT_RESOLVED, NOT_JUDGED)
+def run(experiment, place, output="out", models="models", processes=1):
+    where = (place / output, place / models, place / "cache")
+    return run_experiment(experiment, *where, Console(quiet=True), processes=processes)
+
+
+@pytest.fixture(scope="module")
+def ran(place):
+    """What a run of it, in this process, has found."""
+    return run(experiment_of(place), place)
+
+
+def test_experiment_is_trained_measured_and_judged_once(place, experiment, ran, monkeypatch):
+    output = place / "out"
+    assert [verdict.claim for verdict in ran.verdicts] == ["learning changes something"]
+    assert ran.verdicts[0].answer in (AGREES, DISAGREES, NOT_RESOLVED, NOT_JUDGED)
     report = (output / "report.md").read_text()
-    assert "Nothing at this size." in report and verdicts[0].answer in report
+    assert "Nothing at this size." in report and ran.verdicts[0].answer in report
     assert (output / "0-loss-by-position" / "results.png").is_file()
     # What is there is kept: nothing is trained or measured again.
     monkeypatch.setattr(experiment_training, "prepare_run", None)
     lines = (output / "0-loss-by-position" / "results.jsonl").read_text()
-    assert run(experiment, tmp_path).verdicts == verdicts
+    assert run(experiment, place).verdicts == ran.verdicts
     assert (output / "0-loss-by-position" / "results.jsonl").read_text() == lines
     # Another experiment takes the models that it would train alike, and only those.
-    assert run(experiment, tmp_path, "other").verdicts == verdicts
+    assert run(experiment, place, "other").verdicts == ran.verdicts
     experiment.rows["TTT-E2E"].overrides.append("training.seed=7")
     with pytest.raises(TypeError, match="NoneType"):
-        run(experiment, tmp_path, "third")
+        run(experiment, place, "third")
 
 
-def test_a_table_has_yardsticks_tokens_and_seconds(tmp_path, experiment):
-    run_experiment(
-        experiment, tmp_path / "out", tmp_path / "models", tmp_path / "cache", Console(quiet=True), processes=1
-    )
-    report = (tmp_path / "out" / "report.md").read_text()
+def test_a_table_has_yardsticks_tokens_and_seconds(experiment, ran):
+    report = ran.report
     table = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in report.splitlines() if line.startswith("|")}
     assert table[""][:2] == [" training tokens ", " CPU seconds "]
     for row in experiment.rows:
@@ -100,31 +112,23 @@ def test_a_table_has_yardsticks_tokens_and_seconds(tmp_path, experiment):
     assert "better than static twin by" in report or "is better than TTT-E2E, learning off by" in report
 
 
-def test_two_processes_train_what_one_does(tmp_path, experiment):
-    shared = (tmp_path / "cache", Console(quiet=True))
-    one, two = (
-        run_experiment(experiment, tmp_path / f"out{n}", tmp_path / f"models{n}", *shared, processes=n) for n in (1, 2)
-    )
-    folders = [{Path(model).parent.name for row in each.rows.values() for model in row.models} for each in (one, two)]
+def test_two_processes_train_what_one_does(place, experiment, ran):
+    two = run(experiment, place, "out2", "models2", processes=2)
+    folders = [{Path(model).parent.name for row in each.rows.values() for model in row.models} for each in (ran, two)]
     assert folders[0] == folders[1] and len(folders[0]) == 5
-    losses = [{(point.label, point.length): point.numbers["loss"] for point in each.points} for each in (one, two)]
+    losses = [{(point.label, point.length): point.numbers["loss"] for point in each.points} for each in (ran, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # other numbers of threads add up in other orders
-    assert "train_loss" in (tmp_path / "models2" / "training.log").read_text()
+    assert "train_loss" in (place / "models2" / "training.log").read_text()
     assert all(row.cpu_seconds > 0 for row in two.rows.values())
 
 
-def test_seeds_are_trainings_of_their_own(tmp_path, experiment):
-    run_experiment(
-        experiment, tmp_path / "out", tmp_path / "models", tmp_path / "cache", Console(quiet=True), processes=1
-    )
-    lines = (tmp_path / "out" / "0-loss-by-position" / "results.jsonl").read_text().splitlines()
-    losses = {point["label"]: point["numbers"]["loss"] for point in map(json.loads, lines)}
+def test_seeds_are_trainings_of_their_own(ran):
+    losses = {point.label: point.numbers["loss"] for point in ran.points}
     assert losses["TTT-E2E"] != losses["TTT-E2E, seed 1"]
     assert "sliding window, seed 1" not in losses
 
 
-def test_rates_are_tried_on_documents_that_are_not_measured(tmp_path, experiment):
-    """The grid's trainings hold back other documents than the experiment does, and the best of them is named."""
+def test_rates_are_tried_and_the_best_is_named(tmp_path, experiment):
     where = (tmp_path / "tuning", tmp_path / "models", tmp_path / "cache")
     best = tune_outer(experiment, [0.5, 2.0], 0.5, *where, Console(quiet=True))
     assert list(best) == ["full-attention", "sliding-window", "static-twin", "ttt-e2e"]
@@ -136,7 +140,7 @@ def test_rates_are_tried_on_documents_that_are_not_measured(tmp_path, experiment
         rate = min(losses, key=losses.get)
         assert overrides == [f"training.learning_rate={rate:g}", f"training.muon_learning_rate={rate / 0.3:g}"]
     assert "by_system:" in (tmp_path / "tuning" / "tuning.md").read_text()
-    # Nothing is trained twice, and the documents that are measured in the end were held back from all of it.
+    # Nothing is trained twice.
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "models").rglob("*.safetensors")}
     assert tune_outer(experiment, [0.5, 2.0], 0.5, *where, Console(quiet=True)) == best
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "models").rglob("*.safetensors")}
@@ -156,6 +160,8 @@ def test_a_best_rate_at_the_edge_is_followed():
 
 
 def test_training_only_documents_are_never_measured(tmp_path, experiment):
+    shutil.copytree(experiment.data, tmp_path / "texts")
+    experiment.data = str(tmp_path / "texts")
     for number in range(12):
         path = Path(experiment.data) / "tables" / f"{number:02}.txt"
         path.parent.mkdir(exist_ok=True)
