@@ -75,7 +75,7 @@ HELD_OUT = from ttt_e2e.data import split_documents, standard_library_documents 
 	split_documents(documents(), 8, ["encodings"])[1].select_columns(["text"]).to_json("$(RESULTS)/held-out.jsonl")
 RUN = $(CHECKPOINT_RUNS)/$(CHECKPOINT)
 RESULTS = $(CHECKPOINT_RUNS)/results
-MEASURED = --model $(RUN) --model $(RUN)@learning-off --data $(RESULTS)/held-out.jsonl --documents 24 --dtype bfloat16
+CHECKPOINT_MEASURED = --model $(RUN) --model $(RUN)@learning-off --data $(RESULTS)/held-out.jsonl --documents 24 --dtype bfloat16
 READ = held-out files of the standard library
 
 checkpoint: $(INSTALLED) ## train, evaluate and export the small model of model_cards/checkpoints
@@ -83,10 +83,12 @@ checkpoint: $(INSTALLED) ## train, evaluate and export the small model of model_
 		--set data.validation_every=8 --set "data.training_only=[encodings]" \
 		--set training.max_steps=$(CHECKPOINT_STEPS) $(if $(wildcard $(RUN)/run.json),--resume)
 	@mkdir -p $(RESULTS) && $(BIN)/python -c '$(HELD_OUT)'
-	$(BIN)/ttt-e2e evaluate context-length --lengths 512,1024,2048,4096 --output $(RESULTS)/context-length $(MEASURED)
-	$(BIN)/ttt-e2e evaluate loss-by-position --lengths 4096 --output $(RESULTS)/loss-by-position $(MEASURED)
-	$(BIN)/ttt-e2e export --model $(RUN) --dtype bfloat16 --license apache-2.0 --output $(CHECKPOINT_FOLDER)/$(CHECKPOINT) \
+	$(BIN)/ttt-e2e evaluate context-length --lengths 512,1024,2048,4096 --output $(RESULTS)/context-length $(CHECKPOINT_MEASURED)
+	$(BIN)/ttt-e2e evaluate loss-by-position --lengths 4096 --output $(RESULTS)/loss-by-position $(CHECKPOINT_MEASURED)
+	rm -rf $(CHECKPOINT_RUNS)/exported
+	$(BIN)/ttt-e2e export --model $(RUN) --dtype bfloat16 --license apache-2.0 --output $(CHECKPOINT_RUNS)/exported/$(CHECKPOINT) \
 		--results "$(READ)=$(RESULTS)/context-length" --results "$(READ)=$(RESULTS)/loss-by-position"
+	rm -rf $(CHECKPOINT_FOLDER)/$(CHECKPOINT) && mv $(CHECKPOINT_RUNS)/exported/$(CHECKPOINT) $(CHECKPOINT_FOLDER)/
 
 checkpoint-code: $(INSTALLED) ## write the code of the small model, and what else it repeats of the package
 	$(BIN)/python -c 'from ttt_e2e.model_cards import refresh_export as refresh; refresh("$(CHECKPOINT_FOLDER)/$(CHECKPOINT)")'
