@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ttt-e2e"
+DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ttt-e2e"
 
 Model = Annotated[
     str, typer.Option(help="A saved model's folder, the folder of a run of `ttt-e2e train`, or an id of the Hub.")
