@@ -74,9 +74,15 @@ def check_record(folder: Path, record: dict) -> None:
 
 
 def first_difference(one: dict, other: dict, above: str = "") -> tuple[str, object, object] | None:
-    """Where two nested mappings differ first: the dotted name and both values, None for a missing one."""
+    """Where two nested mappings differ first: the dotted name and both values, None for a missing one.
+
+    A setting that the earlier mapping `one` does not have came with a later version; where it is off (false, 0 or
+    empty) it changes nothing and is no difference.
+    """
     for name in sorted(one.keys() | other.keys()):
         before, after = one.get(name), other.get(name)
+        if name not in one and not after:
+            continue
         if isinstance(before, dict) and isinstance(after, dict):
             found = first_difference(before, after, f"{above}{name}.")
             if found is not None:
