@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -92,11 +92,15 @@ def _train_at_once(
             for key in sorted(wanted, key=lambda key: -todo[key])  # the longest first: no process waits at the end
         }
         waiting = set(futures.values())
-        while waiting:
-            done, waiting = wait(waiting, timeout=1)
-            progress.update(steps.value - progress.n)
-            if any(future.exception() for future in done):
-                pool.shutdown(cancel_futures=True)
+        try:
+            while waiting:
+                done, waiting = wait(waiting, timeout=1)
+                progress.update(steps.value - progress.n)
+                for future in done:
+                    future.result()  # raises what went wrong there
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
         return {key: future.result() for key, future in futures.items()}
 
 
@@ -121,13 +125,8 @@ class _StepCounter(TrainerCallback):
 
 def _steps_to_do(experiment: Experiment, row: Trained, seed: int, models_folder: Path) -> int:
     """Outer steps of the recipes of a row that were not trained to their end."""
-    preset = system_preset(row.system, experiment.size)
-    steps, before = 0, []
-    for recipe in row_recipes(experiment, row, preset, seed):
-        if not (run_folder(experiment, preset, recipe, before, models_folder) / MODEL).is_dir():
-            steps += max(0, recipe.training.get("max_steps", 0))
-        before.append(deciding_fields(recipe))
-    return steps
+    runs = row_runs(experiment, row, seed, models_folder)
+    return sum(max(0, recipe.training.get("max_steps", 0)) for recipe, run in runs if not (run / MODEL).is_dir())
 
 
 def train_seed(
@@ -138,30 +137,24 @@ def train_seed(
     Returns:
         The folder of the model, or its preset where nothing is trained; tokens, and CPU seconds, of all recipes.
     """
-    preset = system_preset(row.system, experiment.size)
-    model, recipes = preset, row_recipes(experiment, row, preset, seed)
-    before: list[Any] = []
-    tokens, seconds = 0, 0.0
-    for recipe in recipes:
-        run, read, taken = train_recipe(experiment, preset, model, recipe, before, models_folder, cache)
-        before.append(deciding_fields(recipe))
+    model, tokens, seconds = system_preset(row.system, experiment.size), 0, 0.0
+    for recipe, run in row_runs(experiment, row, seed, models_folder):
+        read, taken = train_recipe(experiment, model, recipe, run, cache)
         model, tokens, seconds = str(run / MODEL), tokens + read, seconds + taken
-    return model, tokens, seconds if recipes else None
+    return model, tokens, seconds if experiment.recipes else None
 
 
-def train_recipe(
-    experiment: Experiment, preset: str, model: str, recipe: Recipe, before: list[Any], models_folder: Path, cache: Path
-) -> tuple[Path, int, float]:
+def train_recipe(experiment: Experiment, model: str, recipe: Recipe, run: Path, cache: Path) -> tuple[int, float]:
     """Train a model by one recipe, unless that was done.
 
     Args:
-        model: the preset itself, or the folder of a model that `before`, the recipes until then, has made.
+        model: a preset, or the folder of a model.
+        run: where, as `run_folder` names it.
 
     Returns:
-        The folder of the run; tokens that were read, and CPU seconds.
+        Tokens that were read, and CPU seconds.
     """
-    run = run_folder(experiment, preset, recipe, before, models_folder)
-    models_folder.mkdir(parents=True, exist_ok=True)
+    run.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{run}.lock"):  # another experiment may be training the same model
         if not (run / MODEL).is_dir():
             resume = (run / RECORD).is_file()
@@ -172,9 +165,22 @@ def train_recipe(
             if _steps_done is not None:
                 trainer.add_callback(_StepCounter(_steps_done))
             finish_run(trainer, trainer.last_whole_checkpoint() if resume else None)
-    log = read_json(run / LOG, remedy="remove the folder, to train again")
+    log = read_log(run)
     tokens = max(entry["step"] for entry in log) * recipe.batch_size * recipe.data.sequence_length
-    return run, tokens, sum(entry.get("cpu_seconds", 0.0) for entry in log)
+    return tokens, sum(entry.get("cpu_seconds", 0.0) for entry in log)
+
+
+def read_log(run: Path) -> list[dict]:
+    """The log of a finished run."""
+    return read_json(run / LOG, remedy="remove the folder, to train again")
+
+
+def row_runs(experiment: Experiment, row: Trained, seed: int, models_folder: Path) -> Iterator[tuple[Recipe, Path]]:
+    """The recipes of a row, one after the other, and the folder of each one's run."""
+    preset, before = system_preset(row.system, experiment.size), []
+    for recipe in row_recipes(experiment, row, preset, seed):
+        yield recipe, run_folder(experiment, preset, recipe, before, models_folder)
+        before.append(deciding_fields(recipe))
 
 
 def run_folder(experiment: Experiment, preset: str, recipe: Recipe, before: Sequence[Any], models_folder: Path) -> Path:

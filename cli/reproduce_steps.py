@@ -65,7 +65,6 @@ def run_experiment(
     console.print(f"[bold]{experiment.description}[/bold]", "Paper:", experiment.paper, sep="\n")
     folder.mkdir(parents=True, exist_ok=True)
     rows = train_rows(experiment, models_folder, cache, console, processes)
-    rows |= {label: rows[row.of] for label, row in experiment.rows.items() if row.of}
     held_out = write_held_out(experiment, folder, cache)
     points: list[Point] = []
     for number, measured in enumerate(experiment.measured):

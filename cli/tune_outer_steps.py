@@ -1,7 +1,6 @@
 """The steps behind `ttt-e2e tune-outer`: every system of an experiment at several learning rates, for fewer tokens."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +13,8 @@ from ttt_e2e.configuration import Recipe, system_preset
 from ttt_e2e.configuration.experiments import Experiment, Trained
 from ttt_e2e.evaluation.tables import Table
 from ttt_e2e.storage.disk import write_json, write_text
-from ttt_e2e.training.run import LOG
 
-from .experiment_training import row_recipes, train_recipe
+from .experiment_training import read_log, row_recipes, run_folder, train_recipe
 
 RATES = ("learning_rate", "muon_learning_rate")
 FURTHER = 2  # steps beyond the grid
@@ -106,8 +104,9 @@ def try_rate(
     others = [text for text in experiment.by_system.get(row.system, ()) if not text.startswith(CHOSEN)]
     plain = dataclasses.replace(experiment, by_system={row.system: others})
     recipe = tuning_recipe(row_recipes(plain, Trained(row.system), preset)[0], factor, share)
-    run, tokens, _ = train_recipe(experiment, preset, preset, recipe, [], models_folder, cache)
-    log = json.loads((run / LOG).read_text(encoding="utf-8"))
+    run = run_folder(experiment, preset, recipe, [], models_folder)
+    tokens, _ = train_recipe(experiment, preset, recipe, run, cache)
+    log = read_log(run)
     loss = next(entry["eval_loss"] for entry in reversed(log) if "eval_loss" in entry)
     rates = {name: recipe.training[name] for name in RATES if name in recipe.training}
     return Tried(row.system, factor, rates, tokens, loss if math.isfinite(loss) else math.inf)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..storage.digests import digest
 from .kneser_ney import KneserNey
-from .results import Point, environment
+from .results import Point, environment, tokens_digest
 from .runs import Evaluation
 from .verdicts import n_gram_label
 
@@ -23,8 +23,6 @@ COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": lambda data: gzip.compress(data, compresslevel=9),
     "zstd": lambda data: pyarrow.Codec("zstd", compression_level=19).compress(data, asbytes=True),
 }
-
-
 BY_PART = ("loss_by_position", "loss_by_block")
 
 
@@ -46,14 +44,14 @@ def measure_yardsticks(
         label: [length for length in lengths if not results.has(label, length)]
         for label in (*map(n_gram_label, orders), *COMPRESSORS)
     }
-    tokens = training_tokens() if any(missing[n_gram_label(order)] for order in orders) else None
+    uncounted = [order for order in orders if missing[n_gram_label(order)]]
+    tokens = training_tokens() if uncounted else np.empty(0, dtype=np.int64)
+    text = tokens_digest(torch.from_numpy(tokens))
     with results:
-        for order in orders:
-            wanted = missing[n_gram_label(order)]
-            model = KneserNey(tokens, vocabulary_size, order) if wanted and tokens is not None else None
-            for length in wanted:
+        for order in uncounted:
+            model, identity = KneserNey(tokens, vocabulary_size, order), ["kneser-ney", order, vocabulary_size, text]
+            for length in missing[n_gram_label(order)]:
                 losses = model.token_losses(documents[:, :length])
-                identity = ["kneser-ney", order, vocabulary_size, digest(tokens.tolist())]
                 results.append(_point(evaluation, n_gram_label(order), length, task.of_losses(losses), identity))
         for name, compress in COMPRESSORS.items():
             for length in missing[name]:

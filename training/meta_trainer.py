@@ -194,8 +194,8 @@ class MetaTrainer(SafeTrainer):
         super().log(logs, start_time)
 
     def _over_processes(self, value: float) -> torch.Tensor:
-        """A number of every process, float64 [processes]."""
-        return self.accelerator.gather(torch.tensor([value], dtype=torch.float64, device=self.args.device))
+        """A number of every process, float32 [processes]: not every device has float64."""
+        return self.accelerator.gather(torch.tensor([value], dtype=torch.float32, device=self.args.device))
 
     def evaluation_loop(self, dataloader, description: str, *others, metric_key_prefix: str = "eval", **named):
         """Trainer's loop with learning on; in evaluation, for a model that learns, once more with learning off.

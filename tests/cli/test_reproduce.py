@@ -122,6 +122,12 @@ def test_two_processes_train_what_one_does(place, experiment, ran):
     assert all(row.cpu_seconds > 0 for row in two.rows.values())
 
 
+def test_what_goes_wrong_in_a_process_is_told(place, experiment):
+    experiment.by_system["static-twin"] = [*SHORT, "training.adam_beta1=2"]
+    with pytest.raises(ValueError, match="adam_beta1=2: must be at least 0 and below 1"):
+        run(experiment, place, "out3", "models3", processes=2)
+
+
 def test_seeds_are_trainings_of_their_own(ran):
     losses = {point.label: point.numbers["loss"] for point in ran.points}
     assert losses["TTT-E2E"] != losses["TTT-E2E, seed 1"]
