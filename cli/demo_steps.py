@@ -52,7 +52,10 @@ def run_demo(recipe: DemoRecipe, folder: Path, console: Console, processes: int 
 
     results = {
         "environment": environment(),
-        "training": {label: vars(facts) for label, facts in run.facts().items()},
+        "training": {
+            label: {"tokens": row.tokens, "cpu_seconds": row.cpu_seconds, "seeds": len(row.models)}
+            for label, row in run.rows.items()
+        },
         "claims": [vars(verdict) for verdict in run.verdicts],
         "learned_context": context_facts,
         "seconds": time.perf_counter() - started,
@@ -73,7 +76,7 @@ def save_model(recipe: DemoRecipe, run: ExperimentRun, folder: Path) -> None:
     model.save_pretrained(folder)
     load_tokenizer(row.models[0]).save_pretrained(folder)
     [measured] = experiment.measured
-    table = loss_comparison(experiment, run.facts(), run.points, measured.lengths)
+    table = loss_comparison(experiment, run.rows, run.points, measured.lengths)
     facts = {"tokens": f"{row.tokens:,}", "time": f"{row.cpu_seconds:.0f} CPU seconds on {environment()['device']}"}
     source = f"Source files of the standard library of Python {platform.python_version()}."
     contents = ModelCardContents(

@@ -4,7 +4,6 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ttt_e2e.configuration import Recipe, load_recipe, load_systems, system_pres
 from ttt_e2e.configuration.experiments import Experiment, Trained
 from ttt_e2e.configuration.strict_yaml import merged
 from ttt_e2e.data.sources import source_state
+from ttt_e2e.evaluation.experiment_report import TrainedRow
 from ttt_e2e.storage.digests import digest
 from ttt_e2e.storage.disk import read_json
 from ttt_e2e.storage.record import RECORD
@@ -27,21 +27,6 @@ from ttt_e2e.training.run import LOG, MODEL, TrainingRequest, finish_run, prepar
 WORKERS_LOG = "training.log"
 
 _steps_done: Any = None  # in a process that trains for another one: its count of outer steps
-
-
-@dataclass(frozen=True)
-class TrainedRow:
-    """A row's models, one for each seed, and what their training took.
-
-    Attributes:
-        models: folders, or the preset where nothing is trained.
-        tokens: that each of them was trained on.
-        cpu_seconds: of all processes, mean over seeds; None where nothing is trained.
-    """
-
-    models: list[str]
-    tokens: int
-    cpu_seconds: float | None
 
 
 def train_rows(

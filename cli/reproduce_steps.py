@@ -14,7 +14,7 @@ from ttt_e2e.configuration.experiments import Experiment, Measured
 from ttt_e2e.data.corpus import split_documents
 from ttt_e2e.data.run_data import DataRequest, prepare_data
 from ttt_e2e.data.sources import load_documents
-from ttt_e2e.evaluation.experiment_report import RowFacts, report_text
+from ttt_e2e.evaluation.experiment_report import TrainedRow, report_text
 from ttt_e2e.evaluation.results import Point
 from ttt_e2e.evaluation.runs import (
     Evaluation,
@@ -28,7 +28,7 @@ from ttt_e2e.evaluation.verdicts import ClaimVerdict, judge_claims, seed_label
 from ttt_e2e.evaluation.yardsticks import measure_yardsticks
 from ttt_e2e.storage.disk import write_text, written_whole
 
-from .experiment_training import TrainedRow, row_recipes, train_rows
+from .experiment_training import row_recipes, train_rows
 
 VALIDATION = "validation.jsonl"
 
@@ -41,10 +41,6 @@ class ExperimentRun:
     points: list[Point]
     verdicts: list[ClaimVerdict]
     report: str
-
-    def facts(self) -> dict[str, RowFacts]:
-        """What the training of each row took."""
-        return {label: RowFacts(row.tokens, row.cpu_seconds, len(row.models)) for label, row in self.rows.items()}
 
 
 def run_experiment(
@@ -79,11 +75,10 @@ def run_experiment(
             console.print(table.rich())
         points += evaluation.results.points
     verdicts = judge_claims(experiment, points)
-    run = ExperimentRun(rows, points, verdicts, "")
-    run = dataclasses.replace(run, report=report_text(experiment, run.facts(), points, verdicts))
-    write_text(folder / "report.md", run.report)
-    console.print(run.report)
-    return run
+    report = report_text(experiment, rows, points, verdicts)
+    write_text(folder / "report.md", report)
+    console.print(report)
+    return ExperimentRun(rows, points, verdicts, report)
 
 
 def add_yardsticks(experiment: Experiment, evaluation: Evaluation, tokens: int, cache: Path) -> None:

@@ -21,16 +21,22 @@ from .yardsticks import COMPRESSORS
 
 
 @dataclass(frozen=True)
-class RowFacts:
-    """What a row's training took: tokens and CPU seconds (None: nothing was trained) of each of its seeds."""
+class TrainedRow:
+    """A row's models, one for each seed, and what their training took.
 
+    Attributes:
+        models: folders, or the preset where nothing is trained.
+        tokens: that each of them was trained on.
+        cpu_seconds: of all processes, mean over seeds; None where nothing is trained.
+    """
+
+    models: list[str]
     tokens: int
     cpu_seconds: float | None
-    seeds: int
 
 
 def report_text(
-    experiment: Experiment, facts: Mapping[str, RowFacts], points: Sequence[Point], verdicts: Sequence[ClaimVerdict]
+    experiment: Experiment, trained: Mapping[str, TrainedRow], points: Sequence[Point], verdicts: Sequence[ClaimVerdict]
 ) -> str:
     """What the paper found, what this run found, and whether they agree, as Markdown.
 
@@ -41,7 +47,7 @@ def report_text(
     for part in experiment.measured:
         if experiment.yardsticks is not None and part.task in LOSS_TASKS:
             own = [point for point in points if point.task == part.task]
-            lines += [loss_comparison(experiment, facts, own, part.lengths).markdown()]
+            lines += [loss_comparison(experiment, trained, own, part.lengths).markdown()]
             lines += [f"- {note}" for note in notes(experiment.yardsticks, own, max(part.lengths))] + [""]
     lines += ["| claim | this run | answer |", "| --- | --- | --- |"]
     for verdict in verdicts:
@@ -51,7 +57,7 @@ def report_text(
 
 
 def loss_comparison(
-    experiment: Experiment, facts: Mapping[str, RowFacts], points: Sequence[Point], lengths: Sequence[int]
+    experiment: Experiment, trained: Mapping[str, TrainedRow], points: Sequence[Point], lengths: Sequence[int]
 ) -> Table:
     """Losses by row, with what each row's training took and the yardsticks below.
 
@@ -62,28 +68,22 @@ def loss_comparison(
     """
     yardsticks, longest = experiment.yardsticks, max(lengths)
     assert yardsticks is not None
-    counted = [*map(n_gram_label, yardsticks.n_grams), *COMPRESSORS]
+    n_grams = {
+        label: find_estimate(points, label, longest, "loss").mean for label in map(n_gram_label, yardsticks.n_grams)
+    }
     rows = []
-    for label in (*experiment.rows, *counted):
+    for label in (*experiment.rows, *n_grams, *COMPRESSORS):
         estimates = [find_estimate(points, label, length, "loss") for length in lengths]
-        fact = facts.get(label)
-        below = [
-            n_gram_label(order)
-            for order in yardsticks.n_grams
-            if estimates[-1].mean < find_estimate(points, n_gram_label(order), longest, "loss").mean
-        ]
-        marks = "" if fact is None else f"better than {' and '.join(below)}" if below else "**not trained**"
+        last = estimates[-1].mean
+        below, row = [n_gram for n_gram, loss in n_grams.items() if last < loss], trained.get(label)
+        marks = "" if row is None else f"better than {' and '.join(below)}" if below else "**not trained**"
         rows.append(
             [
                 label,
-                "" if fact is None else f"{fact.tokens:,}",
-                ""
-                if fact is None or fact.cpu_seconds is None
-                else f"{fact.cpu_seconds:,.3g}"
-                if fact.cpu_seconds < 10
-                else f"{fact.cpu_seconds:,.0f}",
+                "" if row is None else f"{row.tokens:,}",
+                "" if row is None else _shown_seconds(row.cpu_seconds),
                 *(_with_error(estimate) for estimate in estimates),
-                f"{in_bits_per_byte(estimates[-1].mean, points, longest):.3f}",
+                f"{in_bits_per_byte(last, points, longest):.3f}",
                 marks,
             ]
         )
@@ -127,6 +127,12 @@ def notes(yardsticks: Yardsticks, points: Sequence[Point], length: int) -> list[
     if untrained:
         found.append(f"{' and '.join(untrained)}: not better than the {n_gram_label(yardsticks.n_grams[0])}.")
     return found
+
+
+def _shown_seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{seconds:,.3g}" if seconds < 10 else f"{seconds:,.0f}"
 
 
 def _difference(value: float, error: float | None) -> str:

@@ -3,7 +3,7 @@
 import pytest
 
 from ttt_e2e.configuration.experiments import Claim, Experiment, Measured, Number, Trained, Yardsticks
-from ttt_e2e.evaluation.experiment_report import RowFacts, report_text
+from ttt_e2e.evaluation.experiment_report import TrainedRow, report_text
 from ttt_e2e.evaluation.results import Point
 from ttt_e2e.evaluation.verdicts import (
     AGREES,
@@ -113,9 +113,9 @@ def test_without_a_gain_of_full_attention_nothing_is_said_about_context():
 
 
 def report(found):
-    facts = {label: RowFacts(1000, 12.0, 1) for label in ("full", "window", "twin", "off", "ours")}
+    trained = {label: TrainedRow([label], 1000, 12.0) for label in ("full", "window", "twin", "off", "ours")}
     mine = experiment(claim("ours", "window"))
-    return report_text(mine, facts, found, judge_claims(mine, found))
+    return report_text(mine, trained, found, judge_claims(mine, found))
 
 
 def test_report_marks_what_is_trained():
