@@ -9,10 +9,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from ttt_e2e import RecurrentHybridForCausalLM, TTTLayersForCausalLM
 from ttt_e2e.configuration import load_config, system_preset
-from ttt_e2e.training import MetaTrainingArguments
+from ttt_e2e.training import MetaTrainingArguments, muon
 from ttt_e2e.training.guards import check_whole_matrices
 from ttt_e2e.training.lora import add_lora
-from ttt_e2e.training.muon import MuonWithAdamW, muon_of_model
+from ttt_e2e.training.muon import MuonWithAdamW, muon_of_model, orthogonal
 
 from .helpers import meta_trainer, random_rows, tiny_model
 
@@ -30,8 +30,46 @@ def trained_by_muon(model, optimizer):
     return {names[parameter] for group in optimizer.parts[-1].param_groups for parameter in group["params"]}
 
 
-def test_it_is_torchs_muon_and_torchs_adamw(tmp_path):
-    """Five steps with a falling learning rate, saved and loaded half-way."""
+def plain_orthogonal(update):
+    """The iteration as it is written in the papers, without a transposed case: (b XX' + c XX'XX') X + a X."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    found = update / update.norm()
+    for _ in range(5):
+        square = found @ found.T
+        found = a * found + b * square @ found + c * square @ square @ found
+    return found
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
+def test_the_iteration_is_the_papers(shape):
+    update = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    settings = torch.optim.Muon([torch.zeros(2, 2)]).defaults
+    found = orthogonal(update, settings["ns_coefficients"], settings["ns_steps"], settings["eps"])
+    torch.testing.assert_close(found, plain_orthogonal(update), rtol=1e-10, atol=1e-12)
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.5 and values.max() < 1.3
+    left, _, right = torch.linalg.svd(update, full_matrices=False)
+    along = torch.diagonal(left.T @ found @ right.T)  # the singular vectors are kept
+    torch.testing.assert_close(along.sort().values, values.sort().values, rtol=1e-6, atol=1e-8)
+
+
+def test_it_iterates_in_a_precision_that_the_device_multiplies_fast(monkeypatch):
+    """On a CPU without bfloat16 instructions torch's own iteration takes most of a training step."""
+    seen = []
+    monkeypatch.setattr(muon, "orthogonal", lambda update, *rest: seen.append(update.dtype) or update)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        matrix = nn.Parameter(torch.ones(2, 3, dtype=dtype))
+        matrix.grad = torch.ones_like(matrix)
+        muon.PortableMuon([{"params": [matrix]}], lr=0.1).step()
+    matrix = nn.Parameter(torch.ones(2, 3, device="meta"))
+    matrix.grad = torch.ones_like(matrix)
+    muon.PortableMuon([{"params": [matrix]}], lr=0.1).step()
+    assert seen == [torch.float64, torch.float32, torch.float32, torch.bfloat16]
+
+
+def test_it_is_torchs_muon_and_torchs_adamw(tmp_path, monkeypatch):
+    """Five steps with a falling learning rate, saved and loaded half-way; bit for bit in the precision of torch's."""
+    monkeypatch.setattr(muon, "orthogonal", lambda update, *rest: orthogonal(update.bfloat16(), *rest))
     model, twin = tiny_model(), tiny_model()
     own = muon_of_model(
         model, arguments(tmp_path, muon_learning_rate=0.05), [name for name, _ in model.named_parameters()]
