@@ -27,7 +27,7 @@ class Trained:
     Attributes:
         system: a name of the registry of systems.
         model: fields of the configuration that differ.
-        overrides: of the recipe, as on a command line, for example "training.learning_rate=1e-3".
+        overrides: of the first recipe, as on a command line, for example "training.learning_rate=1e-3".
         of: the row whose trained model is evaluated; empty for one of its own.
         evaluation: arguments of the model's forward in evaluation, over those of the system.
         seeds: trainings, with the seeds 0, 1 and so on.
@@ -132,7 +132,8 @@ class Experiment:
             tokenizer: a folder or an id of the Hub; empty for one that is trained on the data;
             training_only: folders whose documents never are, because they hold near-copies of one another;
             whole_folders: a folder's documents stay on one side.
-        by_system: overrides of the recipe that suit a system, for all its rows; those of a row come over them.
+        overrides: of the first recipe, for all rows, as on a command line; by_system: those that suit a system, over them;
+            those of a row come last. Further recipes stay as they are.
         yardsticks: beside the losses; None where nothing is trained.
         rows: by the label in tables and pictures.
         baseline: the row to which differences are shown; empty for none.
@@ -154,6 +155,7 @@ class Experiment:
     tokenizer: str = ""
     training_only: list[str] = field(default_factory=list)
     whole_folders: bool = False
+    overrides: list[str] = field(default_factory=list)
     by_system: dict = field(default_factory=dict)
     yardsticks: Yardsticks | None = None
 

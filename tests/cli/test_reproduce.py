@@ -1,5 +1,6 @@
 """An experiment from its file to a verdict, at a size of seconds."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -14,6 +15,7 @@ from ttt_e2e.cli import experiment_training
 from ttt_e2e.cli.main import app
 from ttt_e2e.cli.reproduce_steps import run_experiment, write_held_out
 from ttt_e2e.cli.tune_outer_steps import FURTHER, Tried, next_factor, tune_outer
+from ttt_e2e.configuration import load_recipe
 from ttt_e2e.configuration.experiments import experiment_names, load_experiment
 from ttt_e2e.evaluation.verdicts import AGREES, DISAGREES, NOT_JUDGED, NOT_RESOLVED
 
@@ -198,3 +200,14 @@ def test_experiments_are_listed_and_mistakes_refused():
 def test_refused_tuning(command, message):
     refused = CliRunner().invoke(app, command)
     assert refused.exit_code == 2 and message in refused.output
+
+
+def test_what_differs_is_in_the_first_recipe_but_for_the_seed():
+    """An extension to longer text is the same for all, as the paper's: what it goes on from differs already."""
+    experiment = load_experiment("context-length")
+    row = dataclasses.replace(experiment.rows["TTT-E2E"], overrides=["training.adam_beta1=0.8"])
+    first, further = experiment_training.row_recipes(experiment, row, "tiny", seed=2)
+    assert first.training["max_steps"] == 6000 and first.training["adam_beta1"] == 0.8
+    assert first.training["learning_rate"] == 0.006 and first.training["seed"] == further.training["seed"] == 2
+    plain = load_recipe("extend-packages", "tiny")
+    assert further.training == plain.training | {"seed": 2} and further.model == plain.model

@@ -28,6 +28,7 @@ def test_recipes_are_those_of_training():
     assert recipe_names() == [
         "extend-128k",
         "extend-32k",
+        "extend-packages",
         "pretrain-8k",
         "pretrain-packages",
         "pretrain-tiny",
