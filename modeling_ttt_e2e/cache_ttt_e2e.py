@@ -91,6 +91,32 @@ class TTTE2ECache(Cache):
         cache.columns = length
         return cache
 
+    @classmethod
+    def joined(cls, caches: Sequence["TTTE2ECache"]) -> "TTTE2ECache":
+        """The rows of several caches as one batch, which reads on as each of them would; these stay as they are.
+
+        Rows may have read different numbers of tokens. `batch_select_indices` takes rows out again. The positions of
+        such a cache are counted from its longest row, so that `learning_span` has no meaning for the others; give None
+        or (0, 0).
+
+        Raises:
+            ValueError: there is none, one has read nothing, or has rows that ended before others.
+        """
+        for name, wrong in (
+            ("has read nothing", [number for number, cache in enumerate(caches) if cache.context is None]),
+            ("has finished rows", [number for number, cache in enumerate(caches) if cache.finished is not None]),
+        ):
+            if wrong:
+                raise ValueError(f"`caches`: number {wrong[0]} of {len(caches)} {name}; leave it out.")
+        if not caches:
+            raise ValueError("`caches` is empty: give at least one.")
+        cache = caches[0].fork()
+        config = cache.config
+        sinks = [config.num_sink_tokens if kind == "sliding_attention" else 0 for kind in config.layer_types]
+        cache.context = LearnedContext.joined([each.context for each in caches], sinks)
+        cache.columns = max(each.columns for each in caches)
+        return cache
+
     @property
     def layers(self) -> list[CachedLayer]:
         if self.context is None:

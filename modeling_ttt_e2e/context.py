@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn import functional as F
 
 from .fast_weights import FastWeights
 from .layers import KeysValues, NewStates
@@ -88,6 +89,22 @@ class LearnedContext:
             pending=pending,
         )
 
+    @classmethod
+    def joined(cls, contexts: Sequence["LearnedContext"], num_sinks: Sequence[int]) -> "LearnedContext":
+        """The rows of several contexts, which have read something, one after the other. Copies everything.
+
+        Args:
+            num_sinks: attention sinks of each block.
+        """
+        layers = zip(*(context.past_key_values for context in contexts), strict=True)
+        return cls(
+            tokens=sum((context.tokens for context in contexts), ()),
+            next_positions=sum((context.next_positions for context in contexts), ()),
+            past_key_values=tuple(_joined_rows(*layer) for layer in zip(layers, num_sinks, strict=True)),
+            fast=_joined_fast_weights(contexts),
+            pending=_joined_pending(contexts),
+        )
+
     def detach(self) -> "LearnedContext":
         """The same values, cut off from any graph."""
         fast, pending = self.fast, self.pending
@@ -97,6 +114,55 @@ class LearnedContext:
             pending = replace(pending, inputs=pending.inputs.detach())
         past_key_values = tuple(kv and (kv[0].detach(), kv[1].detach()) for kv in self.past_key_values)
         return replace(self, fast=fast, pending=pending, past_key_values=past_key_values)
+
+
+def _joined_rows(layer: Sequence[KeysValues | None], num_sinks: int) -> KeysValues | None:
+    """Keys and values of the rows of several contexts in one block: sinks first, then aligned right."""
+    pairs = [pair for pair in layer if pair is not None]
+    if not pairs:
+        return None
+    parts = [split_sinks(pair, num_sinks) for pair in pairs]
+    longest = max(window[0].shape[2] for _, window in parts)
+
+    def rows(states: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([F.pad(own, [0, 0, longest - own.shape[2], 0]) for own in states])
+
+    window = tuple(rows([own[side] for _, own in parts]) for side in (0, 1))
+    sinks = [own for own, _ in parts if own is not None]
+    return join_pairs((tuple(torch.cat([own[side] for own in sinks]) for side in (0, 1)) if sinks else None, window))
+
+
+def _joined_fast_weights(contexts: Sequence["LearnedContext"]) -> FastWeights | None:
+    """One copy per row; zeros where nothing was learned."""
+    own = [None if context.fast is None else context.fast.own_copies().tensors for context in contexts]
+    model = next((tensors for tensors in own if tensors is not None), None)
+    if model is None:
+        return None
+    filled = [
+        tuple(like.new_zeros(context.rows, *like.shape[1:]) for like in model) if tensors is None else tensors
+        for context, tensors in zip(contexts, own, strict=True)
+    ]
+    return FastWeights(tuple(map(torch.cat, zip(*filled, strict=True))))
+
+
+def _joined_pending(contexts: Sequence["LearnedContext"]) -> Pending | None:
+    """Aligned left; a row that waits for nothing holds zeros."""
+    model = next((context.pending for context in contexts if context.pending is not None), None)
+    if model is None:
+        return None
+    counts = sum((context.pending_counts for context in contexts), ())
+    longest = max(counts)
+
+    def rows(name: str) -> torch.Tensor:
+        like, found = getattr(model, name), []
+        for context in contexts:
+            own = like.new_zeros(context.rows, 0, *like.shape[2:])
+            if context.pending is not None:
+                own = getattr(context.pending, name)[:, :longest]
+            found.append(F.pad(own, [0, 0] * (like.dim() - 2) + [0, longest - own.shape[1]]))
+        return torch.cat(found)
+
+    return Pending(counts, rows("inputs"), rows("ids"), rows("positions"))
 
 
 def keep_visible(
