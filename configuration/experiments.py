@@ -132,8 +132,8 @@ class Experiment:
             tokenizer: a folder or an id of the Hub; empty for one that is trained on the data;
             training_only: folders whose documents never are, because they hold near-copies of one another;
             whole_folders: a folder's documents stay on one side.
-        overrides: of the first recipe, for all rows, as on a command line; by_system: those that suit a system, over them;
-            those of a row come last. Further recipes stay as they are.
+        overrides: of the first recipe, for all rows, as on a command line; by_system: those that suit a system, over
+            them; those of a row come last. Further recipes stay as they are.
         yardsticks: beside the losses; None where nothing is trained.
         rows: by the label in tables and pictures.
         baseline: the row to which differences are shown; empty for none.

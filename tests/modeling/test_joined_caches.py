@@ -64,7 +64,7 @@ def test_rows_leave_and_join_at_any_step():
     alone = [read(model, own[None])[1] for own in ids]
     inside, done, cache, waiting = [], {}, None, list(range(6))
     while waiting or inside:
-        if waiting and len(inside) < 3 and len(waiting) % 2 == 0 or not inside:
+        if (waiting and len(inside) < 3 and len(waiting) % 2 == 0) or not inside:
             number = waiting.pop()
             entering = read(model, ids[number][None, : 2 * number + 1])[1]
             cache = TTTE2ECache.joined([entering] if cache is None else [cache, entering])
