@@ -207,7 +207,7 @@ def test_what_differs_is_in_the_first_recipe_but_for_the_seed():
     experiment = load_experiment("context-length")
     row = dataclasses.replace(experiment.rows["TTT-E2E"], overrides=["training.adam_beta1=0.8"])
     first, further = experiment_training.row_recipes(experiment, row, "tiny", seed=2)
-    assert first.training["max_steps"] == 6000 and first.training["adam_beta1"] == 0.8
+    assert first.training["max_steps"] == 4500 and first.training["adam_beta1"] == 0.8
     assert first.training["learning_rate"] == 0.006 and first.training["seed"] == further.training["seed"] == 2
     plain = load_recipe("extend-packages", "tiny")
     assert further.training == plain.training | {"seed": 2} and further.model == plain.model
