@@ -2,48 +2,46 @@
 
 import asyncio
 import json
-import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
-from transformers.cli.serving.utils import BaseHandler, GenerateManager, GenerationState, InferenceThread, Modality
+from transformers.cli.serving.utils import (
+    BaseGenerateManager,
+    BaseHandler,
+    DirectStreamer,
+    GenerationState,
+    Modality,
+    _GenerationCancelled,
+    _StreamError,
+)
 
-from .. import TTTE2EForCausalLM
 from ..data.tokenizer import PLAIN_END, PLAIN_TEMPLATE, encode_texts, speaks_plainly
+from ..generation_ttt_e2e import LEARN_FROM
 from .contexts import StoredContext
 from .doors import GONE
 from .requests import ChatFields, CompletionFields, Fields, TemplateFields, check_request, generation_fields
+from .sampling import Sampling
+from .scheduler import Job, Scheduler
 from .served_model import OneModel
-from .writing import ReadingStopped, SomethingLeft, StopWhen, stops_when
 
 
-@dataclass(frozen=True)
-class Workers:
-    """The threads beside the one that answers clients, one of each kind: what is done on one is done in turn.
+class TextThread:
+    """Fills in templates and tokenizes, while other clients are answered; in turn, as tokenizers need it."""
 
-    Attributes:
-        generation: reads and writes.
-        text: fills in templates and tokenizes. A tokenizer must not be used by two threads at once.
-    """
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="text")
 
-    generation: InferenceThread
-    text: ThreadPoolExecutor
-
-    @classmethod
-    def start(cls) -> "Workers":
-        return cls(InferenceThread(), ThreadPoolExecutor(1, thread_name_prefix="text"))
-
-    async def prepare(self, work: Callable, *arguments):
-        """Do something with a tokenizer, while other clients are answered."""
-        return await asyncio.get_running_loop().run_in_executor(self.text, work, *arguments)
+    async def do(self, work: Callable, *arguments):
+        """The result of `work(*arguments)`."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
 
 @dataclass(frozen=True)
@@ -87,103 +85,92 @@ class TokenLimits:
         return value
 
 
-class RequestGeneration(GenerateManager):
-    """The generation of one prompt, on the thread of all of them. It ends where the client goes away.
+class RequestGeneration(BaseGenerateManager):
+    """The generation of one prompt, beside all others. It ends where the client goes away.
 
     Args:
         start: the context to go on from, for this prompt alone; None begins anew.
     """
 
-    def __init__(self, thread: InferenceThread, model: TTTE2EForCausalLM, request: Fields, start: StoredContext | None):
-        self._thread, self.model, self.gone = thread, model, GONE.get()
-        self.request, self.start = request, start
+    def __init__(self, scheduler: Scheduler, request: Fields, start: StoredContext | None):
+        self.scheduler, self.request, self.start, self.gone = scheduler, request, start, GONE.get()
 
     def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
-        inputs = self._prepare(inputs, processor)
-        return super().generate_streaming(model, processor, inputs, gen_config, request_id, response_parser)
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+        streamer = DirectStreamer(processor._tokenizer, loop, queue, response_parser=response_parser)
+
+        def end(error: BaseException | None) -> None:
+            if error is None:
+                streamer.end()
+            else:
+                shown = None if isinstance(error, CancelledError) else _StreamError(str(error))
+                loop.call_soon_threadsafe(queue.put_nowait, shown)
+
+        def put(token: int) -> None:
+            try:
+                streamer.put(torch.tensor([token]))
+            except _GenerationCancelled as error:
+                raise CancelledError from error
+
+        ids = self._prompt(inputs, processor)
+        streamer.put(ids[0])  # it expects the prompt first
+        self._submit(ids, model, processor, gen_config, put, end)
+        return queue, streamer
 
     async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
-        inputs = self._prepare(inputs, processor)
-        try:
-            return await super().generate_non_streaming(model, processor, inputs, gen_config, request_id)
-        except ReadingStopped as error:
-            traceback.clear_frames(error.__traceback__)  # they hold the learned context
-            raise HTTPException(499, "the client has gone away") from error
+        loop, written, ids = asyncio.get_running_loop(), [], self._prompt(inputs, processor)
+        ended = loop.create_future()
 
-    def submit(self, fn: Callable, *args, **kwargs):
-        return super().submit(self._with_seed(self._while_waited_for(fn)), *args, **kwargs)
+        def end(error: BaseException | None) -> None:
+            loop.call_soon_threadsafe(lambda: ended.done() or ended.set_result(error))
 
-    def async_submit(self, fn: Callable, *args, **kwargs):
-        return super().async_submit(self._with_seed(self._while_waited_for(self._unless_gone(fn))), *args, **kwargs)
+        self._submit(ids, model, processor, gen_config, written.append, end)
+        error = await ended
+        if isinstance(error, CancelledError):
+            raise HTTPException(499, "the client has gone away")
+        if error is not None:
+            raise error
+        return processor.decode(written, skip_special_tokens=True), ids.shape[1], written
 
-    def _unless_gone(self, fn: Callable) -> Callable:
-        """Nothing is begun for a client that went away while it waited."""
+    def stop(self) -> None:
+        """Nothing of its own is running."""
 
-        def run(*args, **kwargs):
-            if self.gone.is_set():
-                raise ReadingStopped
-            return fn(*args, **kwargs)
-
-        return run
-
-    def _while_waited_for(self, fn: Callable) -> Callable:
-        """Reading a long text ends where the client goes away."""
-
-        def run(*args, **kwargs):
-            with stops_when(self.model, self.gone.is_set):
-                return fn(*args, **kwargs)
-
-        return run
-
-    def _with_seed(self, fn: Callable) -> Callable:
-        """The seed is set where and when the tokens are drawn: other requests draw in between otherwise."""
-        seed = self.request.seed
-
-        def run(*args, **kwargs):
-            if seed is None:
-                return fn(*args, **kwargs)
-            torch.manual_seed(seed)
-            try:
-                return fn(*args, **kwargs)
-            finally:
-                torch.seed()  # those who come next and name no seed get chance again
-
-        return run
-
-    def _prepare(self, inputs, tokenizer) -> dict:
-        """Arguments of `generate`; `inputs` gets the ids that are read."""
-        # From here on only the thread holds the context, so that its memory is free when it stops.
+    def _submit(self, ids, model, tokenizer, config, put, end) -> None:
+        # From here on only the job holds the context, so that its memory is free when it ends.
         start, self.start = self.start, None
+        self.scheduler.submit(
+            Job(
+                ids=ids,
+                start=None if start is None else start.cache,
+                learn_from=self.request.learn_from or LEARN_FROM[0],
+                sampling=lambda: Sampling(model, ids, config, tokenizer, self.request.seed),
+                put=put,
+                end=end,
+                gone=self.gone.is_set,
+            )
+        )
+
+    def _prompt(self, inputs, tokenizer) -> torch.Tensor:
+        """The ids that are read; `inputs` gets them."""
         ids = inputs["input_ids"]
-        read = 0 if start is None else start.cache.get_seq_length()
-        if read and ids[0, :1].tolist() == [tokenizer.bos_token_id]:  # the text began with the context
-            ids = ids[:, 1:]
+        if self.start is not None and self.start.tokens and ids[0, :1].tolist() == [tokenizer.bos_token_id]:
+            ids = ids[:, 1:]  # the text began with the context
         if ids.shape[1] == 0:
             raise HTTPException(400, "the prompt is empty: give at least one token to go on from")
         inputs["input_ids"] = ids  # the handler counts them
-        arguments = {
-            "input_ids": ids,
-            "attention_mask": ids.new_ones(1, read + ids.shape[1]),
-            "stopping_criteria": StoppingCriteriaList([StopWhen(self.gone.is_set)]),
-            "logits_processor": LogitsProcessorList([SomethingLeft()]),
-        }
-        if read:
-            arguments["cache"] = start.cache
-        if self.request.learn_from is not None:
-            arguments["learn_from"] = self.request.learn_from
-        return arguments
+        return ids
 
 
 class CheckedHandler(BaseHandler):
-    """Checks a request, opens its context, prepares its prompts beside the event loop, and answers them in turn."""
+    """Checks a request, opens its context, prepares its prompts beside the event loop, and answers them."""
 
     fields: type[Fields]
     # Fields of ours, which transformers' schema does not know.
     own_fields = frozenset({"context", "learn_from", "seed"})
 
-    def __init__(self, manager: OneModel, workers: Workers, limits: TokenLimits):
+    def __init__(self, manager: OneModel, scheduler: Scheduler, texts: TextThread, limits: TokenLimits):
         super().__init__(manager, GenerationState())
-        self.workers, self.limits = workers, limits
+        self.scheduler, self.texts, self.limits = scheduler, texts, limits
 
     async def handle_request(self, body: dict, request_id: str) -> JSONResponse | StreamingResponse:
         model = self.model_manager.text_model.model
@@ -194,12 +181,13 @@ class CheckedHandler(BaseHandler):
         config = self.generation_config(request, body)
         self.check(request)
         start = None if name is None else await asyncio.to_thread(self.model_manager.open_context, name)
-        prompts = await self.workers.prepare(self.prompts, request, body)
+        prompts = await self.texts.do(self.prompts, request, body)
+        generations = [RequestGeneration(self.scheduler, request, start and start.fork()) for _ in prompts]
+        pairs = zip(prompts, generations, strict=True)
         try:
-            answers = []
-            for inputs in prompts:
-                generation = RequestGeneration(self.workers.generation, model, request, start and start.fork())
-                answers.append(await self.answer(request, body, inputs, config, generation, request_id))
+            answers = await asyncio.gather(
+                *(self.answer(request, body, inputs, config, own, request_id) for inputs, own in pairs)
+            )
             return answers[0] if len(answers) == 1 else together(answers)
         except ValueError as error:  # what only `generate` finds out
             raise HTTPException(400, f"the request cannot be answered: {error}") from error
@@ -248,8 +236,8 @@ class Chat(CheckedHandler, ChatCompletionHandler):
 
     fields = ChatFields
 
-    def __init__(self, manager: OneModel, workers: Workers, limits: TokenLimits):
-        super().__init__(manager, workers, limits)
+    def __init__(self, manager: OneModel, scheduler: Scheduler, texts: TextThread, limits: TokenLimits):
+        super().__init__(manager, scheduler, texts, limits)
         self.is_plain = speaks_plainly(manager.text_model.tokenizer)
 
     def check(self, request: ChatFields) -> None:

@@ -1,11 +1,9 @@
 """Writing on from a learned context."""
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
-from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from .. import TTTE2ECache, TTTE2EForCausalLM
 from ..generation_ttt_e2e import LEARN_FROM
@@ -81,46 +79,6 @@ class StopWhen(StoppingCriteria):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
         ends = torch.full((len(input_ids),), self.stop(), dtype=torch.bool, device=input_ids.device)
         return ends  # type: ignore[return-value]  # any tensor of bool is one
-
-
-class SomethingLeft(LogitsProcessor):
-    """Refuses to go on where every token is forbidden: drawing one would fail, on CUDA together with the process."""
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if not scores.isfinite().any(dim=-1).all():
-            raise ValueError(
-                "every token is forbidden (by suppress_tokens, begin_suppress_tokens, no_repeat_ngram_size or "
-                "min_new_tokens); allow some"
-            )
-        return scores
-
-
-class ReadingStopped(Exception):
-    """Nobody waits for what the model is computing."""
-
-
-@contextmanager
-def stops_when(model: TTTE2EForCausalLM, stop: Callable[[], bool]) -> Iterator[None]:
-    """Within it the model asks `stop()` at every layer it comes to, so also between the mini-batches of a long text.
-
-    What other threads do with the model goes on.
-
-    Raises:
-        ReadingStopped: from within the model, when `stop()` is true.
-    """
-
-    thread = threading.get_ident()
-
-    def ask(*arguments) -> None:
-        if threading.get_ident() == thread and stop():
-            raise ReadingStopped
-
-    hooks = [layer.input_layernorm.register_forward_pre_hook(ask) for layer in model.model.layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _padding(model: TTTE2EForCausalLM) -> list[int] | None:

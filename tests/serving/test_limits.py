@@ -232,17 +232,6 @@ def test_bodies_that_cannot_be_parsed(served, content):
     assert answer.status_code in (400, 422) and len(complaint(answer)) < 3000
 
 
-def test_what_another_thread_reads_goes_on(served):
-    from ttt_e2e.serving.writing import ReadingStopped, stops_when
-
-    with stops_when(served.text_model.model, lambda: True):
-        with ThreadPoolExecutor(1) as pool:
-            assert pool.submit(served.expected, "x").result()
-        with pytest.raises(ReadingStopped):
-            served.expected("x")
-    assert served.expected("x")
-
-
 def test_a_request_that_names_no_number_of_tokens(served):
     for path, body in {"completions": {"prompt": "x"}, "chat/completions": {"messages": [MESSAGE]}}.items():
         for more in ({}, config(do_sample=False)):
