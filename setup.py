@@ -100,7 +100,7 @@ setup(
         "gguf": ["gguf"],
         "jax": ["tensorstore", "gcsfs"],
         "peft": [PEFT],
-        "serve": ["transformers[serving]"],
+        "serve": ["transformers[serving]", "prometheus-client>=0.20"],
         "triton": [TRITON],
     },
     classifiers=[

@@ -37,6 +37,22 @@ def serve(
             help="A name by which clients may call the server, besides localhost and --host; give it once for each.",
         ),
     ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            help="Prompts that are read or answered at once; further ones wait. [default: as many as half of the free "
+            "memory holds, at most 32]",
+            min=1,
+        ),
+    ] = None,
+    prefix_memory: Annotated[
+        int,
+        typer.Option(
+            metavar="MIB",
+            help="For what earlier requests have read, so that one which begins alike need not read it again; 0: none.",
+            min=0,
+        ),
+    ] = 256,
     contexts_in_memory: Annotated[int, typer.Option(help="The last used ones stay loaded.", min=1)] = 4,
     split_special_tokens: options.SplitSpecialTokens = True,
     dtype: options.ContextDtype = "auto",
@@ -48,8 +64,9 @@ def serve(
 
     A request goes on from the learned context `book` (the folder contexts/book) when it names the model
     `tiny:book`, or with the field `context`: `client.completions.create(model="tiny", prompt="...",
-    extra_body={"context": "book"})`. The field `learn_from` is that of `generate`. Requests never change a context, and
-    are worked on one after the other. There is no password: do not open the port to a network that you do not trust.
+    extra_body={"context": "book"})`. The field `learn_from` is that of `generate`. Requests never change a context. Many
+    are answered at once, as rows of one batch; `/metrics` shows in Prometheus's form how busy the server is. There is no
+    password: do not open the port to a network that you do not trust.
     With `--host 0.0.0.0` clients may call the server by any IP address, and by the names of `--allow-host`. Symbolic
     links in the folder of contexts are not followed.
     """
@@ -66,6 +83,7 @@ def serve(
 
     with refusals():
         limits = server_module.TokenLimits(default_max_tokens, max_tokens)
+        capacity = server_module.Capacity(rows, prefix_memory * MEBIBYTE)
         with bound_socket(host, port) as listening:
             text_model = load_text_model(model, dtype=dtype, device=device, split_special_tokens=split_special_tokens)
             named = ContextFolder(contexts, text_model.model, kept=contexts_in_memory)
@@ -76,6 +94,7 @@ def serve(
                 named,
                 largest_request * MEBIBYTE,
                 limits=limits,
+                capacity=capacity,
                 allowed_hosts=[host, *(allow_host or [])],
                 any_address=host in EVERYWHERE,
             )

@@ -1,10 +1,13 @@
 """The server, asked by OpenAI's client: what it answers is what `generate` writes, whoever else is asking."""
 
 import json
+import shutil
+import subprocess
 import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import requests
@@ -19,7 +22,7 @@ from .small import BOOK, files
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    for package in ("openai", "fastapi", "uvicorn"):
+    for package in ("openai", "fastapi", "uvicorn", "prometheus_client"):
         pytest.importorskip(package, reason="needs the extra serve")
     with Served(tmp_path_factory.mktemp("contexts")) as served:
         yield served
@@ -125,6 +128,51 @@ def test_eight_clients_get_what_each_gets_alone(served):
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(ask, PROMPTS, contexts)) == expected
+
+
+def test_the_docs_examples_for_curl_work(served):
+    curl = shutil.which("curl")
+    if curl is None:
+        pytest.skip("needs curl")
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    examples = [part.split("\n\n")[0] for part in page.split("\n    curl ")[1:]]
+    assert len(examples) == 3
+    for example in examples:
+        command = f"{curl} -sS {example}".replace("http://127.0.0.1:8000", served.url).replace(
+            "tiny:book", "small:book"
+        )
+        answer = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=True).stdout
+        assert "ttt_e2e_generation_tokens_total" in answer or json.loads(answer)["usage"]["completion_tokens"] == 16
+
+
+def test_metrics_are_prometheus_s(served):
+    def numbers():
+        answer = requests.get(f"{served.url}/metrics", timeout=60)
+        assert answer.headers["content-type"].startswith("text/plain")
+        families = prometheus_client.text_string_to_metric_families(answer.text)
+        return {sample.name: sample.value for family in families for sample in family.samples if not sample.labels}
+
+    prometheus_client = pytest.importorskip("prometheus_client.parser", reason="needs the extra serve")
+    before = numbers()
+    served.complete("a text that nobody has sent before")
+    after = numbers()
+    assert after["ttt_e2e_generation_tokens_total"] - before["ttt_e2e_generation_tokens_total"] == TOKENS
+    assert after["ttt_e2e_prompt_tokens_total"] > before["ttt_e2e_prompt_tokens_total"]
+    assert after["ttt_e2e_requests_waiting"] == after["ttt_e2e_rows_reading"] == 0
+
+
+def test_a_conversation_reads_only_what_is_new(served):
+    """As clients send it: all messages again with every turn."""
+
+    def reused():
+        text = requests.get(f"{served.url}/metrics", timeout=60).text
+        return float(next(line.split()[1] for line in text.splitlines() if line.startswith("ttt_e2e_reused_tokens_t")))
+
+    before, ids = reused(), text_tokens("one text, two questions about it", served.text_model.tokenizer, True).tolist()
+    first = served.expected(ids)
+    assert served.complete(ids) == first and reused() == before
+    assert served.complete([*ids, 70, 71]) == served.expected([*ids, 70, 71])
+    assert reused() == before + len(ids)
 
 
 def test_the_same_seed_samples_the_same(served):
