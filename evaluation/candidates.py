@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from ..data.tokenizer import find_tokenizer, tokenizer_digest
-from ..loading import ModelSource, chosen_device, find_model, load_model, model_label
+from ..loading import ModelSource, find_model, load_model, model_label, on_device
 from ..storage.digests import digest
 from ..storage.dtypes import dtype_named
 from .results import folder_digest
@@ -92,7 +92,7 @@ def _loaded(
     model = load_model(candidate, dtype=dtype)
     return Subject(
         label=candidate.label,
-        model=model.to(chosen_device(device)),  # type: ignore[arg-type]  # a wrapped method
+        model=on_device(model, device),
         tokenizer=candidate.tokenizer,
         arguments={} if candidate.learning is None else {"test_time_training": candidate.learning},
         split_special_tokens=split_special_tokens,

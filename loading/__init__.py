@@ -1,7 +1,7 @@
 """One way from the name of a model (preset, YAML file, folder, run, checkpoint, id of the Hub) to the model itself."""
 
 from .sources import ModelSource, check_saved, find_model, find_saved_model, model_label, weight_files
-from .weights import chosen_device, load_model, load_saved
+from .weights import chosen_device, load_model, load_saved, on_device
 
 __all__ = [
     "ModelSource",
@@ -12,5 +12,6 @@ __all__ = [
     "load_model",
     "load_saved",
     "model_label",
+    "on_device",
     "weight_files",
 ]

@@ -5,9 +5,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ..conversion.prime_weights import PRIME_CONFIG, PrimeWeights
 from .sources import ModelSource
+
+logger = logging.get_logger(__name__)
 
 
 def chosen_device(name: torch.device | str | None) -> torch.device:
@@ -23,6 +26,27 @@ def chosen_device(name: torch.device | str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={str(name)!r} cannot be used ({reason}); name another one, as cpu") from error
+
+
+def on_device(model: PreTrainedModel, name: torch.device | str | None) -> PreTrainedModel:
+    """Move a model to a device, and say so where its dtype is slow there.
+
+    Args:
+        name: as `chosen_device` takes it.
+    """
+    device = chosen_device(name)
+    if device.type == "cpu" and model.dtype == torch.bfloat16 and not multiplies_bfloat16():
+        logger.warning_once(
+            "This CPU has no instructions for bfloat16, in which the model was saved: --dtype float32 is several times "
+            "as fast (a learned context belongs to one dtype)."
+        )
+    return model.to(device)  # type: ignore[arg-type]  # a wrapped method
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16; True where that is not known."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return known.get("architecture") != "x86_64" or known.get("avx512_bf16", False) or known.get("amx_bf16", False)
 
 
 def load_model(

@@ -8,7 +8,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from .. import TTTE2EConfig, TTTE2EForCausalLM
 from ..data.tokenizer import load_tokenizer
-from ..loading import chosen_device, find_saved_model, load_model
+from ..loading import chosen_device, find_saved_model, load_model, on_device
 from ..storage.dtypes import dtype_named
 
 
@@ -48,5 +48,5 @@ def load_text_model(
         )
     tokenizer = load_tokenizer(source.folder, source.fields["vocab_size"])
     tokenizer.model_max_length = VERY_LARGE_INTEGER  # the model reads any length: no warning about it
-    model = load_model(source, dtype=torch_dtype).to(device)  # type: ignore[arg-type]  # a wrapped method
+    model = on_device(load_model(source, dtype=torch_dtype), device)
     return TextModel(model.eval(), tokenizer, split_special_tokens)
