@@ -64,8 +64,8 @@ def serve(
 
     A request goes on from the learned context `book` (the folder contexts/book) when it names the model
     `tiny:book`, or with the field `context`: `client.completions.create(model="tiny", prompt="...",
-    extra_body={"context": "book"})`. The field `learn_from` is that of `generate`. Requests never change a context. Many
-    are answered at once, as rows of one batch; `/metrics` shows in Prometheus's form how busy the server is.
+    extra_body={"context": "book"})`. The field `learn_from` is that of `generate`. Requests never change a context.
+    Many are answered at once, as rows of one batch; `/metrics` shows in Prometheus's form how busy the server is.
 
     There is no password: do not open the port to a network that you do not trust.
     With `--host 0.0.0.0` clients may call the server by any IP address, and by the names of `--allow-host`. Symbolic
