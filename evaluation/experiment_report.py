@@ -15,6 +15,7 @@ from .verdicts import (
     find_estimate,
     is_trained,
     n_gram_label,
+    pooled_seed_variance,
     shows_context,
 )
 from .yardsticks import COMPRESSORS
@@ -104,7 +105,7 @@ def notes(yardsticks: Yardsticks, points: Sequence[Point], length: int) -> list[
     found = []
     off = find_estimate(points, yardsticks.learning_off, length, "loss")
     twin = find_estimate(points, yardsticks.static_twin, length, "loss")
-    apart = difference(off, twin, None)
+    apart = difference(off, twin, pooled_seed_variance([off, twin]))
     if apart.value > 0:
         found.append(
             f"**The outer training is not done:** {yardsticks.learning_off} is better than {yardsticks.static_twin} by "
@@ -117,7 +118,8 @@ def notes(yardsticks: Yardsticks, points: Sequence[Point], length: int) -> list[
             f"{_difference(-apart.value, apart.error)}, as it should be."
         )
     full, limited = yardsticks.full_context, yardsticks.limited_context
-    gain = difference(find_estimate(points, full, length, "loss"), find_estimate(points, limited, length, "loss"), None)
+    pair = [find_estimate(points, row, length, "loss") for row in (full, limited)]
+    gain = difference(*pair, pooled_seed_variance(pair))
     says = _difference(gain.value, gain.error)
     if shows_context(yardsticks, length, points):
         found.append(f"{full} is better than {limited} by {says}: the data rewards context beyond the window.")

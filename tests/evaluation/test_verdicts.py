@@ -137,6 +137,13 @@ def test_report_says_whether_the_data_rewards_context():
     assert "**No claim about context:** full gains 0.000 ± 0.000 over window" in report(points(full=2.5))
 
 
+def test_what_the_report_notes_counts_the_seeds():
+    """The variance over seeds is known from one of the two rows."""
+    found = [*points(), point("twin, seed 1", 2.8), point("window, seed 1", 2.9)]
+    assert "off by 0.000 ± 0.346" in report(found)  # (0.08 / 2 + 0.08) ** 0.5
+    assert "full is better than window by 0.700 ± 0.346" in report(found)
+
+
 @pytest.mark.parametrize("missing", ["twin", "3-gram", "gzip"])
 def test_no_table_without_yardsticks(missing):
     with pytest.raises(KeyError, match=r"(has|have) no 'loss' at length 64"):

@@ -15,10 +15,11 @@ pytest.importorskip("prometheus_client", reason="needs the extra serve")
 
 from ttt_e2e.serving.metrics import Metrics
 from ttt_e2e.serving.sampling import Sampling
-from ttt_e2e.serving.scheduler import READ_AT_ONCE, Capacity, Job, Scheduler
+from ttt_e2e.serving.scheduler import Capacity, Job, Scheduler
 
-LENGTHS = (3, 2 * BATCH, 40, 1, READ_AT_ONCE + 5 * BATCH + 3, 19)
-WRITTEN = (30, 9, 1, 45, 17, 3 * BATCH)
+PIECE = 4 * BATCH  # of a prompt, read in one turn
+LENGTHS = (3, 2 * BATCH, 40, 1, PIECE + 5 * BATCH + 3, 19)
+WRITTEN = (20, 9, 1, 25, 11, 2 * BATCH)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,9 @@ def scheduler(text_model):
 
 def scheduler_of(text_model, **capacity):
     """One that takes turns when it is told to."""
-    return Scheduler(text_model.model, Capacity(**{"rows": 8} | capacity), Metrics())
+    made = Scheduler(text_model.model, Capacity(**{"rows": 8} | capacity), Metrics())
+    made.piece = PIECE
+    return made
 
 
 class Client:
@@ -154,7 +157,7 @@ def test_a_text_ends_with_its_end_token_or_stop_string(text_model, scheduler):
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one_to_be_read(text_model, scheduler):
-    long = Client(text_model, random_ids(1, 20 * READ_AT_ONCE), 2)
+    long = Client(text_model, random_ids(1, 20 * PIECE), 2)
     scheduler.submit(long.job())
     scheduler.turn()
     short = Client(text_model, random_ids(1, 5), 12)
@@ -182,7 +185,7 @@ def test_those_who_find_no_room_wait_in_their_order(text_model):
 @pytest.mark.parametrize("turns", [0, 1, 4])
 def test_one_who_leaves_is_dropped_at_the_next_step(text_model, scheduler, turns):
     """While it waits, while its prompt is read, while others and it write."""
-    leaving, staying = Client(text_model, random_ids(1, 2 * READ_AT_ONCE, seed=1), 50), clients(text_model)[0]
+    leaving, staying = Client(text_model, random_ids(1, 2 * PIECE, seed=1), 50), clients(text_model)[0]
     scheduler.submit(staying.job())
     scheduler.submit(leaving.job())
     for _ in range(turns):
@@ -231,7 +234,7 @@ def test_a_step_that_fails_ends_its_rows_and_nothing_else(text_model, scheduler,
 
 
 def test_what_an_earlier_request_read_is_not_read_again(text_model, scheduler):
-    first = Client(text_model, random_ids(1, 3 * READ_AT_ONCE + 7, seed=1), 20)
+    first = Client(text_model, random_ids(1, 3 * PIECE + 7, seed=1), 20)
     scheduler.submit(first.job())
     work(scheduler)
     before = value(scheduler, "prompt_tokens_total")
@@ -241,8 +244,8 @@ def test_what_an_earlier_request_read_is_not_read_again(text_model, scheduler):
     differing = torch.cat([first.ids[:, :-3], random_ids(1, 9, seed=3)], dim=1)
     for ids, reused in (
         (conversation, conversation.shape[1] - 10),
-        (first.ids, 3 * READ_AT_ONCE),
-        (differing, 3 * READ_AT_ONCE),
+        (first.ids, 3 * PIECE),
+        (differing, 3 * PIECE),
     ):
         read, known = value(scheduler, "prompt_tokens_total"), value(scheduler, "reused_tokens_total")
         again = Client(text_model, ids, 20)
