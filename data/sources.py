@@ -79,7 +79,7 @@ def source_state(source: str | Path) -> str:
         return f"{source} {installed_packages_state()}"
     if source == STANDARD_LIBRARY or not path.exists():
         return str(source)
-    root, files = _files_of(path)
+    root, files = files_of_source(path)
     facts = [(file.relative_to(root).as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
@@ -135,7 +135,7 @@ def looks_like_path(source: str | Path) -> bool:
 
 
 def _load_files(path: Path, text_column: str, streaming: bool, cache_folder: Path) -> Dataset | IterableDataset:
-    root, files = _files_of(path)
+    root, files = files_of_source(path)
     for file in files:
         if file_kind(file) != TEXT:
             next(file_texts(file, text_column), None)  # a file of another make is found before all others are read
@@ -160,7 +160,12 @@ def _load_files(path: Path, text_column: str, streaming: bool, cache_folder: Pat
     return Dataset.from_file(str(folder / DOCUMENTS))
 
 
-def _files_of(path: Path) -> tuple[Path, list[Path]]:
+def files_of_source(path: Path) -> tuple[Path, list[Path]]:
+    """The folder, and all files below it in the order of their path, hidden ones left out; of a file itself alone.
+
+    Raises:
+        FileNotFoundError, ValueError: there is nothing, or no file in it.
+    """
     if path.is_file():
         return path.parent, [path]
     if not path.exists():
