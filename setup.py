@@ -100,6 +100,7 @@ setup(
         "gguf": ["gguf"],
         "jax": ["tensorstore", "gcsfs"],
         "peft": [PEFT],
+        "ray": ["ray[data]"],
         "serve": ["transformers[serving]"],
         "triton": [TRITON],
     },

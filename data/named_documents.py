@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 from ..storage.cached_folder import cached_folder
 from ..storage.digests import digest, file_digest
 from ..storage.disk import check_disk_space
+from .addresses import is_address
 from .files import TEXT, decoded, file_kind, record_texts
-from .sources import BUILT_IN, DOCUMENTS, MANIFEST, check_no_address, files_of_source, load_documents, looks_like_path
+from .sources import BUILT_IN, DOCUMENTS, MANIFEST, files_of_source, load_documents, looks_like_path
 
 # A name that may be that of a folder as it is; the eight digits belong to the rows of a file.
 PLAIN, ROW = re.compile(r"\w[\w.-]*"), re.compile(r".*-\d{8}")
@@ -56,9 +57,8 @@ class NamedDocuments:
     """
 
     def __init__(self, source: str | Path, *, cache_folder: Path, text_column: str = "text", split: str = "train"):
-        check_no_address(source)
         path = Path(source).expanduser()
-        if source in BUILT_IN or not (path.exists() or looks_like_path(source)):
+        if source in BUILT_IN or is_address(source) or not (path.exists() or looks_like_path(source)):
             documents = load_documents(source, cache_folder=cache_folder, text_column=text_column, split=split)
             self._parts = _parts_of_dataset(documents, split)
         else:
