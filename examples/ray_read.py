@@ -28,7 +28,7 @@ class Reader:
         self.reading = ManyDocuments(request)
 
     def __call__(self, batch: dict) -> dict:
-        """From `id`, numbers of documents, to what became of each: `name`, `tokens` and `error`, empty if all is well."""
+        """From `id`, numbers of documents, to what became of each: `name`, `tokens`, and `error` or ""."""
         outcomes = list(self.reading.read([batch["id"].tolist()]))
         return {
             "name": [outcome.name for outcome in outcomes],
