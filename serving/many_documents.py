@@ -14,9 +14,11 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from .. import TTTE2ECache, TTTE2EForCausalLM
 from ..data.named_documents import NamedDocuments
+from ..data.tokenizer import separator_id
 from ..fingerprints import fingerprint
 from ..model_cards.card import sequence_memory
 from ..storage.claims import ClaimedElsewhere, claimed
@@ -26,6 +28,8 @@ from ..storage.record import RECORD, check_output, check_record, write_record
 from .contexts import COUNTERS, DOCUMENTS, ReadDocument, StoredContext, open_context, write_context
 from .documents import STEP, check_learns, text_tokens
 from .models import load_text_model
+
+logger = logging.get_logger(__name__)
 
 PATIENCE = 60.0  # seconds for others to write the record of the reading
 PAUSE = 1.0  # seconds between two looks at documents that others are reading
@@ -98,11 +102,12 @@ class ManyDocuments:
         self.text_model = load_text_model(request.model, dtype=request.dtype, device=request.device)
         model = self.text_model.model
         check_learns(model)
+        separator_id(self.text_model.tokenizer)  # raises where no document could begin
         self.start = StoredContext.new(model) if request.context is None else open_context(request.context, model)
         _open_record(request, model)
         left = sum(not self._is_done(number) for number in range(len(self.documents)))
         memory = sequence_memory(model.config, model.dtype)
-        check_disk_space(self.output, left * (memory.fast_weights + memory.window), f"{left} learned contexts")
+        check_disk_space(self.output, left * (memory.fast_weights + memory.window), f"room for {left} learned contexts")
 
     def shared_out(self) -> list[list[int]]:
         """Numbers of the documents that have no context yet, in groups that are read side by side.
@@ -134,6 +139,7 @@ class ManyDocuments:
                 elsewhere = yield from self._read_group(group)
                 left += [elsewhere] if elsewhere else []
             if left == before:
+                logger.info(f"Waiting for other processes, which are reading {sum(map(len, left))} documents.")
                 time.sleep(PAUSE)
 
     def _read_group(self, group: list[int]) -> Generator[Outcome, None, list[int]]:

@@ -198,7 +198,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(place, text_model,
         ManyDocuments(request(place, tmp_path / "full"))
     with monkeypatch.context() as patch:
         patch.setattr("ttt_e2e.storage.disk.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 0, 9))
-        with pytest.raises(OSError, match="5 learned contexts needs"):
+        with pytest.raises(OSError, match="room for 5 learned contexts needs"):
             ManyDocuments(request(place, tmp_path / "new"))
     settings = json.loads((place / "model" / "config.json").read_text()) | {"test_time_training": False}
     shutil.copytree(place / "model", tmp_path / "model")
@@ -228,6 +228,6 @@ def test_two_hundred_documents_and_a_process_that_dies(place, tmp_path, count):
     assert codes == [0] * (count - 1) + [KILLED]
     if count == 1:
         there = {path.name for path in output.iterdir() if not path.name.startswith(".")}
-        assert len(there) == dies_at - 1 + 1  # and the record
+        assert len(there) == dies_at  # the contexts before it, and the record
     assert exit_code(start(worker, tmp_path, output, 0, 1)) == 0
     assert contexts(output) == contexts(tmp_path / "whole") and len(contexts(output)) == 200
