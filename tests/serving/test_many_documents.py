@@ -10,7 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 from ttt_e2e import TTTE2ECache
-from ttt_e2e.serving import ManyDocuments, StoredContext, open_context, read_documents, text_tokens, write_context
+from ttt_e2e.serving import (
+    ManyDocuments,
+    StoredContext,
+    load_text_model,
+    open_context,
+    read_documents,
+    text_tokens,
+    write_context,
+)
 from ttt_e2e.storage.claims import claimed
 
 from ..storage.holding import held_elsewhere
@@ -62,11 +70,12 @@ def assert_close(folder, expected):
         assert (folder / name / "documents.json").read_text() == (expected / name / "documents.json").read_text()
 
 
-def test_each_context_is_that_of_the_document_alone(place, text_model, tmp_path):
+def test_each_context_is_that_of_the_document_alone(place, tmp_path):
     assert contexts(place / "whole").keys() == TEXTS.keys()
+    loaded = load_text_model(str(place / "model"))  # weights that were made in memory lie there in another way
     for name, text in TEXTS.items():
-        ids = text_tokens(text, text_model.tokenizer, begin=True)
-        write_context(tmp_path / name, read_documents(text_model, StoredContext.new(text_model.model), [(name, ids)]))
+        ids = text_tokens(text, loaded.tokenizer, begin=True)
+        write_context(tmp_path / name, read_documents(loaded, StoredContext.new(loaded.model), [(name, ids)]))
         assert files(tmp_path / name) == files(place / "whole" / name)
 
 
