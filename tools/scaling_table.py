@@ -51,8 +51,11 @@ def model_of(config: PreTrainedConfig) -> torch.nn.Module:
 
 
 def step_flops(model: torch.nn.Module, length: int, learning: bool) -> int:
-    """Floating-point operations of all matrix products in one row's forward and backward pass."""
-    model.train().activation_checkpointing_enable()
+    """Floating-point operations of all matrix products in one row's forward and backward pass.
+
+    Without what activation checkpointing computes again, where the counter cannot look.
+    """
+    model.train()
     ids = torch.zeros(1, length + 1, dtype=torch.long, device="meta")
     with FlopCounterMode(display=False) as counter:
         model(ids, labels=ids, skip_logits=True, test_time_training=learning).loss.backward()
