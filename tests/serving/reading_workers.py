@@ -34,14 +34,15 @@ def worker(place: Path, output: Path, process: int, processes: int, dies_at: int
 
 
 def _die_at(count: int) -> None:
-    """Kill this process when all files of a context are written and the folder has not got its name yet."""
+    """Kill this process when the files of a context are written, and lie in folders that have no names yet."""
     replace, contexts = os.replace, []
 
     def replaced(source, target):
         if Path(source).is_dir():
-            contexts.append(target)
-            if len(contexts) == count:
+            if len(contexts) == count - 1:
                 kill_self()
+            if not any(name.startswith(".") for name in Path(target).parts[-2:]):
+                contexts.append(target)
         replace(source, target)
 
     disk.os.replace = replaced

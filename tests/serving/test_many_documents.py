@@ -132,10 +132,8 @@ def test_one_that_cannot_be_read_costs_only_itself(place, tmp_path):
     assert wrong.keys() == {"2.txt", "empty.txt"} and "UTF-8" in wrong["2.txt"] and "empty" in wrong["empty.txt"]
     assert contexts(tmp_path / "new").keys() == TEXTS.keys() - {"2.txt"}
     (tmp_path / "documents" / "2.txt").write_text(TEXTS["2.txt"])
-    assert [(outcome.name, outcome.error is None) for outcome in outcomes(asked)] == [
-        ("2.txt", True),
-        ("empty.txt", False),
-    ]
+    assert {outcome.name: outcome.error is None for outcome in outcomes(asked)} == {"2.txt": True, "empty.txt": False}
+    assert contexts(tmp_path / "new").keys() == TEXTS.keys()
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(place, tmp_path):
