@@ -101,6 +101,7 @@ setup(
         "jax": ["tensorstore", "gcsfs"],
         "peft": [PEFT],
         "serve": ["transformers[serving]", "prometheus-client>=0.20"],
+        "ray": ["ray[data]"],
         "triton": [TRITON],
     },
     classifiers=[

@@ -16,20 +16,40 @@ def say_loading(model: str) -> None:
 
 def read(
     model: options.Model,
-    documents: Annotated[
-        list[Path],
+    output: Annotated[
+        Path,
         typer.Option(
-            "--document",
-            help="A text file (UTF-8), of any length, or - for standard input. Several are read one after the other.",
+            help="Folder of the learned context; new or empty. With --documents: of one folder for each document.",
+            file_okay=False,
         ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder of the learned context; new or empty.", file_okay=False)],
+    files: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--document",
+            help="A text file (UTF-8), of any length, or - for standard input. Several are read one after the other, "
+            "into one context.",
+        ),
+    ] = None,
+    documents: Annotated[
+        str | None,
+        typer.Option(
+            help="Many documents, each read into a context of its own: a folder, .jsonl or .parquet files, or the name "
+            "of a data set."
+        ),
+    ] = None,
     context: Annotated[
         Path | None, typer.Option(help="A learned context to read on from; it stays as it is.", file_okay=False)
     ] = None,
+    rows: Annotated[
+        int, typer.Option(help="Of --documents: read so many side by side. It changes contexts by rounding.", min=1)
+    ] = 1,
+    split: options.Split = "train",
+    text_column: Annotated[str, typer.Option(help="Of the rows of --documents.")] = "text",
     split_special_tokens: options.SplitSpecialTokens = True,
     dtype: options.ContextDtype = "auto",
     device: options.Device = None,
+    cache: options.Cache = options.DEFAULT_CACHE,
 ) -> None:
     """Read documents once and keep what was learned as a folder.
 
@@ -37,8 +57,33 @@ def read(
 
     The folder's size does not depend on how much was read. `ttt-e2e generate`, `ttt-e2e chat` and `ttt-e2e serve` go on
     from it, with the same model; in Python `TTTE2ECache.from_pretrained(folder, model)` does.
+
+    Many documents: `ttt-e2e read --model runs/tiny --documents library/ --output contexts`, by several processes
+    with `torchrun --nproc-per-node 4 -m ttt_e2e.cli.main read ...` or `accelerate launch`. What is there already is not
+    read again, so that the same command goes on after an interruption. A document that cannot be read is reported and
+    left out, and the command ends with an error.
     """
+    with refusals():
+        if (files is None) == (documents is None):
+            raise ValueError("Give either --document, once or more often, or --documents")
     say_loading(model)
+    if documents is not None:
+        from .read_steps import read_many
+
+        read_many(
+            model=model,
+            documents=documents,
+            output=output,
+            cache=cache,
+            context=context,
+            rows=rows,
+            dtype=dtype,
+            device=device,
+            text_column=text_column,
+            split=split,
+            split_special_tokens=split_special_tokens,
+        )
+        return
     import time
 
     from ttt_e2e.serving import (
@@ -57,7 +102,7 @@ def read(
 
     with refusals("Interrupted; nothing was written."):
         check_output(output, resume=False)
-        texts = [(document_name(path), document_text(path)) for path in documents]
+        texts = [(document_name(path), document_text(path)) for path in files]
         with claimed(output):
             text_model = load_text_model(model, dtype=dtype, device=device)
             start = StoredContext.new(text_model.model) if context is None else open_context(context, text_model.model)

@@ -1,5 +1,6 @@
 """How a command ends when something is wrong."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -8,7 +9,14 @@ import typer
 
 
 def refuse(error: Exception) -> NoReturn:
-    """Stop with what is wrong, notes included; quietly where the command's output is cut off, as by `| head`."""
+    """Stop with what is wrong, notes included; quietly where the command's output is cut off, as by `| head`.
+
+    Of several processes the first one explains, and the others say a line.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        typer.echo(f"process {rank}: {error}", err=True)
+        raise typer.Exit(2)
     if isinstance(error, BrokenPipeError) and output_is_cut():
         raise error  # typer ends the process without a word
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))

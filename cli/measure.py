@@ -66,6 +66,7 @@ def measure(
     from rich.console import Console
 
     from ttt_e2e.evaluation.runs import EvaluationRequest, measure_missing, prepare_evaluation, write_comparison
+    from ttt_e2e.evaluation.shares import running_processes
 
     with refusals("Interrupted. The same command goes on after the last point that was measured."):
         if output is None:
@@ -88,14 +89,18 @@ def measure(
             split_special_tokens=split_special_tokens,
             settings=overrides or (),
         )
+        processes = running_processes()
+        first = processes is None or processes.is_main_process
         evaluation = prepare_evaluation(request)
-        if evaluation.data.documents is not None:
+        if first and evaluation.data.documents is not None:
             found, longest = evaluation.data.documents.shape
             typer.echo(f"{found} documents of at least {longest:,} tokens ({documents} were asked for)")
-        if evaluation.data.texts is not None:
+        if first and evaluation.data.texts is not None:
             found, longest = len(evaluation.data.texts), max(request.lengths)
             typer.echo(f"{found} documents of at least {longest:,} bytes ({documents} were asked for)")
-        measured = measure_missing(evaluation)
+        measured = measure_missing(evaluation, processes)
+    if not first:
+        return
     if not measured:
         typer.echo("All points were measured before; nothing was measured again.")
     tables, files = write_comparison(evaluation)
@@ -116,6 +121,9 @@ Try it: `ttt-e2e evaluate context-length --model runs/mine --model runs/mine@lea
 
 Every measured point is written at once: the same command goes on after an interruption, and one with further models, or
 with lengths up to the longest, adds to what is there. All points in the folder appear in its tables and its picture.
+
+Several processes share out the documents: `torchrun --nproc-per-node 2 -m ttt_e2e.cli.main evaluate ...`, or with
+`accelerate launch`. The numbers are those of one process; decoding and latency are measured by the first one alone.
 
 Written to the folder: `results.jsonl`, `results.md`, `results.png`, `results.svg`.
 """

@@ -106,7 +106,7 @@ def train(
             resume=resume,
         )
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        raise_on_main_process(error)
+        refuse(error)
     run(request)
 
 
@@ -126,7 +126,7 @@ def run(request: "TrainingRequest") -> None:
             trainer = prepare_run(request)
             checkpoint = trainer.last_whole_checkpoint() if request.resume else None
         except (ValueError, OSError, ImportError, RuntimeError) as error:
-            raise_on_main_process(error)
+            refuse(error)
         if trainer.is_world_process_zero():
             step = 0 if checkpoint is None else checkpoint_step(checkpoint)
             typer.echo(
@@ -141,7 +141,7 @@ def run(request: "TrainingRequest") -> None:
             raise typer.Exit(130) from None
         except OSError as error:  # a full disk, or data that is gone
             error.add_note("the same command with --resume goes on from the last checkpoint")
-            raise_on_main_process(error)
+            refuse(error)
     if trainer.is_world_process_zero():
         for name, value in metrics.items():
             typer.echo(f"{name}: {value:.6g}")
@@ -160,12 +160,3 @@ def required(value, option: str, example: str):
     if value is None:
         raise ValueError(f"{option} is missing: give it, {example}")
     return value
-
-
-def raise_on_main_process(error: Exception) -> None:
-    """Stop every process; the main one explains, the others say a line."""
-    rank = int(os.environ.get("RANK", 0))
-    if rank:
-        typer.echo(f"process {rank}: {error}", err=True)
-        raise typer.Exit(2)
-    refuse(error)

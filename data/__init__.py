@@ -1,6 +1,7 @@
 """From the name of a source to documents, a tokenizer and rows of tokens, for whoever reads text."""
 
 from .corpus import split_documents, standard_library_documents
+from .named_documents import NamedDocuments
 from .rows import DocumentRows, PackedRows, PackedStream, collate_rows, document_prefixes, longest_reading
 from .sources import load_documents
 from .token_store import TokenStore, tokenize_documents
@@ -8,6 +9,7 @@ from .tokenizer import load_tokenizer, separator_id, train_tokenizer, trained_to
 
 __all__ = [
     "DocumentRows",
+    "NamedDocuments",
     "PackedRows",
     "PackedStream",
     "TokenStore",

@@ -41,18 +41,40 @@ def documents_of_files(
 
 def file_texts(path: Path, text_column: str) -> Iterator[str]:
     """The documents of one file: the file itself, or the texts of its records."""
-    kind = file_kind(path)
-    if kind == TEXT:
+    if file_kind(path) == TEXT:
         yield decoded(path.read_bytes(), path)
         return
-    read = _json_records if kind == JSON else _parquet_records
-    for where, record in read(path, text_column):
-        if not isinstance(record, dict):
-            raise ValueError(f"{where}: must be a JSON object with the field text_column={text_column!r}")
-        if text_column not in record:
-            raise ValueError(f"{where}: {missing_column(text_column, record)}")
+    for text in record_texts(path, text_column):
+        if isinstance(text, ValueError):
+            raise text
+        yield text
+
+
+def record_texts(path: Path, text_column: str) -> Iterator[str | ValueError]:
+    """The texts of the records of one file; the error in the place of one that has none.
+
+    Where the file itself is damaged its error is the last that comes.
+    """
+    read = _json_records if file_kind(path) == JSON else _parquet_records
+    try:
+        for where, record in read(path, text_column):
+            yield _text_of(record, where, text_column)
+    except ValueError as error:
+        yield error
+
+
+def _text_of(record: object, where: str, text_column: str) -> str | ValueError:
+    if isinstance(record, ValueError):
+        return record
+    if not isinstance(record, dict):
+        return ValueError(f"{where}: must be a JSON object with the field text_column={text_column!r}")
+    if text_column not in record:
+        return ValueError(f"{where}: {missing_column(text_column, record)}")
+    try:
         _check_text(record[text_column], where, text_column)
-        yield record[text_column]
+    except ValueError as error:
+        return error
+    return record[text_column]
 
 
 def missing_column(text_column: str, columns: Iterable[str]) -> str:
@@ -86,7 +108,7 @@ def decoded(data: bytes, source: object) -> str:
 
 
 def _json_records(path: Path, text_column: str) -> Iterator[tuple[str, object]]:
-    """Place and contents of every JSON line, or of every entry of the one list that the file holds."""
+    """Place and contents of every JSON line (its error where it is none), or of every entry of the file's one list."""
     try:
         with COMPRESSED.get(path.suffix.lower(), open)(path, "rb") as file:
             # A list has no lines to be read one by one: it is read as a whole.
@@ -98,7 +120,7 @@ def _json_records(path: Path, text_column: str) -> Iterator[tuple[str, object]]:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     where = f"{path}, line {number}"
-                    yield where, _parsed(line, where, path)
+                    yield where, _parsed_or_error(line, where, path)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); write the file again") from error
 
@@ -109,6 +131,13 @@ def _parsed(data: bytes, where: object, path: Path) -> Any:
     except json.JSONDecodeError as error:
         remedy = "repair it (one JSON object per line, or one list of them) or leave it out"
         raise ValueError(f"{where}: is not JSON ({error}); {remedy}") from error
+
+
+def _parsed_or_error(data: bytes, where: str, path: Path) -> Any:
+    try:
+        return _parsed(data, where, path)
+    except ValueError as error:
+        return error
 
 
 def _parquet_records(path: Path, text_column: str) -> Iterator[tuple[str, dict]]:

@@ -10,10 +10,11 @@ from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase
 
 from ..configuration import DataRecipe
+from .addresses import check_address
 from .corpus import split_documents
 from .needle_rows import NeedleRows
 from .rows import DocumentRows, PackedRows, PackedStream
-from .sources import check_no_address, load_documents, source_state
+from .sources import load_documents, source_state
 from .token_store import TokenStore, tokenize_documents
 from .tokenizer import load_tokenizer, tokenizer_digest, trained_tokenizer
 
@@ -57,7 +58,7 @@ def check_data_request(request: DataRequest) -> None:
     recipe = request.recipe
     for source in (request.data, request.validation_data):
         if source is not None:
-            check_no_address(source)
+            check_address(source)
     if recipe.streaming:
         refusals = {
             "data.validation_every cannot split data.streaming documents: set it to null, and give --validation-data": (

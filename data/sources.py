@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ..storage.cached_folder import cached_folder
 from ..storage.digests import file_digest
 from ..storage.disk import check_disk_space
+from .addresses import is_address, load_address
 from .corpus import standard_library_documents
 from .files import COMPRESSED, KINDS, TEXT, documents_of_files, file_kind, file_texts, missing_column
 from .packages import installed_package_documents, installed_packages_state
@@ -38,8 +39,9 @@ def load_documents(
     Args:
         source: `"standard-library"` (its files); `"python-packages"` (long documents, see `data.packages`); a file
             (`.jsonl`, `.json`, also compressed, or `.parquet`: one document per record; any other: the whole file is
-            one document); a folder (all files below it in the order of their path, hidden ones left out); or the name
-            of a dataset for `datasets.load_dataset`.
+            one document); a folder (all files below it in the order of their path, hidden ones left out); the address
+            of such files of one kind, as s3://bucket/folder (see `data.addresses`); or the name of a dataset for
+            `datasets.load_dataset`.
         cache_folder: where the documents are written to.
         text_column: of the records, or of the dataset.
         split, configuration: of a dataset.
@@ -50,19 +52,21 @@ def load_documents(
 
     Raises:
         FileNotFoundError: the source looks like a path, and there is nothing.
-        ValueError: the source is an address, as gs://bucket/folder; there is no text in it, a file is not what its
-            suffix says, the text column is missing, or the name is not one of a dataset that can be loaded.
-        OSError: there is too little space on the disk.
+        ValueError: there is no text in it, a file is not what its suffix says, the text column is missing, or the name
+            is not one of a dataset that can be loaded.
+        ImportError: the package for this kind of address is not installed.
+        OSError: there is too little space on the disk, or the address cannot be reached.
     """
-    check_no_address(source)
-    path = Path(source).expanduser()
-    if source not in BUILT_IN and not path.exists() and not looks_like_path(source):
+    path, address = Path(source).expanduser(), is_address(source)
+    if not address and source not in BUILT_IN and not path.exists() and not looks_like_path(source):
         return _load_dataset(str(source), text_column, split, configuration, streaming, Path(cache_folder))
     if split != "train" or configuration is not None:
         raise ValueError(
             f"split={split!r}, configuration={configuration!r}: only a dataset of the Hub has them, which "
             f"source={source} is not; leave them out"
         )
+    if address:
+        return _with_text(load_address(str(source), streaming, Path(cache_folder)), source, text_column)
     if source in BUILT_IN:
         documents = standard_library_documents() if source == STANDARD_LIBRARY else installed_package_documents()
         return documents.to_iterable_dataset() if streaming else documents
@@ -72,35 +76,16 @@ def load_documents(
 def source_state(source: str | Path) -> str:
     """What tells whether a source has changed, without reading it: SHA-256 of the names, sizes and times of its files.
 
-    A data set of the Hub is told by its name alone.
+    A data set of the Hub, or an address, is told by its name alone.
     """
     path = Path(source).expanduser()
     if source == PYTHON_PACKAGES:
         return f"{source} {installed_packages_state()}"
     if source == STANDARD_LIBRARY or not path.exists():
         return str(source)
-    root, files = _files_of(path)
+    root, files = files_of_source(path)
     facts = [(file.relative_to(root).as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
-
-
-def check_no_address(source: str | Path) -> None:
-    """Check that a source is no address; `Path` would make gs:/bucket of gs://bucket.
-
-    Raises:
-        ValueError: it is one. The message says what to give instead.
-    """
-    scheme, separator, rest = str(source).partition("://")
-    if not separator or not scheme.replace("+", "").replace("-", "").isalnum() or Path(source).exists():
-        return
-    remedies = {
-        "gs": f"download it (gcloud storage cp -r {source} FOLDER) and give the folder",
-        "s3": f"download it (aws s3 cp --recursive {source} FOLDER) and give the folder",
-        "hf": f"give the data set's name alone, as {rest.removeprefix('datasets/') or 'owner/name'}",
-        "file": f"give the path alone, {rest}",
-    }
-    remedy = remedies.get(scheme.lower(), "download it and give the path, or give the name of a data set of the Hub")
-    raise ValueError(f"source={str(source)!r}: addresses are not supported; {remedy}")
 
 
 def path_or_id(name: str | Path, argument: str) -> Path | None:
@@ -135,7 +120,7 @@ def looks_like_path(source: str | Path) -> bool:
 
 
 def _load_files(path: Path, text_column: str, streaming: bool, cache_folder: Path) -> Dataset | IterableDataset:
-    root, files = _files_of(path)
+    root, files = files_of_source(path)
     for file in files:
         if file_kind(file) != TEXT:
             next(file_texts(file, text_column), None)  # a file of another make is found before all others are read
@@ -160,7 +145,12 @@ def _load_files(path: Path, text_column: str, streaming: bool, cache_folder: Pat
     return Dataset.from_file(str(folder / DOCUMENTS))
 
 
-def _files_of(path: Path) -> tuple[Path, list[Path]]:
+def files_of_source(path: Path) -> tuple[Path, list[Path]]:
+    """The folder, and all files below it in the order of their path, hidden ones left out; of a file itself alone.
+
+    Raises:
+        FileNotFoundError, ValueError: there is nothing, or no file in it.
+    """
     if path.is_file():
         return path.parent, [path]
     if not path.exists():
@@ -199,15 +189,20 @@ def _load_dataset(
             f"source={name!r}, configuration={configuration!r}, split={split!r}: there is no such file or folder, and "
             f"it could not be loaded as a dataset ({error}); correct the name, or look at the cause above"
         ) from error
+    return _with_text(loaded, name, text_column)
+
+
+def _with_text(loaded: Dataset | IterableDataset, source: str | Path, text_column: str) -> Dataset | IterableDataset:
+    """The column with the texts alone, as `text`."""
     columns = loaded.column_names
     if columns is None:  # a stream does not know before its first example
         columns = list(next(iter(loaded), {text_column: ""}))
     if text_column not in columns:
-        raise ValueError(f"source={name!r}: {missing_column(text_column, columns)}")
+        raise ValueError(f"source={str(source)!r}: {missing_column(text_column, columns)}")
     documents = loaded.select_columns(text_column)
     if text_column != "text":
         documents = documents.rename_column(text_column, "text")
-    _check_some_text((document["text"] for document in documents), name)
+    _check_some_text((document["text"] for document in documents), source)
     return documents
 
 

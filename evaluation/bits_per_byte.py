@@ -5,6 +5,7 @@ bits per byte = (nats of all tokens of a text) / (ln 2 * bytes of the text)
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -31,22 +32,38 @@ def bits_per_byte(subject: Subject, texts: Sequence[str], length: int) -> dict[s
     Raises:
         ValueError: no tokenizer, none of the two special tokens, or a text that is too short.
     """
+    return means_of_texts(text_bits(subject, texts, length))
+
+
+class TextBits(NamedTuple):
+    """Of one text: the bits of all its tokens, its bytes, and the tokens that it was cut into."""
+
+    bits: float
+    size: int
+    tokens: int
+
+
+def text_bits(subject: Subject, texts: Sequence[str], length: int) -> list[TextBits]:
+    """The bits of each text, with arguments and errors as of `bits_per_byte`."""
     if subject.tokenizer is None:
         raise ValueError(f"subject: {subject.label!r} has no tokenizer, which text needs; give one")
-    start = first_special_token(subject)
+    start, found = first_special_token(subject), []
     parts = [first_bytes(text, length) for text in texts]
-    bits, sizes, tokens = [], [], 0
     for part in tqdm(parts, desc=subject.label, unit=" documents"):
         [ids] = encode_texts([part], subject.tokenizer, subject.split_special_tokens)
         losses = token_losses(subject, torch.tensor([[start, *ids]]))
-        bits.append(losses.double().sum().item() / math.log(2))
-        sizes.append(len(part.encode()))
-        tokens += len(ids)
+        found.append(TextBits(losses.double().sum().item() / math.log(2), len(part.encode()), len(ids)))
+    return found
+
+
+def means_of_texts(texts: Sequence[TextBits]) -> dict[str, float | int | list[float]]:
+    """What `bits_per_byte` returns, of the bits of each text."""
+    size = sum(text.size for text in texts)
     return {
-        "bits_per_byte": sum(bits) / sum(sizes),
-        "bits_per_byte_by_document": [bit / size for bit, size in zip(bits, sizes, strict=True)],
-        "bytes": sum(sizes),
-        "tokens": tokens,
+        "bits_per_byte": sum(text.bits for text in texts) / size,
+        "bits_per_byte_by_document": [text.bits / text.size for text in texts],
+        "bytes": size,
+        "tokens": sum(text.tokens for text in texts),
     }
 
 

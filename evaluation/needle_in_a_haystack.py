@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -58,6 +59,51 @@ def needle_in_a_haystack(
         ValueError: no tokenizer, a length beyond the model's learned positions, or an argument that `needle_prompts`
             refuses.
     """
+    scores = needle_scores(
+        subject,
+        task,
+        length,
+        samples,
+        seed,
+        haystack,
+        depth=depth,
+        distractors=distractors,
+        answer_tokens=answer_tokens,
+        batch_size=batch_size,
+    )
+    return means_of_scores(scores, distractors)
+
+
+class NeedleScore(NamedTuple):
+    """Of one sample: whether its value was written (0 or 1), whether it was likelier than every distractor, by how many
+    nats it was likelier than the mean one, tokens of the prompt, and depth of the needle."""
+
+    accuracy: float
+    likelihood_accuracy: float
+    margin: float
+    prompt_tokens: int
+    depth: float
+
+
+def needle_scores(
+    subject: Subject,
+    task: int,
+    length: int,
+    samples: int,
+    seed: int,
+    haystack: Sequence[str] | None = None,
+    *,
+    only: Sequence[int] | None = None,
+    depth: float | None = None,
+    distractors: int = 9,
+    answer_tokens: int = 128,
+    batch_size: int = 8,
+) -> list[NeedleScore]:
+    """The score of each sample, with arguments and errors as of `needle_in_a_haystack`.
+
+    Args:
+        only: numbers of the samples that are measured; None for all.
+    """
     if subject.tokenizer is None:
         raise ValueError(f"subject: {subject.label!r} has no tokenizer, which text needs; give one")
     if batch_size < 1:
@@ -75,27 +121,34 @@ def needle_in_a_haystack(
         answer_tokens=answer_tokens,
         split_special_tokens=subject.split_special_tokens,
     )
-    progress = tqdm(total=2 * samples, desc=f"{subject.label}, needle {task}, {length:,} tokens", unit=" readings")
-    with progress:
+    prompts = prompts if only is None else [prompts[number] for number in only]
+    scores: list[NeedleScore] = []
+    with tqdm(
+        total=2 * len(prompts), desc=f"{subject.label}, needle {task}, {length:,} tokens", unit=" readings"
+    ) as progress:
         answers = []
-        for start in range(0, samples, batch_size):
+        for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             answers += written_answers(subject, batch, answer_tokens)
             progress.update(len(batch))
-        margins, best = [], []
-        for prompt in prompts:
+        for prompt, answer in zip(prompts, answers, strict=True):
             right, *wrong = value_losses(subject, prompt)
-            margins.append(fmean(wrong) - right)
-            best.append(float(right < min(wrong)))
+            found, likelier = float(prompt.values[0] in answer.lower()), float(right < min(wrong))
+            scores.append(NeedleScore(found, likelier, fmean(wrong) - right, len(prompt.ids), prompt.depth))
             progress.update()
-    found = [float(prompt.values[0] in answer.lower()) for prompt, answer in zip(prompts, answers, strict=True)]
-    scores = {"accuracy": found, "likelihood_accuracy": best, "margin": margins}
+    return scores
+
+
+def means_of_scores(scores: Sequence[NeedleScore], distractors: int) -> dict[str, float | list[float]]:
+    """What `needle_in_a_haystack` returns, of the scores of all samples."""
+    names = ("accuracy", "likelihood_accuracy", "margin")
+    by_name = {name: [getattr(score, name) for score in scores] for name in names}
     return {
-        **{name: fmean(values) for name, values in scores.items()},
-        **{f"{name}_by_sample": values for name, values in scores.items()},
+        **{name: fmean(values) for name, values in by_name.items()},
+        **{f"{name}_by_sample": values for name, values in by_name.items()},
         "chance": 1 / (1 + distractors),
-        "prompt_tokens": fmean(len(prompt.ids) for prompt in prompts),
-        **_by_depth([prompt.depth for prompt in prompts], scores),
+        "prompt_tokens": fmean(score.prompt_tokens for score in scores),
+        **_by_depth([score.depth for score in scores], by_name),
     }
 
 

@@ -24,5 +24,10 @@ def perplexity(subject: Subject, documents: torch.Tensor, length: int, batch_siz
         ValueError: `length` is below 2, or the documents are shorter.
     """
     losses = loss_by_position(subject, first_tokens(documents, length), batch_size, description=subject.label)
+    return perplexity_of_losses(losses)
+
+
+def perplexity_of_losses(losses: torch.Tensor) -> dict[str, float | int]:
+    """What `perplexity` returns, of losses [documents, tokens]."""
     loss = losses.double().mean()
     return {"loss": loss.item(), "perplexity": loss.exp().item(), "tokens": losses.numel()}

@@ -8,10 +8,12 @@ interruption, and one with further models or lengths measures only those.
 import dataclasses
 import difflib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -25,11 +27,13 @@ from ..storage.digests import digest
 from ..storage.disk import write_text
 from ..storage.dtypes import dtype_named
 from ..storage.record import check_output
+from ..training.agreement import of_one_process
 from .bits_per_byte import first_bytes
 from .candidates import Candidate, find_candidates, find_judge, load_candidate
 from .comparison import comparison_panels, comparison_tables
 from .plots import plot_panels
 from .results import Point, ResultsFile, environment, lock_path, tokens_digest
+from .shares import measure_together
 from .subject import Subject
 from .tables import Table
 from .tasks import Task, TaskData, find_task, task_settings
@@ -129,35 +133,67 @@ def prepare_evaluation(request: EvaluationRequest) -> Evaluation:
     return Evaluation(request, task, settings, recorded, candidates, digests, judge, data, data_digest, results)
 
 
-def measure_missing(evaluation: Evaluation) -> int:
+def measure_missing(evaluation: Evaluation, processes: PartialState | None = None) -> int:
     """Measure the points that are not there yet, one model in memory at a time, each written as soon as it is there.
+
+    Args:
+        processes: that have all prepared the same request and measure together, as `running_processes` gives them; the
+            first of them writes. None: this process alone.
 
     Returns:
         How many were measured.
+
+    Raises:
+        ValueError: another evaluation is writing the results, or has done so since they were read.
     """
     missing, request = evaluation.missing(), evaluation.request
     count, total = sum(len(lengths) for _, lengths in missing), len(evaluation.candidates) * len(set(request.lengths))
     if not count:
         return 0
-    data = evaluation.data
-    with evaluation.results, tqdm(total=total, initial=total - count, desc=request.task, unit=" points") as progress:
+    data, first = evaluation.data, processes is None or processes.is_main_process
+    with (
+        ExitStack() as kept,
+        tqdm(total=total, initial=total - count, desc=request.task, unit=" points", disable=not first) as progress,
+    ):
+        claim_results(evaluation.results, kept, processes)
         if evaluation.judge is not None:
             judge = load_candidate(evaluation.judge, request.dtype, request.split_special_tokens)
             data = dataclasses.replace(data, judge=judge)
         for candidate, lengths in missing:
             subject = load_candidate(candidate, request.dtype, request.split_special_tokens)
             for length in lengths:
-                evaluation.results.append(measure_point(evaluation, candidate, subject, data, length))
+                point = measure_point(evaluation, candidate, subject, data, length, processes)
+                if first:
+                    evaluation.results.append(point)
                 progress.update()
             del subject  # before the next one is loaded
     return count
 
 
-def measure_point(evaluation: Evaluation, candidate: Candidate, subject: Subject, data: TaskData, length: int) -> Point:
+def claim_results(results: ResultsFile, kept: ExitStack, processes: PartialState | None) -> None:
+    """Claim the results for this evaluation, all its processes, until `kept` is closed."""
+    if processes is None:
+        kept.enter_context(results)
+        return
+    processes.wait_for_everyone()  # each has read them before one writes
+    of_one_process(processes.is_main_process, lambda: kept.enter_context(results) and None)
+
+
+def measure_point(
+    evaluation: Evaluation,
+    candidate: Candidate,
+    subject: Subject,
+    data: TaskData,
+    length: int,
+    processes: PartialState | None = None,
+) -> Point:
     """One model at one length."""
     task = evaluation.task
     try:
-        numbers = task.measure(subject, data, length, evaluation.settings)
+        if processes is None:
+            numbers = task.measure(subject, data, length, evaluation.settings)
+        else:
+            numbers = measure_together(processes, task, subject, data, length, evaluation.settings)
     except Exception as error:
         error.add_note(f"while measuring {task.name} of {candidate.label!r} at length {length}")
         raise

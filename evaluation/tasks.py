@@ -10,15 +10,15 @@ import torch
 from huggingface_hub.dataclasses import strict
 
 from ..configuration.strict_yaml import build_strictly, parse_yaml
-from .bits_per_byte import bits_per_byte
+from .bits_per_byte import TextBits, means_of_texts, text_bits
 from .comparison import Quantity
 from .decoding_loss import decoding_loss
 from .latency import latency
-from .loss_by_context_length import loss_by_context_length, means_of_documents
+from .loss_by_context_length import means_of_documents
 from .loss_by_position import loss_by_position, means_of_positions
-from .needle_in_a_haystack import needle_in_a_haystack
-from .perplexity import perplexity
-from .subject import Subject
+from .needle_in_a_haystack import NeedleScore, means_of_scores, needle_scores
+from .perplexity import perplexity_of_losses
+from .subject import Subject, first_tokens
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class TaskData:
         haystack: texts to hide needles in, or None.
         judge: scores what the others write, or None.
         batch_size: documents read side by side.
+        samples: numbers of those samples that are measured, of a task that makes its own; None for all.
     """
 
     documents: torch.Tensor | None = None
@@ -38,6 +39,19 @@ class TaskData:
     haystack: Sequence[str] | None = None
     judge: Subject | None = None
     batch_size: int = 1
+    samples: Sequence[int] | None = None
+
+    def count(self, settings: Any) -> int:
+        """How many documents, or samples, are measured."""
+        if self.documents is not None:
+            return len(self.documents)
+        return settings.samples if self.texts is None else len(self.texts)
+
+    def only(self, numbers: Sequence[int]) -> "TaskData":
+        """The data with no other documents, or samples, than these."""
+        documents = None if self.documents is None else self.documents[list(numbers)]
+        texts = None if self.texts is None else [self.texts[number] for number in numbers]
+        return dataclasses.replace(self, documents=documents, texts=texts, samples=tuple(numbers))
 
 
 @strict
@@ -101,7 +115,10 @@ class Task:
         name: on the command line, where it is also described.
         settings: a strict dataclass with a default for every field.
         quantities: what tables and pictures show.
-        measure: one point: of a subject, its data, the length, settings and so on; plain JSON values.
+        parts: what is measured of a subject by data, length and settings: an entry for each document or sample.
+        numbers: the point, of all parts and the settings; plain JSON values.
+        by_one_process: the parts belong together, so that several processes do not share them out: random numbers that
+            follow one another, or times that other work would change.
         needs_data: it reads documents, as tokens or (`own_tokens`) as text that each model cuts into tokens of its own,
             with lengths in bytes; takes_haystack: it may read one; needs_judge: it has what is written scored.
         needs_tokenizer: it reads text.
@@ -113,7 +130,9 @@ class Task:
     name: str
     settings: type
     quantities: tuple[Quantity, ...]
-    measure: Callable[[Subject, TaskData, int, Any], dict]
+    parts: Callable[[Subject, TaskData, int, Any], Sequence]
+    numbers: Callable[[Any, Any], dict]
+    by_one_process: bool = False
     needs_data: bool = True
     own_tokens: bool = False
     takes_haystack: bool = False
@@ -123,25 +142,21 @@ class Task:
     least: int = 2
     of_losses: Callable[[torch.Tensor], dict] | None = None
 
-
-def _by_position(subject: Subject, data: TaskData, length: int, settings: NoSettings) -> dict:
-    losses = loss_by_position(subject, data.documents[:, :length], data.batch_size, description=subject.label)
-    return means_of_positions(losses)
-
-
-def _perplexity(subject: Subject, data: TaskData, length: int, settings: NoSettings) -> dict:
-    return perplexity(subject, data.documents, length, batch_size=data.batch_size)
+    def measure(self, subject: Subject, data: TaskData, length: int, settings: Any) -> dict:
+        """One point, by this process alone."""
+        return self.numbers(self.parts(subject, data, length, settings), settings)
 
 
-def _context_length(subject: Subject, data: TaskData, length: int, settings: NoSettings) -> dict:
-    return loss_by_context_length(subject, data.documents, length, batch_size=data.batch_size)
+def _losses(subject: Subject, data: TaskData, length: int, settings: NoSettings) -> torch.Tensor:
+    documents = first_tokens(data.documents, length)
+    return loss_by_position(subject, documents, data.batch_size, description=subject.label)
 
 
-def _bits_per_byte(subject: Subject, data: TaskData, length: int, settings: NoSettings) -> dict:
-    return bits_per_byte(subject, data.texts, length)
+def _bits(subject: Subject, data: TaskData, length: int, settings: NoSettings) -> list[TextBits]:
+    return text_bits(subject, data.texts, length)
 
 
-def _decoding(subject: Subject, data: TaskData, length: int, settings: DecodingSettings) -> dict:
+def _decoding(subject: Subject, data: TaskData, length: int, settings: DecodingSettings) -> list[dict]:
     numbers = decoding_loss(
         subject,
         data.judge,
@@ -154,17 +169,26 @@ def _decoding(subject: Subject, data: TaskData, length: int, settings: DecodingS
         buckets=settings.new_tokens,  # one for each token: tables and pictures average on their own
     )
     kept = {name: numbers[name] for name in ("loss", "loss_by_document", "tokens")}
-    return kept | {"loss_by_position": numbers["loss_by_bucket"]}
+    return [kept | {"loss_by_position": numbers["loss_by_bucket"]}]
 
 
-def _latency(subject: Subject, data: TaskData, length: int, settings: LatencySettings) -> dict:
-    return latency(subject, length, settings.new_tokens, rows=settings.rows, repeats=settings.repeats)
+def _latency(subject: Subject, data: TaskData, length: int, settings: LatencySettings) -> list[dict]:
+    return [latency(subject, length, settings.new_tokens, rows=settings.rows, repeats=settings.repeats)]
 
 
-def _needle(subject: Subject, data: TaskData, length: int, settings: NeedleSettings) -> dict:
-    return needle_in_a_haystack(
-        subject, length=length, haystack=data.haystack, batch_size=data.batch_size, **dataclasses.asdict(settings)
-    )
+def _needle(subject: Subject, data: TaskData, length: int, settings: NeedleSettings) -> list[NeedleScore]:
+    arguments = dataclasses.asdict(settings) | {"haystack": data.haystack, "batch_size": data.batch_size}
+    return needle_scores(subject, length=length, only=data.samples, **arguments)
+
+
+def _of_parts(numbers: Callable[[Any], dict]) -> Callable[[Any, Any], dict]:
+    """For parts that need no settings to be put together."""
+    return lambda parts, settings: numbers(parts)
+
+
+def _single(parts: Sequence[dict]) -> dict:
+    [numbers] = parts
+    return numbers
 
 
 MAY_BE_ZERO = ("seed", "temperature", "top_k", "depth")
@@ -177,27 +201,31 @@ TASKS = {
             "loss-by-position",
             NoSettings,
             (Quantity("loss_by_position", "Loss", "nats per token", by_position=True),),
-            _by_position,
+            _losses,
+            _of_parts(means_of_positions),
             of_losses=means_of_positions,
         ),
         Task(
             "perplexity",
             NoSettings,
             (Quantity("perplexity", "Perplexity", "per token"), LOSS),
-            _perplexity,
+            _losses,
+            _of_parts(perplexity_of_losses),
         ),
         Task(
             "context-length",
             NoSettings,
             (Quantity("loss", "Loss", "nats per token", by_document="loss_by_document"),),
-            _context_length,
+            _losses,
+            _of_parts(means_of_documents),
             of_losses=means_of_documents,
         ),
         Task(
             "bits-per-byte",
             NoSettings,
             (Quantity("bits_per_byte", "Loss", "bits per byte", by_document="bits_per_byte_by_document"),),
-            _bits_per_byte,
+            _bits,
+            _of_parts(means_of_texts),
             own_tokens=True,
             least=1,
         ),
@@ -206,6 +234,8 @@ TASKS = {
             DecodingSettings,
             (LOSS, Quantity("loss_by_position", "Loss of written tokens", "nats per token", by_position=True, first=0)),
             _decoding,
+            _of_parts(_single),
+            by_one_process=True,
             needs_judge=True,
             least=1,
         ),
@@ -219,6 +249,8 @@ TASKS = {
                 Quantity("cache_bytes", "Memory kept of the context", "MiB", scale=2**-20),
             ),
             _latency,
+            _of_parts(_single),
+            by_one_process=True,
             needs_data=False,
             needs_tokenizer=False,
             depends_on_device=True,
@@ -233,6 +265,7 @@ TASKS = {
                 Quantity("margin", "Margin of the needle over wrong values", "nats"),
             ),
             _needle,
+            lambda scores, settings: means_of_scores(scores, settings.distractors),
             needs_data=False,
             takes_haystack=True,
         ),

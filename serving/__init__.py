@@ -6,6 +6,7 @@
 from .contexts import ContextFolder, ReadDocument, StoredContext, check_room, open_context, write_context
 from .conversation import Answer, Conversation, Turns
 from .documents import document_name, document_text, read_documents, text_tokens
+from .many_documents import ManyDocuments, Outcome, ReadingRequest
 from .models import TextModel, load_text_model
 from .writing import write, writing_arguments
 
@@ -13,7 +14,10 @@ __all__ = [
     "Answer",
     "ContextFolder",
     "Conversation",
+    "ManyDocuments",
+    "Outcome",
     "ReadDocument",
+    "ReadingRequest",
     "StoredContext",
     "TextModel",
     "Turns",

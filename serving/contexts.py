@@ -4,8 +4,10 @@ A folder holds what `TTTE2ECache.save_pretrained` writes (and can be loaded with
 `documents.json`, which says what was read.
 """
 
+import glob
 import json
 import os
+import shutil
 import threading
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
@@ -66,6 +68,8 @@ def write_context(folder: Path, context: StoredContext) -> None:
     check_output(folder, resume=False)
     check_disk_space(folder, context.cache.nbytes, "the learned context")
     with folder_written_whole(Path(folder)) as new:
+        for remains in new.parent.glob(f".{glob.escape(new.name)}.*"):
+            shutil.rmtree(remains, ignore_errors=True)  # of a process that was killed in the next line
         context.cache.save_pretrained(new)
         facts = {
             "tokens": context.tokens,

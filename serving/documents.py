@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .. import TTTE2EForCausalLM
 from ..data.files import decoded
 from ..data.tokenizer import encode_texts, separator_id
 from ..evaluation.long_reading import read_tokens
@@ -112,11 +113,20 @@ def read_document(
     Raises:
         ValueError: the model does not learn while it reads.
     """
-    if not text_model.model.config.test_time_training:
+    check_learns(text_model.model)
+    context, rows = context.fork(), ids[None].to(text_model.model.device)
+    losses = read_tokens(text_model.model, rows, context.cache, STEP, description=f"Reading {name}")
+    return replace(context, documents=(*context.documents, ReadDocument(name, len(ids)))), losses
+
+
+def check_learns(model: TTTE2EForCausalLM) -> None:
+    """Check that something is left of what a model reads.
+
+    Raises:
+        ValueError: its configuration says that it does not learn.
+    """
+    if not model.config.test_time_training:
         raise ValueError(
             "The model's configuration says test_time_training=False, so that it would forget all but the last "
             "window of what it reads; name a model that learns"
         )
-    context, rows = context.fork(), ids[None].to(text_model.model.device)
-    losses = read_tokens(text_model.model, rows, context.cache, STEP, description=f"Reading {name}")
-    return replace(context, documents=(*context.documents, ReadDocument(name, len(ids)))), losses

@@ -16,17 +16,25 @@ RUN_LOCK = ".run.lock"
 HELD_BY = "process"
 
 
+class ClaimedElsewhere(ValueError):
+    """Another process has claimed a folder."""
+
+
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: Path, patience: float = 0) -> Iterator[None]:
     """Keep others from writing a folder that appears whole, in the place where it is going to be.
 
     Within one thread claims of the same folder may be nested.
 
+    Args:
+        patience: seconds that another process may still hold it.
+
     Raises:
-        ValueError: another process has claimed it, or nothing can be written there.
+        ClaimedElsewhere: another process has claimed it.
+        ValueError: nothing can be written there.
     """
     folder = Path(folder).expanduser().resolve()
-    with _held(folder.with_name(f".{folder.name}.lock"), folder):
+    with _held(folder.with_name(f".{folder.name}.lock"), folder, patience):
         yield
 
 
@@ -37,7 +45,8 @@ def claimed_run(folder: Path) -> Iterator[None]:
     The lock lies in the folder, which alone may be writable, or shared with other machines.
 
     Raises:
-        ValueError: another process has claimed it, or nothing can be written there.
+        ClaimedElsewhere: another process has claimed it.
+        ValueError: nothing can be written there.
     """
     folder = Path(folder).expanduser().resolve()
     with _held(folder / RUN_LOCK, folder):
@@ -45,14 +54,14 @@ def claimed_run(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _held(path: Path, folder: Path) -> Iterator[None]:
+def _held(path: Path, folder: Path, patience: float = 0) -> Iterator[None]:
     made = [above for above in path.parents if not above.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, timeout=0, is_singleton=True)
-        lock.acquire()
+        lock = FileLock(path, is_singleton=True)
+        lock.acquire(timeout=patience)
     except Timeout as error:
-        raise ValueError(
+        raise ClaimedElsewhere(
             f"output={str(folder)!r}: {_note(path) or 'another process'} is writing there; wait for its end, or choose "
             "another folder. Nothing was overwritten."
         ) from error

@@ -54,9 +54,9 @@ def calls(monkeypatch):
 
     def measure(subject, data, length, settings):
         measured.append((subject.label, length))
-        return {"perplexity": float(length + (subject.label == "theirs")), "loss": 1.0}
+        return [{"perplexity": float(length + (subject.label == "theirs")), "loss": 1.0}]
 
-    task = dataclasses.replace(tasks.TASKS["perplexity"], measure=measure)
+    task = dataclasses.replace(tasks.TASKS["perplexity"], parts=measure, numbers=lambda parts, settings: parts[0])
     monkeypatch.setitem(tasks.TASKS, "perplexity", task)
     return measured
 
@@ -95,19 +95,19 @@ def test_points_tables_and_pictures_are_written(place, calls):
 
 
 def test_an_interrupted_run_measures_only_the_rest(place, calls, monkeypatch):
-    measure = tasks.TASKS["perplexity"].measure
+    measure = tasks.TASKS["perplexity"].parts
 
     def interrupted(*arguments):
         if len(calls) == 1:
             raise KeyboardInterrupt
         return measure(*arguments)
 
-    task = dataclasses.replace(tasks.TASKS["perplexity"], measure=interrupted)
+    task = dataclasses.replace(tasks.TASKS["perplexity"], parts=interrupted)
     monkeypatch.setitem(tasks.TASKS, "perplexity", task)
     result = evaluate()
     assert result.exit_code == 130 and "goes on" in result.output
     assert calls == [("ours", 16)] == [(point["label"], point["length"]) for point in points(place)]
-    monkeypatch.setitem(tasks.TASKS, "perplexity", dataclasses.replace(task, measure=measure))
+    monkeypatch.setitem(tasks.TASKS, "perplexity", dataclasses.replace(task, parts=measure))
     result = evaluate()
     assert result.exit_code == 0 and calls == [("ours", 16), ("ours", 32), ("theirs", 16), ("theirs", 32)]
     assert "1/4" in result.output, "the bar counts what was there"

@@ -90,15 +90,9 @@ def test_settings_that_do_not_fit_are_refused(place, changes, message):
         (("--recipe", "pretrain-9k"), "pretrain-8k"),
         (("--output", None), "--output is missing"),
         (("--data", None), "--data is missing"),
-        (
-            ("--data", "gs://bucket/texts"),
-            "source='gs://bucket/texts': addresses are not supported; download it",
-        ),
-        (
-            ("--data", "hf://datasets/owner/name"),
-            "addresses are not supported; give the data set's name alone",
-        ),
-        (("--validation-data", "https://host/a.txt"), "addresses are not supported; download it and give the path"),
+        (("--data", "nowhere://bucket/texts"), "source='nowhere://bucket/texts': Protocol not known: nowhere"),
+        (("--data", "hf://datasets/owner/name"), "give the data set's name alone, as owner/name"),
+        (("--validation-data", "memory://nothing"), "source='memory://nothing': there is no file"),
         (("--lora", "prime"), "adapters are trained on a saved model"),
         (("--tokenizer", "./nowhere"), "there is no such folder"),
     ],

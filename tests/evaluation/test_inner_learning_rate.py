@@ -130,14 +130,12 @@ def test_a_checkpoint_is_measured_but_never_written_to(place):
 
 def test_where_nothing_helps_nothing_is_written(place, monkeypatch):
     """A model that is made worse by every step: its learning is ascent."""
-    measure = SWEEP.measure
 
     def worse(subject, data, length, settings):
-        numbers = measure(subject, data, length, settings)
         rate = subject.model.config.inner_learning_rate if subject.arguments["test_time_training"] else 0
-        return numbers | {"loss": 5.0 + rate, "loss_by_document": [5.0 + rate, 5.0 + 2 * rate, 5.0]}
+        return torch.tensor([5.0 + rate, 5.0 + 2 * rate, 5.0])[:, None].expand(3, length - 1)
 
-    monkeypatch.setattr(inner_learning_rate, "SWEEP", dataclasses.replace(SWEEP, measure=worse))
+    monkeypatch.setattr(inner_learning_rate, "SWEEP", dataclasses.replace(SWEEP, parts=worse))
     before = (place / "model" / "config.json").read_bytes()
     _, verdict, _, _ = run(place, write=True)
     assert not verdict.helps and "No inner learning rate of the grid helps" in verdict.lines()[0]
