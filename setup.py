@@ -30,6 +30,8 @@ PACKAGE_FOLDERS = {
 PEFT = "peft<0.22"
 # The site of `make docs`; mkdocs 2 drops the plugins that it is built with.
 DOCS = ["mkdocs<2", "mkdocs-material", "mkdocstrings[python]"]
+# The server: transformers' own, and what `/metrics` is written with.
+SERVE = ["transformers[serving]", "prometheus-client"]
 # Kernels of a GPU, which a CUDA build of torch brings; tests run them on the CPU.
 TRITON = "triton; sys_platform == 'linux'"
 # What `make types`, `make release` and the notebook run.
@@ -90,7 +92,7 @@ setup(
             TRITON,
             "trl",
             "openai",
-            "transformers[serving]",
+            *SERVE,
             *DOCS,
             *TOOLS,
         ],
@@ -100,8 +102,8 @@ setup(
         "gguf": ["gguf"],
         "jax": ["tensorstore", "gcsfs"],
         "peft": [PEFT],
-        "serve": ["transformers[serving]", "prometheus-client>=0.20"],
         "ray": ["ray[data]"],
+        "serve": SERVE,
         "triton": [TRITON],
     },
     classifiers=[
