@@ -110,8 +110,14 @@ class _StepCounter(TrainerCallback):
 
 def _steps_to_do(experiment: Experiment, row: Trained, seed: int, models_folder: Path) -> int:
     """Outer steps of the recipes of a row that were not trained to their end."""
-    runs = row_runs(experiment, row, seed, models_folder)
-    return sum(max(0, recipe.training.get("max_steps", 0)) for recipe, run in runs if not (run / MODEL).is_dir())
+    runs = _runs_to_do(list(row_runs(experiment, row, seed, models_folder)))
+    return sum(max(0, recipe.training.get("max_steps", 0)) for recipe, _ in runs)
+
+
+def _runs_to_do(runs: Sequence[tuple[Recipe, Path]]) -> Sequence[tuple[Recipe, Path]]:
+    """Those behind the last one whose model is there: what it went on from is needed no more, but for its log."""
+    done = max((number for number, (_, run) in enumerate(runs, 1) if (run / MODEL).is_dir()), default=0)
+    return runs[done:]
 
 
 def train_seed(
@@ -122,22 +128,23 @@ def train_seed(
     Returns:
         The folder of the model, or its preset where nothing is trained; tokens, and CPU seconds, of all recipes.
     """
-    model, tokens, seconds = system_preset(row.system, experiment.size), 0, 0.0
-    for recipe, run in row_runs(experiment, row, seed, models_folder):
-        read, taken = train_recipe(experiment, model, recipe, run, cache)
-        model, tokens, seconds = str(run / MODEL), tokens + read, seconds + taken
-    return model, tokens, seconds if experiment.recipes else None
+    model, runs = system_preset(row.system, experiment.size), list(row_runs(experiment, row, seed, models_folder))
+    todo = _runs_to_do(runs)
+    if len(todo) < len(runs):
+        model = str(runs[-1 - len(todo)][1] / MODEL)
+    for recipe, run in todo:
+        train_recipe(experiment, model, recipe, run, cache)
+        model = str(run / MODEL)
+    taken = [what_it_took(recipe, run) for recipe, run in runs]
+    return model, sum(tokens for tokens, _ in taken), sum(seconds for _, seconds in taken) if runs else None
 
 
-def train_recipe(experiment: Experiment, model: str, recipe: Recipe, run: Path, cache: Path) -> tuple[int, float]:
+def train_recipe(experiment: Experiment, model: str, recipe: Recipe, run: Path, cache: Path) -> None:
     """Train a model by one recipe, unless that was done.
 
     Args:
         model: a preset, or the folder of a model.
         run: where, as `run_folder` names it.
-
-    Returns:
-        Tokens that were read, and CPU seconds.
     """
     run.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{run}.lock"):  # another experiment may be training the same model
@@ -150,6 +157,10 @@ def train_recipe(experiment: Experiment, model: str, recipe: Recipe, run: Path, 
             if _steps_done is not None:
                 trainer.add_callback(_StepCounter(_steps_done))
             finish_run(trainer, trainer.last_whole_checkpoint() if resume else None)
+
+
+def what_it_took(recipe: Recipe, run: Path) -> tuple[int, float]:
+    """Tokens that a finished run has read, and CPU seconds."""
     log = read_log(run)
     tokens = max(entry["step"] for entry in log) * recipe.batch_size * recipe.data.sequence_length
     return tokens, sum(entry.get("cpu_seconds", 0.0) for entry in log)

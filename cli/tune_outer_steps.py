@@ -14,7 +14,7 @@ from ttt_e2e.configuration.experiments import Experiment, Trained
 from ttt_e2e.evaluation.tables import Table
 from ttt_e2e.storage.disk import write_json, write_text
 
-from .experiment_training import read_log, row_recipes, run_folder, train_recipe
+from .experiment_training import read_log, row_recipes, run_folder, train_recipe, what_it_took
 
 RATES = ("learning_rate", "muon_learning_rate")
 FURTHER = 2  # steps beyond the grid
@@ -105,7 +105,8 @@ def try_rate(
     plain = dataclasses.replace(experiment, by_system={row.system: others})
     recipe = tuning_recipe(row_recipes(plain, Trained(row.system), preset)[0], factor, share)
     run = run_folder(experiment, preset, recipe, [], models_folder)
-    tokens, _ = train_recipe(experiment, preset, recipe, run, cache)
+    train_recipe(experiment, preset, recipe, run, cache)
+    tokens, _ = what_it_took(recipe, run)
     log = read_log(run)
     loss = next(entry["eval_loss"] for entry in reversed(log) if "eval_loss" in entry)
     rates = {name: recipe.training[name] for name in RATES if name in recipe.training}

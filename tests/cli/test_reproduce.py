@@ -18,6 +18,7 @@ from ttt_e2e.cli.tune_outer_steps import FURTHER, Tried, next_factor, tune_outer
 from ttt_e2e.configuration import load_recipe
 from ttt_e2e.configuration.experiments import experiment_names, load_experiment
 from ttt_e2e.evaluation.verdicts import AGREES, DISAGREES, NOT_JUDGED, NOT_RESOLVED
+from ttt_e2e.training.run import LOG, MODEL
 
 SHORT = ["batch_size=2", "data.sequence_length=128", "data.validation_rows=2", "training.max_steps=2"]
 SHORT += ["training.logging_steps=1", "training.save_steps=2", "training.eval_strategy=no"]
@@ -211,3 +212,27 @@ def test_what_differs_is_in_the_first_recipe_but_for_the_seed():
     assert first.training["learning_rate"] == 0.006 and first.training["seed"] == further.training["seed"] == 2
     plain = load_recipe("extend-packages", "tiny")
     assert further.training == plain.training | {"seed": 2} and further.model == plain.model
+
+
+def test_what_a_finished_model_went_on_from_is_needed_no_more(tmp_path, monkeypatch):
+    """But for its log, which says what its training took."""
+    trained = []
+
+    def train(experiment, model, recipe, run, cache):
+        trained.append((recipe.name, model))
+        (run / MODEL).mkdir(parents=True)
+        (run / LOG).write_text(json.dumps([{"step": 10, "cpu_seconds": 1.5}]))
+
+    monkeypatch.setattr(experiment_training, "train_recipe", train)
+    experiment = load_experiment("context-length")
+    asked = (experiment, experiment.rows["TTT-E2E"], 0, tmp_path, tmp_path)
+    model, tokens, seconds = experiment_training.train_seed(*asked)
+    (_, first), (_, further) = experiment_training.row_runs(*asked[:2], 0, tmp_path)
+    assert trained == [("pretrain-packages", "tiny"), ("extend-packages", str(first / MODEL))]
+    assert (model, tokens, seconds) == (str(further / MODEL), 10 * (1024 + 8192), 3.0)
+    shutil.rmtree(first / MODEL)
+    assert experiment_training.train_seed(*asked) == (model, tokens, seconds) and len(trained) == 2
+    assert experiment_training._steps_to_do(*asked[:2], 0, tmp_path) == 0
+    shutil.rmtree(further)
+    experiment_training.train_seed(*asked)
+    assert len(trained) == 4
