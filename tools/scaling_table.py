@@ -79,7 +79,7 @@ def fewest_gpus(estimate: RunEstimate, gathered: int, rows: int) -> str:
     shared, gpus = sum(parts[name] for name in SHARED), 2
     while gpus <= rows and shared / gpus + 2 * gathered + rest > GPU:  # the unit and its gradient
         gpus *= 2
-    return f"{gpus}, FSDP2" if gpus <= rows else "more than rows"
+    return f"{gpus}, FSDP2" if gpus <= rows else "does not fit"
 
 
 def table_row(size: str, recipe_name: str, counted: bool) -> list[str]:
