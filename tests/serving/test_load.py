@@ -85,7 +85,18 @@ def test_it_ends_when_all_that_was_begun_is_answered(tmp_path):
     """SIGTERM in the middle of several answers; two servers on one folder of contexts."""
     save_text_model(small_text_model(), tmp_path / "model")
     (tmp_path / "contexts").mkdir()
-    command = [sys.executable, "-m", "ttt_e2e.cli.main", "serve", "--model", str(tmp_path / "model"), "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "ttt_e2e.cli.main",
+        "serve",
+        "--model",
+        str(tmp_path / "model"),
+        "--port",
+        "0",
+        "--name",
+        "small",
+    ]
     command += ["--contexts", str(tmp_path / "contexts")]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     servers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
@@ -94,7 +105,7 @@ def test_it_ends_when_all_that_was_begun_is_answered(tmp_path):
         for server in servers:
             line = next(line for line in server.stdout if "http://" in line)
             addresses.append(line.split(" at ")[1].split("/v1")[0])
-        sent = {"model": "model", "prompt": PROMPTS[0], "max_tokens": 200, "temperature": 0}
+        sent = {"model": "small", "prompt": PROMPTS[0], "max_tokens": 200, "temperature": 0}
         with ThreadPoolExecutor(8) as clients:
             begun = [
                 clients.submit(requests.post, f"{addresses[n % 2]}/v1/completions", json=sent, timeout=300)
@@ -103,8 +114,9 @@ def test_it_ends_when_all_that_was_begun_is_answered(tmp_path):
             time.sleep(1)
             for server in servers:
                 server.send_signal(signal.SIGTERM)
-            texts = {one.result().json()["choices"][0]["text"] for one in begun}
-        assert len(texts) == 1
+            answers = [one.result() for one in begun]
+        assert [answer.status_code for answer in answers] == [200] * 8, [answer.text[:300] for answer in answers]
+        assert len({answer.json()["choices"][0]["text"] for answer in answers}) == 1
         assert all(server.wait(timeout=60) is not None for server in servers)
         with pytest.raises(requests.ConnectionError):
             requests.get(f"{addresses[0]}/health", timeout=5)
