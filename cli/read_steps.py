@@ -27,11 +27,11 @@ def read_many(device: str | None, **request) -> None:
     process, processes, here = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if device is None and torch.cuda.is_available():
         device = f"cuda:{here}"
-    unreadable, read, tokens, started = 0, 0, 0, time.perf_counter()
+    unreadable, read, tokens = 0, 0, 0
     with refusals("Interrupted. The same command goes on with the documents that are left."):
         reading = ManyDocuments(ReadingRequest(**request, device=device, process=process, processes=max(1, processes)))
         groups, count = reading.shared_out(), len(reading.documents)
-        left = sum(map(len, groups))
+        left, started = sum(map(len, groups)), time.perf_counter()
         with tqdm(total=count, initial=count - left, desc="Reading", unit=" documents", disable=process > 0) as bar:
             for outcome in reading.read(groups):
                 if outcome.error is not None:

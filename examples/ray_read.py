@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import pyarrow
 import ray
 
 from ttt_e2e.data.named_documents import NamedDocuments
@@ -51,8 +53,9 @@ def read_on_ray(request: ReadingRequest, workers: int, gpus: float = 0, reader: 
     )
     count = len(listed)
     blocks = max(1, min(count, max(workers, count // (request.rows * NUMBERS_AT_ONCE))))
-    numbers = ray.data.range(count, override_num_blocks=blocks)
-    read = numbers.map_batches(
+    # As tables that are there, so that no task waits for a CPU that the workers hold.
+    numbers = [pyarrow.table({"id": part}) for part in np.array_split(np.arange(count), blocks)]
+    read = ray.data.from_arrow(numbers).map_batches(
         reader,
         fn_constructor_args=(request,),
         batch_size=request.rows,
