@@ -42,7 +42,7 @@ def draw_curves(progress: Progress) -> str:
     )
     return (
         f'<figure class="curves" role="img" aria-label="{escape(_spoken(progress))}" data-points="{len(learning)}">'
-        '<figcaption><b>Loss by position</b>, nats per token<span class="keys">'
+        '<figcaption><b>Loss by position</b> nats per token<span class="keys">'
         '<i class="learning"></i>learning<i class="plain"></i>not learning</span></figcaption>'
         f'<div class="losses">{losses}</div>'
         f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">{rules}'

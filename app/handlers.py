@@ -104,6 +104,7 @@ class Handlers:
             except ValueError as error:
                 raise ValueError(str(error).replace(repr(str(file)), repr(name))) from error
         session = self._session(model, request)
+        yield {self.parts.said: sentence(f"{name}: finding its tokens ...")}
         session.add_document(name, text)
         yield {self.parts.text: "", self.parts.file: None}
         yield from self._read_on(session)

@@ -23,6 +23,12 @@ def look() -> dict:
     """The page's looks, as arguments of Gradio's `launch`."""
     theme = gr.themes.Base(
         primary_hue="indigo", neutral_hue="gray", radius_size="sm", spacing_size="sm", font=SANS, font_mono=MONO
+    ).set(
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_large_text_weight="500",
+        slider_color="*primary_600",
+        checkbox_background_color_selected="*primary_600",
     )
     return {"theme": theme, "css_paths": [CSS], "footer_links": []}
 

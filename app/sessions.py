@@ -43,6 +43,11 @@ class Sessions:
         """The session of a visitor, None where there is none."""
         return self._open.get(key)
 
+    def all(self) -> list[Session]:
+        """The sessions of all visitors."""
+        with self._lock:
+            return list(self._open.values())
+
     def replace(self, key: str, session: Session) -> None:
         """Give a visitor another session; the old one is dropped."""
         self.drop(key)
