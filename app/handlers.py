@@ -8,7 +8,8 @@ import functools
 import inspect
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,12 +72,11 @@ class Handlers:
         text_model = self.shelf.get(model)
         return self.sessions.of(str(request.session_hash), lambda: Session(text_model, self.queue, self.limits))
 
-    def _picture(self, session: Session, progress: Progress, paused: bool = True) -> Shown:
-        parts = self.parts
+    def _picture(self, progress: Progress, paused: bool = True) -> Shown:
         return {
-            parts.said: where_it_stands(progress, paused),
-            parts.curves: draw_curves(progress),
-            parts.numbers: numbers(progress),
+            self.parts.said: where_it_stands(progress, paused),
+            self.parts.curves: draw_curves(progress),
+            self.parts.numbers: numbers(progress),
         }
 
     def _buttons(self, session: Session, busy: bool) -> Shown:
@@ -88,6 +88,18 @@ class Handlers:
             parts.go_on: gr.update(interactive=is_reading and not busy),
             parts.send: gr.update(interactive=not busy),
         }
+
+    def _working(self, session: Session, steps: Iterator[Shown]) -> Iterator[Shown]:
+        """Steps of a session's work, with the buttons as they are meanwhile and afterwards, after an error as well."""
+        session.check_idle()
+        yield self._buttons(session, busy=True)
+        try:
+            yield from steps
+        except Exception:
+            yield self._buttons(session, session.is_working)
+            raise
+        if not session.is_closed:
+            yield {**self._buttons(session, session.is_working), **self._picture(session.progress())}
 
     @told
     def read(self, model: str, text: str, file: str | None, request: gr.Request) -> Iterator[Shown]:
@@ -129,17 +141,16 @@ class Handlers:
         yield from self._read_on(self._session(model, request))
 
     def _read_on(self, session: Session) -> Iterator[Shown]:
+        return self._working(session, self._reading(session))
+
+    def _reading(self, session: Session) -> Iterator[Shown]:
+        yield self._picture(session.progress(), paused=False)
         shown = 0.0
-        yield {**self._buttons(session, busy=True), **self._picture(session, session.progress(), paused=False)}
-        try:
-            for progress in session.read_on():
+        with closing(session.read_on()) as reading:
+            for progress in reading:
                 if time.monotonic() - shown > PACE:
                     shown = time.monotonic()
-                    yield self._picture(session, progress, paused=False)
-        finally:
-            session.stop()
-        if not session.is_closed:
-            yield {**self._buttons(session, busy=False), **self._picture(session, session.progress())}
+                    yield self._picture(progress, paused=False)
 
     def stop(self, request: gr.Request) -> None:
         """Pause reading, or end what is being written."""
@@ -165,7 +176,7 @@ class Handlers:
         yield {**self._nothing_read(session), self.parts.said: sentence(said)}
 
     def _nothing_read(self, session: Session) -> Shown:
-        picture = self._picture(session, session.progress())
+        picture = self._picture(session.progress())
         more = {self.parts.chat: [], self.parts.comparison: "", self.parts.saved: gr.update(visible=False)}
         return {**picture, **self._buttons(session, busy=False), **more}
 
@@ -174,18 +185,17 @@ class Handlers:
         self, model: str, message: str, mode: str, learn: bool, length: int, chat: list, request: gr.Request
     ) -> Iterator[Shown]:
         """Answer a message or write on from it; the text appears as it is written."""
-        session, parts = self._session(model, request), self.parts
+        session = self._session(model, request)
         begin = session.ask if mode == ASK else session.go_on_writing
         texts = begin(message, learn, max_new_tokens=int(length))
+        yield from self._working(session, self._writing(texts, message, chat))
+
+    def _writing(self, texts: Generator[str, None, None], message: str, chat: list) -> Iterator[Shown]:
         turns = [*chat, {"role": "user", "content": message}]
-        yield {**self._buttons(session, busy=True), parts.said: sentence("Writing ...")}
-        try:
+        yield {self.parts.said: sentence("Writing ..."), self.parts.chat: turns, self.parts.message: ""}
+        with closing(texts):
             for text in texts:
-                yield {parts.chat: [*turns, {"role": "assistant", "content": text}], parts.message: ""}
-        finally:
-            texts.close()
-            busy = self._buttons(session, busy=False)
-        yield {**busy, **self._picture(session, session.progress())}
+                yield {self.parts.chat: [*turns, {"role": "assistant", "content": text}]}
 
     @told
     def save(self, model: str, request: gr.Request) -> Iterator[Shown]:

@@ -5,7 +5,7 @@ Nothing here knows of browsers. One thing happens at a time in a session; with t
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from .text_stream import stream_text
 
 PIECE_TOKENS = 256  # read in one turn, so that a curve grows steadily and nobody waits long
 NO_TARGET = -100
+BUSY = "The model is still reading or writing here: pause it, or wait for its end"
 NOTHING_LEARNED = (0, 0)  # the positions that are learned from: none
 
 
@@ -114,7 +115,7 @@ class Session:
     @contextmanager
     def _working(self) -> Iterator[None]:
         if not self._work.acquire(blocking=False):
-            raise ValueError("The model is still reading or writing here: pause it, or wait for its end")
+            raise ValueError(BUSY)
         try:
             self._stop.clear()
             if self.is_closed:
@@ -122,6 +123,20 @@ class Session:
             yield
         finally:
             self._work.release()
+
+    @property
+    def is_working(self) -> bool:
+        """Whether something is being read or written, or has been begun and waits for its turn."""
+        return self._work.locked()
+
+    def check_idle(self) -> None:
+        """Check that something new can begin.
+
+        Raises:
+            ValueError: something is being read or written.
+        """
+        if self.is_working:
+            raise ValueError(BUSY)
 
     def _stopped(self) -> bool:
         return self._stop.is_set() or self.is_closed
@@ -165,7 +180,7 @@ class Session:
             model = self.text_model
             self._document = _Document(name, text_tokens(text, model.tokenizer, True, model.split_special_tokens))
 
-    def read_on(self) -> Iterator[Progress]:
+    def read_on(self) -> Generator[Progress, None, None]:
         """Read the document piece by piece, to its end or until `stop`; what was read is in the context at any time."""
         with self._working():
             while self.progress().is_reading and not self._stopped():
@@ -225,7 +240,7 @@ class Session:
         losses[targets.numpy() == NO_TARGET] = np.nan
         return losses
 
-    def ask(self, message: str, learn: bool, **arguments) -> Iterator[str]:
+    def ask(self, message: str, learn: bool, **arguments) -> Generator[str, None, None]:
         """Answer a message, as the next turn of a conversation; gives the answer so far again and again.
 
         Args:
@@ -241,13 +256,12 @@ class Session:
         def work(streamer) -> str:
             conversation = Conversation(self.text_model, self.context, **arguments)
             answer = conversation.answer(message, streamer, self._stopped)
-            self._unread += [*answer.read, *answer.written]
-            self.context = conversation.context
+            self._take_over(conversation.context, [*answer.read, *answer.written])
             return answer.text
 
         return self._stream(work)
 
-    def go_on_writing(self, text: str, learn: bool, **arguments) -> Iterator[str]:
+    def go_on_writing(self, text: str, learn: bool, **arguments) -> Generator[str, None, None]:
         """Write on from a text, right behind what was read; gives what is written so far again and again.
 
         Args, raises: as `ask`.
@@ -260,11 +274,18 @@ class Session:
             ids = text_tokens(text, model.tokenizer, after.tokens == 0, model.split_special_tokens).tolist()
             written = write(model.model, ids, after.cache, streamer=streamer, stop=self._stopped, **arguments)
             document = ReadDocument("prompt and what was written", len(ids) + len(written))
-            self._unread += [*ids, *written]
-            self.context = replace(after, documents=(*after.documents, document), answer_end=None)
+            context = replace(after, documents=(*after.documents, document), answer_end=None)
+            self._take_over(context, [*ids, *written])
             return str(model.tokenizer.decode(written, skip_special_tokens=True))
 
         return self._stream(work)
+
+    def _take_over(self, context: StoredContext, ids: list[int]) -> None:
+        """Go on from a context after ids of no document; they have their place in the curves, and no loss."""
+        self.context = context
+        self._unread += ids
+        for curve in self._curves:
+            curve.add(np.full(len(ids), np.nan))
 
     def _check_message(self, message: str) -> None:
         if not message.strip():
@@ -281,7 +302,7 @@ class Session:
         writing = writing_arguments(temperature, top_p, "context" if learn else "none")
         return {"max_new_tokens": int(max_new_tokens), **writing}
 
-    def _stream(self, work: Callable) -> Iterator[str]:
+    def _stream(self, work: Callable) -> Generator[str, None, None]:
         with self._working():
             yield from stream_text(work, self.text_model.tokenizer, self.queue, self.stop)
 

@@ -1,7 +1,7 @@
 """Text that appears while a model writes it."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from queue import Empty
 
 from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
@@ -28,7 +28,7 @@ def stream_text(
     tokenizer: PreTrainedTokenizerBase,
     queue: ModelQueue,
     stop: Callable[[], None],
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """Let work write in a thread of its own; gives the text so far whenever there is more, and its result in the end.
 
     Args:
