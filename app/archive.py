@@ -61,7 +61,7 @@ def unpack_context(path: Path, model: TTTE2EForCausalLM, largest: int = LARGEST)
             return open_context(folder, model)
         except (ValueError, FileNotFoundError) as error:
             said = str(error).replace(f"in {folder}", f"in {name}").replace(f"({folder})", name)
-            if "was read with another" in said:
+            if "was read with" in said:
                 said += (
                     " Choose the model that has read it, then load the file again; or read the text with this model."
                 )

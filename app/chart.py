@@ -9,6 +9,7 @@ from html import escape
 
 from .session import Progress
 
+SHORTEST_AXIS = 1024  # tokens
 Points = Sequence[tuple[float, float]]
 
 
@@ -16,11 +17,11 @@ def draw_curves(progress: Progress) -> str:
     """Loss by position with learning and without.
 
     Args:
-        progress: of a session; the axis reaches to the end of the document at hand.
+        progress: of a session; the axis grows with what was read, up to the end of the document at hand.
     """
     learning, plain = progress.learning.points(), progress.plain.points()
     first = progress.learning.start
-    last = max(first + progress.learning.length + progress.length - progress.read, first + 1)
+    last = first + _axis_length(progress)
     values = [loss for _, loss in (*learning, *plain)]
     low, high, loss_ticks = ticks(min(values), max(values), 4) if values else (0.0, 4.0, [0.0, 1.0, 2.0, 3.0, 4.0])
     _, _, position_ticks = ticks(first, last, 4)
@@ -72,6 +73,12 @@ def short_number(number: float) -> str:
         if abs(number) >= size:
             return f"{number / size:.3g}{letter}"
     return f"{number:.0f}"
+
+
+def _axis_length(progress: Progress) -> int:
+    """Tokens that the axis spans: a power of two, so that a curve grows for a while before it is drawn anew."""
+    done = progress.learning.length
+    return min(max(SHORTEST_AXIS, 1 << (done - 1).bit_length()), max(done + progress.length - progress.read, 1))
 
 
 def _spoken(progress: Progress) -> str:

@@ -3,7 +3,7 @@
 import numpy as np
 
 # Stretches that a curve has at most; then two neighbours become one.
-MOST_STRETCHES = 128
+MOST_STRETCHES = 64
 
 
 class LossCurve:

@@ -109,10 +109,10 @@ def test_a_forged_description_is_refused(text_model, saved, tmp_path):
         unpack_context(packed(tmp_path / "book.zip", entries.items()), text_model.model)
 
 
-@pytest.mark.parametrize("other", ["weights", "configuration"])
+@pytest.mark.parametrize("other", ["other weights", "another configuration"])
 def test_a_context_of_another_model_says_what_to_do(saved, tmp_path, other):
-    model = small_text_model(seed=1) if other == "weights" else small_text_model(chat_template=False)
-    if other == "configuration":
+    model = small_text_model(seed=1) if other == "other weights" else small_text_model(chat_template=False)
+    if other == "another configuration":
         model.model.config.inner_learning_rate = 0.01
     path = tmp_path / "book.zip"
     path.write_bytes(saved)
@@ -120,6 +120,6 @@ def test_a_context_of_another_model_says_what_to_do(saved, tmp_path, other):
     session.add_document("tale", BOOK)
     list(session.read_on())
     before = session.context
-    with pytest.raises(ValueError, match=rf"read with another {other}.*Choose the model that has read it"):
+    with pytest.raises(ValueError, match=rf"read with {other}.*Choose the model that has read it"):
         session.load(path)
     assert session.context is before

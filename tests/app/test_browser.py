@@ -104,7 +104,7 @@ def test_a_context_of_another_model_says_what_to_do(visit, tmp_path):
     assert visitor.tokens == 0
     visitor.give(tmp_path / "saved.zip")
     visitor.click("load")
-    assert "Choose the model that has read it" in visitor.wait_for("read with another weights")
+    assert "Choose the model that has read it" in visitor.wait_for("read with other weights")
 
 
 @pytest.mark.slow

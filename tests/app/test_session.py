@@ -224,7 +224,7 @@ def test_a_curve_keeps_its_size_and_its_means():
         curve.add(piece)
     assert curve.length == 5000 and curve.count == 4998 and curve.mean == pytest.approx(np.nanmean(losses))
     points = curve.points()
-    assert curve.width == 64 and len(points) == 78
+    assert curve.width == 128 and len(points) == 39
     for index, (middle, loss) in enumerate(points):
-        own = losses[64 * index : 64 * index + 64]
-        assert middle == 300 + 64 * index + 32 and loss == pytest.approx(np.nanmean(own))
+        own = losses[128 * index : 128 * index + 128]
+        assert middle == 300 + 128 * index + 64 and loss == pytest.approx(np.nanmean(own))
