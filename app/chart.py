@@ -45,10 +45,10 @@ def draw_curves(progress: Progress) -> str:
         f'<figure class="curves" role="img" aria-label="{escape(_spoken(progress))}" data-points="{len(learning)}">'
         '<figcaption><b>Loss by position</b> nats per token<span class="keys">'
         '<i class="learning"></i>learning<i class="plain"></i>not learning</span></figcaption>'
-        f'<div class="losses">{losses}</div>'
+        f'<div class="plot"><div class="losses">{losses}</div>'
         f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">{rules}'
         f"{line(plain, 'plain')}{line(learning, 'learning')}</svg>"
-        f'<div class="positions">{positions}</div></figure>'
+        f'<div class="positions">{positions}</div></div></figure>'
     )
 
 

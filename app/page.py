@@ -99,13 +99,13 @@ def _lay_out(shelf: ModelShelf, first: Session, limits: Limits, texts: list[str]
             elem_id="text",
         )
         parts["file"] = gr.File(
-            label="or a file (UTF-8)", file_count="single", height=150, scale=2, min_width=220, elem_id="file"
+            label="or a file (UTF-8)", file_count="single", height=130, scale=2, min_width=220, elem_id="file"
         )
     with gr.Row():
-        parts["read"] = gr.Button("Read", variant="primary", min_width=90, elem_id="read")
-        parts["pause"] = gr.Button("Pause", interactive=False, min_width=90, elem_id="pause")
-        parts["go_on"] = gr.Button("Go on", interactive=False, min_width=90, elem_id="go-on")
-        parts["forget"] = gr.Button("Forget all", min_width=90, elem_id="forget")
+        parts["read"] = gr.Button("Read", variant="primary", min_width=130, elem_id="read")
+        parts["pause"] = gr.Button("Pause", interactive=False, min_width=130, elem_id="pause")
+        parts["go_on"] = gr.Button("Go on", interactive=False, min_width=130, elem_id="go-on")
+        parts["forget"] = gr.Button("Forget all", min_width=130, elem_id="forget")
     with gr.Row():
         examples = [
             gr.Button(f"Read {name}", size="sm", variant="secondary", min_width=160, elem_classes="there")

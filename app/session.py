@@ -97,11 +97,12 @@ class Session:
     Attributes:
         context: what has been read and written so far.
         is_closed: the visitor has left; nothing more is read or written.
+        last_used: when something was last begun or ended, by `time.monotonic`.
     """
 
     def __init__(self, text_model: TextModel, queue: ModelQueue, limits: Limits | None = None):
         self.text_model, self.queue, self.limits = text_model, queue, limits or Limits()
-        self.is_closed = False
+        self.is_closed, self.last_used = False, time.monotonic()
         self._work, self._stop = threading.Lock(), threading.Event()
         self._begin_with(StoredContext.new(text_model.model))
 
@@ -118,10 +119,12 @@ class Session:
             raise ValueError(BUSY)
         try:
             self._stop.clear()
+            self.last_used = time.monotonic()
             if self.is_closed:
                 raise ValueError("This session has ended: load the page again")
             yield
         finally:
+            self.last_used = time.monotonic()
             self._work.release()
 
     @property

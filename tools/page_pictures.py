@@ -17,18 +17,25 @@ from ttt_e2e.app.launch import launch_page
 from ttt_e2e.app.page import build_page
 
 PICTURES = {
-    "app.png": {"viewport": {"width": 1000, "height": 1130}, "color_scheme": "light"},
-    "app-phone.png": {"viewport": {"width": 390, "height": 1130}, "color_scheme": "dark", "is_mobile": True},
+    "app.png": {"top": "body", "viewport": {"width": 1000, "height": 1130}, "color_scheme": "light"},
+    "app-phone.png": {
+        "top": "#read",
+        "viewport": {"width": 390, "height": 844},
+        "color_scheme": "dark",
+        "is_mobile": True,
+        "device_scale_factor": 2,
+    },
 }
 COLOURS = 128  # of a picture: text and two lines need no more
 PATIENCE = 1_800_000  # milliseconds
 
 
-def take(browser: Browser, address: str, path: Path, tokens: int, **context) -> None:
+def take(browser: Browser, address: str, path: Path, tokens: int, top: str, **context) -> None:
     """Let a new visitor read, and take a picture.
 
     Args:
-        path: of the picture; tokens: after which reading is paused; context: of the browser.
+        path: of the picture; tokens: after which reading is paused; top: what the picture begins with; context: of the
+            browser.
     """
     page = browser.new_context(**context).new_page()
     page.set_default_timeout(PATIENCE)
@@ -37,7 +44,7 @@ def take(browser: Browser, address: str, path: Path, tokens: int, **context) -> 
     page.wait_for_function(f"Number(document.querySelector('#numbers dl').dataset.tokens) >= {tokens}")
     page.click("#pause")
     page.wait_for_selector("#said >> text=Paused")
-    page.evaluate("document.activeElement.blur()")
+    page.evaluate("top => { document.activeElement.blur(); document.querySelector(top).scrollIntoView() }", top)
     page.screenshot(path=path)
     page.context.close()
     Image.open(path).convert("RGB").quantize(COLOURS).save(path, optimize=True)
@@ -47,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", action="append", default=[], help="as of `ttt-e2e app`")
-    parser.add_argument("--tokens", type=int, default=20_000)
+    parser.add_argument("--tokens", type=int, default=8_000)
     asked = parser.parse_args()
     page = build_page(shipped_models(asked.model))
     address = launch_page(page, port=0, wait=False)

@@ -100,6 +100,25 @@ def test_visitors_are_counted_and_dropped(text_model):
     assert sessions.find("b") is other and second.is_closed
 
 
+def test_who_does_nothing_for_long_makes_room_for_others(text_model):
+    sessions = Sessions(most=2, patience=3600)
+
+    def new():
+        return Session(text_model, ModelQueue())
+
+    reading, idle = sessions.of("reading", new), sessions.of("idle", new)
+    reading.add_document("book", BOOK)
+    pieces = reading.read_on()
+    next(pieces)
+    with pytest.raises(ValueError, match="2 visitors already"):
+        sessions.of("new", new)
+    reading.last_used -= 9999
+    idle.last_used -= 3700
+    sessions.of("new", new)
+    assert idle.is_closed and sessions.find("idle") is None and sessions.find("reading") is reading
+    pieces.close()
+
+
 def test_models_are_loaded_once_and_when_they_are_wanted(text_model):
     loaded = []
 
