@@ -23,7 +23,6 @@ PICTURES = {
         "viewport": {"width": 390, "height": 844},
         "color_scheme": "dark",
         "is_mobile": True,
-        "device_scale_factor": 2,
     },
 }
 COLOURS = 128  # of a picture: text and two lines need no more

@@ -56,9 +56,8 @@ def open_browser():
 
     program = next(filter(None, map(shutil.which, BROWSERS)))
     with sync_playwright() as playwright:
-        # Root, as in containers, gets no sandbox.
-        arguments = [] if os.geteuid() else ["--no-sandbox"]
-        browser = playwright.chromium.launch(executable_path=program, args=arguments)
+        # There is none in containers, and the page is ours.
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield browser
         browser.close()
 

@@ -8,7 +8,7 @@ import pytest
 from ..serving.small import BOOK
 from .browsing import Visitor, need_a_browser, open_browser, open_page
 
-ENDLESS = BOOK * 300  # nobody waits for its end
+ENDLESS = BOOK * 5000  # nobody waits for its end
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +110,8 @@ def test_a_context_of_another_model_says_what_to_do(visit, tmp_path):
 @pytest.mark.slow
 def test_two_visitors_do_not_mix(visit, tmp_path):
     one, other = visit(), visit()
-    one.paste(BOOK * 4)
-    other.paste(BOOK[::-1] * 3)
+    one.paste(BOOK * 40)
+    other.paste(BOOK[::-1] * 30)
     one.click("read")
     other.click("read")
     one.wait_for("is read")
@@ -120,7 +120,7 @@ def test_two_visitors_do_not_mix(visit, tmp_path):
     one.save(tmp_path / "one.zip")
     other.save(tmp_path / "other.zip")
     alone = visit()
-    alone.read(BOOK * 4)
+    alone.read(BOOK * 40)
     alone.save(tmp_path / "alone.zip")
     assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "alone.zip").read_bytes()
     alone.give(tmp_path / "other.zip")

@@ -22,7 +22,7 @@ def read_all(session, text):
 
 
 def test_two_sessions_do_not_mix(text_model):
-    texts = (BOOK * 2, BOOK[::-1] * 2)
+    texts = (BOOK * 8, BOOK[::-1] * 8)
     alone = [Session(text_model, ModelQueue()) for _ in texts]
     for session, text in zip(alone, texts, strict=True):
         read_all(session, text)
@@ -41,7 +41,7 @@ def test_two_sessions_do_not_mix(text_model):
 def test_a_short_text_is_read_while_a_long_one_is(text_model):
     queue = ModelQueue()
     long, short = Session(text_model, queue), Session(text_model, queue)
-    thread = threading.Thread(target=read_all, args=(long, BOOK * 200))
+    thread = threading.Thread(target=read_all, args=(long, BOOK * 2000))
     thread.start()
     while not long.context.tokens:
         time.sleep(0.01)

@@ -1,5 +1,8 @@
 """What a visitor does, without a browser: read, pause, ask, save, load, compare."""
 
+import dataclasses
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -10,13 +13,15 @@ from ttt_e2e.serving import Conversation, StoredContext, open_context, read_docu
 
 from ..serving.small import BOOK, GREEDY, files, same, small_text_model
 
-LONG = BOOK * 3
+LONG = BOOK * 14  # more than four pieces
 GREEDILY = {"max_new_tokens": 8, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
 def text_model():
-    return small_text_model()
+    """In float64: other pieces round differently, and learning makes more of that with every step."""
+    text_model = small_text_model()
+    return dataclasses.replace(text_model, model=text_model.model.double())
 
 
 @pytest.fixture
@@ -36,7 +41,7 @@ def at_once(text_model, *texts):
     return read_documents(text_model, StoredContext.new(text_model.model), documents)
 
 
-def close(one, other, tolerance=1e-5):
+def close(one, other, tolerance=1e-9):
     """Whether two contexts have learned the same, but for rounding."""
     pairs = zip(one.cache.context.fast.tensors, other.cache.context.fast.tensors, strict=True)
     apart = max((left - right).abs().max().item() for left, right in pairs)
@@ -65,16 +70,17 @@ def test_losses_are_those_of_the_whole_text_with_learning_and_without(text_model
         with torch.no_grad():
             output = text_model.model(ids, labels=ids, use_cache=False, test_time_training=learning)
         losses = output.token_nll[0]
-        assert curve.count == len(losses) and curve.mean == pytest.approx(losses.mean().item(), abs=1e-5)
+        assert curve.count == len(losses) and curve.mean == pytest.approx(losses.mean().item(), abs=1e-9)
         middle, loss = curve.points()[1]
         assert middle == 1.5 * curve.width
-        assert loss == pytest.approx(losses[curve.width : 2 * curve.width].mean().item(), abs=1e-5)
+        assert loss == pytest.approx(losses[curve.width : 2 * curve.width].mean().item(), abs=1e-9)
     assert progress.learning.mean < progress.plain.mean - 0.1
 
 
 def test_what_is_kept_stays_the_same_and_full_attention_would_grow(session):
     shown = read(session)
-    assert shown[-1].kept == shown[1].kept == session.context.cache.nbytes
+    # But for pending tokens, of which there are as many as a mini-batch at most.
+    assert shown[-1].kept == session.context.cache.nbytes < 1.05 * shown[1].kept
     assert shown[-1].full == pytest.approx(shown[1].full * shown[-1].tokens / shown[1].tokens)
 
 
@@ -153,8 +159,6 @@ def test_saved_equals_kept(text_model, session, tmp_path):
 
 
 def test_a_saved_file_is_the_folder_that_read_writes(text_model, session, tmp_path):
-    import zipfile
-
     read(session)
     session.save(tmp_path / "book.zip")
     write_context(tmp_path / "book", session.context)

@@ -20,7 +20,7 @@ def shown():
     """Progress while a document with a harmful name is read: before, in between and in the end."""
     session = Session(small_text_model(), ModelQueue())
     found = [session.progress()]
-    session.add_document(HARM, BOOK * 3)
+    session.add_document(HARM, BOOK * 14)
     for _ in session.read_on():
         found.append(session.progress())
     return found
