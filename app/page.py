@@ -99,7 +99,7 @@ def _lay_out(shelf: ModelShelf, first: Session, limits: Limits, texts: list[str]
             elem_id="text",
         )
         parts["file"] = gr.File(
-            label="or a file (UTF-8)", file_count="single", height=130, scale=2, min_width=220, elem_id="file"
+            label="or a file (UTF-8)", file_count="single", height=160, scale=2, min_width=220, elem_id="file"
         )
     with gr.Row():
         parts["read"] = gr.Button("Read", variant="primary", min_width=130, elem_id="read")

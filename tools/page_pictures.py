@@ -17,7 +17,7 @@ from ttt_e2e.app.launch import launch_page
 from ttt_e2e.app.page import build_page
 
 PICTURES = {
-    "app.png": {"top": "body", "viewport": {"width": 1000, "height": 1130}, "color_scheme": "light"},
+    "app.png": {"top": "body", "viewport": {"width": 1000, "height": 1160}, "color_scheme": "light"},
     "app-phone.png": {
         "top": "#read",
         "viewport": {"width": 390, "height": 844},
@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", action="append", default=[], help="as of `ttt-e2e app`")
-    parser.add_argument("--tokens", type=int, default=8_000)
+    parser.add_argument("--tokens", type=int, default=7_800)
     asked = parser.parse_args()
     page = build_page(shipped_models(asked.model))
     address = launch_page(page, port=0, wait=False)
