@@ -235,11 +235,11 @@ class Session:
     def _read_ids(
         self, cache: TTTE2ECache, ids: torch.Tensor, targets: torch.Tensor, span: tuple[int, int] | None
     ) -> np.ndarray:
-        """Read ids into a cache; returns the losses of their targets, float32 [tokens], NaN where there is none."""
+        """Read ids into a cache; returns the losses of their targets, float64 [tokens], NaN where there is none."""
         model = self.text_model.model
         rows, labels = ids[None].to(model.device), targets[None].to(model.device)
         output = model(rows, shift_labels=labels, cache=cache, use_cache=True, skip_logits=True, learning_span=span)
-        losses = output.token_nll[0].float().cpu().numpy().copy()
+        losses = output.token_nll[0].double().cpu().numpy()
         losses[targets.numpy() == NO_TARGET] = np.nan
         return losses
 
