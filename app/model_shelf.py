@@ -120,7 +120,8 @@ def load_on_base(adapter: Path, base: str, *, dtype: str = "auto", device: str |
         ValueError: the base is another model, or cannot be loaded.
     """
     weights = PrimeWeights.from_pretrained(adapter)
-    model = weights.on_base(base, dtype=dtype_named(dtype)).to(chosen_device(device))
+    model = weights.on_base(base, dtype=dtype_named(dtype))
+    model = model.to(chosen_device(device))  # type: ignore[arg-type]  # a wrapped method
     tokenizer = load_tokenizer(adapter, weights.config.vocab_size)
     tokenizer.model_max_length = VERY_LARGE_INTEGER
     return TextModel(model.eval(), tokenizer)

@@ -125,7 +125,9 @@ def _lay_out(shelf: ModelShelf, first: Session, limits: Limits, texts: list[str]
     with gr.Row():
         parts["mode"] = gr.Radio([ASK, CONTINUE], value=ASK, show_label=False, min_width=200, elem_id="mode")
         parts["learn"] = gr.Checkbox(True, label="Learn from what we write", min_width=200, elem_id="learn")
-        parts["length"] = gr.Slider(16, limits.new_tokens, 256, step=16, label="Tokens at most", min_width=160)
+        parts["length"] = gr.Slider(
+            16, limits.new_tokens, 256, step=16, label="Tokens at most", min_width=160, elem_id="length"
+        )
     with gr.Row():
         parts["send"] = gr.Button("Send", variant="primary", min_width=90, elem_id="send")
         parts["stop"] = gr.Button("Stop", interactive=False, min_width=90, elem_id="stop")

@@ -104,16 +104,19 @@ class Visitor:
         """Tokens in the learned context, as the page shows them."""
         return int(self.page.get_attribute("#numbers dl", "data-tokens"))
 
+    def wait_for_tokens(self, more_than):
+        self.page.wait_for_function(f"Number(document.querySelector('#numbers dl').dataset.tokens) > {more_than}")
+
     def wait_for_points(self, more_than):
         self.page.wait_for_function(f"Number(document.querySelector('#curves figure').dataset.points) > {more_than}")
 
     def ask(self, message):
         """The last answer, when it is complete."""
+        before = self.tokens
         self.page.fill("#message textarea", message)
         self.click("send")
-        self.page.wait_for_selector("#send:not([disabled])")
-        self.page.wait_for_selector("#stop[disabled]")
-        return self.page.locator("#chat .bot.message, #chat .message.bot").last.inner_text()
+        self.wait_for_tokens(before)
+        return self.page.locator("#chat [data-testid=bot]").last.inner_text()
 
     def save(self, path):
         self.click("save")
