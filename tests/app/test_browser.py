@@ -151,6 +151,7 @@ def test_ten_megabytes_can_be_pasted(visit):
     visitor.wait_for("16,777,217 characters, but 16,777,216 are read here at most")
 
 
+@pytest.mark.slow
 def test_reloading_in_mid_reading_begins_anew_and_ends_the_reading(visit, served):
     sessions = served[1]
     visitor = visit()
@@ -168,6 +169,7 @@ def test_reloading_in_mid_reading_begins_anew_and_ends_the_reading(visit, served
     assert left.context.tokens == stopped  # nobody reads on for a visitor who has left
 
 
+@pytest.mark.slow
 def test_a_phone_in_the_dark_and_the_keyboard_alone(visit):
     visitor = visit(viewport={"width": 360, "height": 740}, color_scheme="dark")
     page = visitor.page

@@ -15,6 +15,11 @@ def text_model():
     return small_text_model()
 
 
+@pytest.fixture(autouse=True)
+def short_pieces(monkeypatch):
+    monkeypatch.setattr("ttt_e2e.app.session.PIECE_TOKENS", 48)
+
+
 def read_all(session, text):
     session.add_document("book", text)
     for _ in session.read_on():
@@ -22,7 +27,7 @@ def read_all(session, text):
 
 
 def test_two_sessions_do_not_mix(text_model):
-    texts = (BOOK * 8, BOOK[::-1] * 8)
+    texts = (BOOK * 3, BOOK[::-1] * 3)
     alone = [Session(text_model, ModelQueue()) for _ in texts]
     for session, text in zip(alone, texts, strict=True):
         read_all(session, text)

@@ -18,9 +18,15 @@ HARM = "<script>alert('&')</script>"
 @pytest.fixture(scope="module")
 def shown():
     """Progress while a document with a harmful name is read: before, in between and in the end."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("ttt_e2e.app.session.PIECE_TOKENS", 48)
+        return progress_of_reading()
+
+
+def progress_of_reading():
     session = Session(small_text_model(), ModelQueue())
     found = [session.progress()]
-    session.add_document(HARM, BOOK * 14)
+    session.add_document(HARM, BOOK * 3)
     for _ in session.read_on():
         found.append(session.progress())
     return found

@@ -8,6 +8,7 @@ import zipfile
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from ..tools.packaged import DESCRIBED, ROOT
 
@@ -17,8 +18,9 @@ LOCK = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text(
 
 def test_it_asks_for_what_setup_py_asks_for():
     lines = (ROOT / "spaces" / "requirements.txt").read_text().splitlines()
-    asked = [line for line in lines if not line.startswith(("#", "--"))]
-    assert asked == [*DESCRIBED.install_requires, *DESCRIBED.extras_require["app"]]
+    asked = [Requirement(line) for line in lines if not line.startswith(("#", "--"))]
+    described = [*DESCRIBED.install_requires, *DESCRIBED.extras_require["app"]]
+    assert asked == [Requirement(text) for text in described]
 
 
 def test_its_front_matter_is_that_of_a_space():
