@@ -56,6 +56,8 @@ class ModelShelf:
         """
         if name not in self.loaders:
             raise ValueError(f"model={name!r}: there is no such model; there are {', '.join(self.loaders)}")
+        if name in self._loaded:  # nobody waits for another model than their own
+            return self._loaded[name]
         with self._lock:
             if name not in self._loaded:
                 self._loaded[name] = self.loaders[name]()

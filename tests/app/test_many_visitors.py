@@ -134,6 +134,20 @@ def test_models_are_loaded_once_and_when_they_are_wanted(text_model):
     shelf = ModelShelf({"tiny": load, "other": load})
     assert shelf.names == ["tiny", "other"] and not loaded
     assert shelf.get("tiny") is shelf.get("tiny") is text_model and loaded == ["tiny"]
+    begun, may_end = threading.Event(), threading.Event()
+
+    def load_slowly():
+        begun.set()
+        may_end.wait()
+        return text_model
+
+    shelf.loaders["slow"] = load_slowly
+    thread = threading.Thread(target=shelf.get, args=("slow",))
+    thread.start()
+    begun.wait()
+    assert shelf.get("tiny") is text_model  # while another one is loaded
+    may_end.set()
+    thread.join()
     with pytest.raises(ValueError, match="'huge': there is no such model; there are tiny, other"):
         shelf.get("huge")
     with pytest.raises(ValueError, match="name one with --model"):
