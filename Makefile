@@ -31,7 +31,7 @@ CHECKPOINT_STEPS ?= 3600
 # Threads that wait for one another by spinning bring torch to a crawl on a machine that does other work besides.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo comparisons test test-all test-newest lint bench gpu checkpoint checkpoint-code smollm2 smollm2-static chat install install-dev lock docs types release
+.PHONY: help demo comparisons test test-all test-newest lint bench gpu checkpoint checkpoint-code smollm2 smollm2-static chat install install-dev lock space pictures docs types release
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -145,6 +145,14 @@ $(SMOLLM2_GGUF): | $(INSTALLED)
 
 install: $(INSTALLED) ## only the set-up
 install-dev: $(INSTALLED_DEV) ## only the set-up, with what the tests need
+
+SPACE ?= build/space
+
+space: $(INSTALLED) ## the page as a Space of the Hub, ready to push
+	$(BIN)/python tools/space.py $(SPACE)
+
+pictures: $(INSTALLED_DEV) ## pictures of the page for docs/app.md (needs chromium)
+	$(BIN)/python tools/page_pictures.py docs
 
 docs: $(INSTALLED_DEV) ## the documentation as a site, in site/; a broken link or name fails
 	$(BIN)/python tools/package_path.py build/package

@@ -23,11 +23,14 @@ PACKAGE_FOLDERS = {
     # The same files once more, for the console script: what lies below `ttt_e2e` brings the models, and so torch.
     "ttt_e2e_cli": "cli",
     "ttt_e2e.serving": "serving",
+    "ttt_e2e.app": "app",
     "ttt_e2e.benchmarks": "benchmarks",
 }
 
 # An upper bound stands at the next minor version of a package of which more is used than it documents.
 PEFT = "peft<0.22"
+# The page.
+APP = "gradio<7"
 # The site of `make docs`; mkdocs 2 drops the plugins that it is built with.
 DOCS = ["mkdocs<2", "mkdocs-material", "mkdocstrings[python]"]
 # The server: transformers' own, and what `/metrics` is written with.
@@ -53,6 +56,7 @@ setup(
     packages=list(PACKAGE_FOLDERS),
     package_dir=PACKAGE_FOLDERS,
     package_data={
+        "ttt_e2e.app": ["*.css"],
         "ttt_e2e.configuration": ["*.yaml", "recipes/*.yaml", "experiments/*.yaml"],
         "ttt_e2e.benchmarks": ["*.yaml", "results/*.json"],
         "ttt_e2e.data": ["*.yaml"],
@@ -92,10 +96,13 @@ setup(
             TRITON,
             "trl",
             "openai",
+            "playwright",
+            APP,
             *SERVE,
             *DOCS,
             *TOOLS,
         ],
+        "app": [APP],
         "docs": DOCS,
         "evaluation": ["lm_eval<0.5"],
         "flash": ["flash-attn"],

@@ -13,6 +13,7 @@ from .export import export
 from .harness import PASS_THROUGH, lm_eval
 from .measure import measure
 from .merge import merge
+from .page import page
 from .presets import presets
 from .reproduce import reproduce
 from .serve import serve
@@ -38,6 +39,7 @@ app.command()(generate)
 app.command()(read)
 app.command()(chat)
 app.command()(serve)
+app.command("app")(page)
 app.add_typer(convert, name="convert")
 app.command("tune-inner-lr")(tune_inner_lr)
 app.command("tune-outer")(tune_outer)

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LOCK = ROOT / "requirements.lock"
 # All but `flash`.
-EXTRAS = "dev,docs,evaluation,gguf,jax,peft,ray,serve,triton"
+EXTRAS = "app,dev,docs,evaluation,gguf,jax,peft,ray,serve,triton"
 # What a CUDA build of torch brings, each at the one version that it names.
 OF_CUDA = re.compile(r"(nvidia|cuda|triton)(-|$)")
 HEADER = """\

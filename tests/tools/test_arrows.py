@@ -7,7 +7,7 @@ import pytest
 from .packaged import DESCRIBED, ROOT
 
 ORDER = (
-    "storage ttt_e2e configuration data conversion loading training evaluation model_cards serving benchmarks cli"
+    "storage ttt_e2e configuration data conversion loading training evaluation model_cards serving app benchmarks cli"
 ).split()
 FOLDERS = {package.removeprefix("ttt_e2e."): folder for package, folder in DESCRIBED.package_dir.items()}
 
