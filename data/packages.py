@@ -1,8 +1,9 @@
-"""Long real documents that every machine has: Python packages, each read as one text.
+"""Long real documents that any machine can have: Python packages, each read as one text.
 
 A document is a run of a package's source files in the order of their path: a package of up to `LONGEST` characters is
 one document, a larger one is cut between files. The packages are those of the standard library and of the distributions
-that this one needs, as far as their licence lets anyone copy them.
+in packages.yaml, as far as their licence lets anyone copy them. What is installed in another version than there is
+fetched with pip, and read without being installed.
 """
 
 import functools
@@ -10,16 +11,21 @@ import hashlib
 import importlib.metadata
 import platform
 import re
+import subprocess
+import sys
 import sysconfig
+import tempfile
+import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import yaml
 from datasets import Dataset
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
-OWN_NAME = "ttt-e2e"
+from ..storage.cached_folder import cached_folder
+
+LISTED, MANIFEST = Path(__file__).with_name("packages.yaml"), "manifest.json"
 # Characters: of a document at most (about 100K tokens of a small vocabulary), and so many that a rest is one too.
 LONGEST, SHORTEST = 300_000, 60_000
 MOST_OF_A_PACKAGE = 8  # documents, evenly spread, so that no package outweighs the others
@@ -33,15 +39,26 @@ GRAM, SHARE_OF_COPIES, SAMPLED = 13, 0.2, 16  # words of a run, the share of kno
 
 
 @functools.cache  # a quarter of a minute
-def installed_package_documents() -> Dataset:
-    """`package_documents` of the running Python."""
-    return package_documents(package_roots())
+def listed_package_documents(cache_folder: Path) -> Dataset:
+    """`package_documents` of the running Python's library and of the listed distributions.
+
+    Args:
+        cache_folder: for those that are not installed.
+
+    Raises:
+        OSError: one is neither installed nor can be fetched.
+    """
+    return package_documents(package_roots(cache_folder))
 
 
-def installed_packages_state() -> str:
+def listed_packages_state() -> str:
     """What tells whether these documents have changed, without reading them: SHA-256 of the versions."""
-    versions = [(name, importlib.metadata.version(name)) for name in sorted(needed_distributions())]
-    return hashlib.sha256(repr((platform.python_version(), versions)).encode()).hexdigest()
+    return hashlib.sha256(repr((platform.python_version(), listed_distributions())).encode()).hexdigest()
+
+
+def listed_distributions() -> dict[str, str]:
+    """Version by name, sorted by name."""
+    return dict(sorted(yaml.safe_load(LISTED.read_text(encoding="utf-8")).items()))
 
 
 def package_documents(roots: Iterable[tuple[str, Path]]) -> Dataset:
@@ -70,15 +87,15 @@ def package_documents(roots: Iterable[tuple[str, Path]]) -> Dataset:
     return Dataset.from_dict({"path": paths, "text": texts})
 
 
-def package_roots() -> Iterator[tuple[str, Path]]:
+def package_roots(cache_folder: Path) -> Iterator[tuple[str, Path]]:
     """Name and folder of every package that is read: "stdlib.NAME" or "DISTRIBUTION.NAME"."""
     library = Path(sysconfig.get_paths()["stdlib"])
     modules = [path for path in library.iterdir() if path.is_dir() and path.name not in LEFT_OUT]
     for path in modules:
         if (path / "__init__.py").is_file():
             yield f"stdlib.{path.name}", path
-    for name in sorted(needed_distributions()):
-        distribution = importlib.metadata.distribution(name)
+    for name, version in listed_distributions().items():
+        distribution = find_distribution(name, version, cache_folder)
         if not FREE.search(licence(distribution)):
             continue
         for package in sorted({file.parts[0] for file in distribution.files or () if len(file.parts) > 1}):
@@ -87,23 +104,40 @@ def package_roots() -> Iterator[tuple[str, Path]]:
                 yield f"{name}.{package}", folder
 
 
-def needed_distributions() -> set[str]:
-    """Names of the installed distributions that this one needs, directly or not, without its extras."""
-    found: set[str] = set()
-    waiting = [OWN_NAME]
-    while waiting:
-        for line in importlib.metadata.requires(waiting.pop()) or ():
-            requirement = Requirement(line)
-            name = canonicalize_name(requirement.name)
-            if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
-                continue
-            try:
-                importlib.metadata.distribution(name)
-            except importlib.metadata.PackageNotFoundError:
-                continue  # needed on other platforms only
-            found.add(name)
-            waiting.append(name)
-    return found
+def find_distribution(name: str, version: str, cache_folder: Path) -> importlib.metadata.Distribution:
+    """The distribution as it is installed, or its wheel's sources from a package index, without installing it.
+
+    Raises:
+        OSError: it is neither installed nor can be fetched.
+    """
+    try:
+        installed = importlib.metadata.distribution(name)
+        if installed.version.partition("+")[0] == version:  # builds of one version differ in no source
+            return installed
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    folder = cache_folder / "python-packages" / f"{name}-{version}"
+    cached_folder(folder, MANIFEST, functools.partial(_fetch, f"{name}=={version}"))
+    return next(iter(importlib.metadata.distributions(path=[str(folder)])))
+
+
+def _fetch(requirement: str, folder: Path) -> dict:
+    """Unpack the sources and the metadata of a distribution's wheel into a folder."""
+    with tempfile.TemporaryDirectory() as temporary:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        done = subprocess.run([*command, "--dest", temporary, requirement], capture_output=True, text=True)
+        wheels = list(Path(temporary).glob("*.whl"))
+        if not wheels:
+            said = (done.stderr.strip().splitlines() or ["pip is missing"])[-1]
+            raise OSError(
+                f"data=python-packages reads {requirement}, which is not installed and could not be fetched ({said}): "
+                f"pip install {requirement}, or name other data"
+            )
+        with zipfile.ZipFile(wheels[0]) as archive:
+            for member in archive.namelist():
+                if member.endswith(".py") or ".dist-info/" in member:
+                    archive.extract(member, folder)
+    return {"requirement": requirement}
 
 
 def licence(distribution: importlib.metadata.Distribution) -> str:

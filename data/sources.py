@@ -17,7 +17,7 @@ from ..storage.disk import check_disk_space
 from .addresses import is_address, load_address
 from .corpus import standard_library_documents
 from .files import COMPRESSED, KINDS, TEXT, documents_of_files, file_kind, file_texts, missing_column
-from .packages import installed_package_documents, installed_packages_state
+from .packages import listed_package_documents, listed_packages_state
 
 FORMAT, MANIFEST, DOCUMENTS = 1, "manifest.json", "documents.arrow"
 STANDARD_LIBRARY, PYTHON_PACKAGES = "standard-library", "python-packages"
@@ -68,7 +68,8 @@ def load_documents(
     if address:
         return _with_text(load_address(str(source), streaming, Path(cache_folder)), source, text_column)
     if source in BUILT_IN:
-        documents = standard_library_documents() if source == STANDARD_LIBRARY else installed_package_documents()
+        listed = source == PYTHON_PACKAGES
+        documents = listed_package_documents(Path(cache_folder)) if listed else standard_library_documents()
         return documents.to_iterable_dataset() if streaming else documents
     return _load_files(path, text_column, streaming, Path(cache_folder))
 
@@ -80,7 +81,7 @@ def source_state(source: str | Path) -> str:
     """
     path = Path(source).expanduser()
     if source == PYTHON_PACKAGES:
-        return f"{source} {installed_packages_state()}"
+        return f"{source} {listed_packages_state()}"
     if source == STANDARD_LIBRARY or not path.exists():
         return str(source)
     root, files = files_of_source(path)

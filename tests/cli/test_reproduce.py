@@ -205,7 +205,7 @@ def test_refused_tuning(command, message):
 
 def test_what_differs_is_in_the_first_recipe_but_for_the_seed():
     """An extension to longer text is the same for all, as the paper's: what it goes on from differs already."""
-    experiment = load_experiment("context-length")
+    experiment = load_experiment("context-length-extended")
     row = dataclasses.replace(experiment.rows["TTT-E2E"], overrides=["training.adam_beta1=0.8"])
     first, further = experiment_training.row_recipes(experiment, row, "tiny", seed=2)
     assert first.training["max_steps"] == 4500 and first.training["adam_beta1"] == 0.8
@@ -224,7 +224,7 @@ def test_what_a_finished_model_went_on_from_is_needed_no_more(tmp_path, monkeypa
         (run / LOG).write_text(json.dumps([{"step": 10, "cpu_seconds": 1.5}]))
 
     monkeypatch.setattr(experiment_training, "train_recipe", train)
-    experiment = load_experiment("context-length")
+    experiment = load_experiment("context-length-extended")
     asked = (experiment, experiment.rows["TTT-E2E"], 0, tmp_path, tmp_path)
     model, tokens, seconds = experiment_training.train_seed(*asked)
     (_, first), (_, further) = experiment_training.row_runs(*asked[:2], 0, tmp_path)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import random
+import zipfile
 
 import pytest
 
@@ -10,9 +11,8 @@ from ttt_e2e.data.packages import (
     LONGEST,
     MOST_OF_A_PACKAGE,
     SHORTEST,
-    installed_packages_state,
     licence,
-    needed_distributions,
+    listed_packages_state,
     package_documents,
     package_roots,
     source_files,
@@ -84,17 +84,55 @@ def test_nothing_to_read_is_an_error(tmp_path):
         package_documents([package(tmp_path / "none", {"notes.txt": "no"})])
 
 
-def test_installed_packages_are_those_that_this_one_needs():
-    needed = needed_distributions()
-    assert {"torch", "transformers", "datasets", "numpy"} <= needed and "pytest" not in needed
-    names = [name for name, _ in package_roots()]
+def test_packages_are_the_listed_ones(tmp_path, monkeypatch):
+    listed = packages.listed_distributions()
+    assert {"torch", "transformers", "numpy"} <= set(listed) and list(listed) == sorted(listed)
+    few = {
+        name: importlib.metadata.version(name).partition("+")[0] for name in ("torch", "numpy", "certifi", "packaging")
+    }
+    monkeypatch.setattr(packages, "listed_distributions", lambda: few)
+    names = [name for name, _ in package_roots(tmp_path)]
     assert {"stdlib.asyncio", "torch.torch", "numpy.numpy"} <= set(names) and len(names) == len(set(names))
     assert not any(name.startswith(("stdlib.test", "stdlib.encodings", "certifi.")) for name in names)
-    assert "BSD" in licence(importlib.metadata.distribution("numpy"))
+    assert "BSD" in licence(importlib.metadata.distribution("numpy")) and not any(tmp_path.iterdir())
+
+
+def index_with(folder, name, version, text):
+    """A wheel in a folder, as pip finds it there."""
+    facts = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nLicense: MIT\n"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        inside = f"{name}-{version}.dist-info"
+        wheel.writestr(f"{name}/__init__.py", text)
+        wheel.writestr(f"{name}/fast.so", "no source")
+        wheel.writestr(f"{inside}/METADATA", facts)
+        wheel.writestr(f"{inside}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{inside}/RECORD", f"{name}/__init__.py,,\n{name}/fast.so,,\n{inside}/METADATA,,\n")
+
+
+def test_another_version_than_the_installed_one_is_fetched_once(tmp_path, monkeypatch):
+    index = tmp_path / "index"
+    index.mkdir()
+    index_with(index, "numpy", "0.0.1", "answer = 42\n")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    monkeypatch.setattr(packages, "listed_distributions", lambda: {"numpy": "0.0.1"})
+    roots = {name: folder for name, folder in package_roots(tmp_path / "cache") if not name.startswith("stdlib.")}
+    assert list(roots) == ["numpy.numpy"]
+    assert [path.name for path in roots["numpy.numpy"].iterdir()] == ["__init__.py"]
+    assert (roots["numpy.numpy"] / "__init__.py").read_text() == "answer = 42\n"
+    monkeypatch.setattr(packages, "_fetch", lambda *arguments: pytest.fail("fetched again"))
+    assert dict(package_roots(tmp_path / "cache"))["numpy.numpy"] == roots["numpy.numpy"]
+
+
+def test_what_can_neither_be_found_nor_fetched_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(OSError, match=r"reads numpy==0.0.1, .*pip install numpy==0.0.1, or name other data"):
+        packages.find_distribution("numpy", "0.0.1", tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
 def test_state_follows_the_versions(monkeypatch):
-    before = installed_packages_state()
-    assert before == installed_packages_state()
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0")
-    assert installed_packages_state() != before
+    before = listed_packages_state()
+    assert before == listed_packages_state()
+    monkeypatch.setattr(packages, "listed_distributions", lambda: {"numpy": "0"})
+    assert listed_packages_state() != before
