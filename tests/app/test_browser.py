@@ -7,6 +7,7 @@ from urllib.parse import urlparse
 import pytest
 
 from ..serving.small import BOOK
+from . import browsing
 from .browsing import PATIENCE, Visitor, need_a_browser, open_browser, open_page
 
 ENDLESS = BOOK * 5000  # nobody waits for its end
@@ -37,6 +38,16 @@ def visit(served, browser):
     yield open_one
     for visitor in visitors:
         visitor.leave()
+
+
+def test_a_missing_browser_is_a_reason_to_skip_but_for_continuous_integration(monkeypatch):
+    monkeypatch.setattr(browsing, "missing", lambda: "there is no chromium")
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no chromium"):
+        need_a_browser()
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="no chromium"):
+        need_a_browser()
 
 
 def until(condition, seconds=60):
