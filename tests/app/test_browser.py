@@ -7,9 +7,10 @@ from urllib.parse import urlparse
 import pytest
 
 from ..serving.small import BOOK
+from . import browsing
 from .browsing import PATIENCE, Visitor, need_a_browser, open_browser, open_page
 
-ENDLESS = BOOK * 5000  # nobody waits for its end
+ENDLESS = BOOK * 1500  # nobody waits for its end
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,16 @@ def visit(served, browser):
     yield open_one
     for visitor in visitors:
         visitor.leave()
+
+
+def test_a_missing_browser_is_a_reason_to_skip_but_for_continuous_integration(monkeypatch):
+    monkeypatch.setattr(browsing, "missing", lambda: "there is no chromium")
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no chromium"):
+        need_a_browser()
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="no chromium"):
+        need_a_browser()
 
 
 def until(condition, seconds=60):
@@ -68,15 +79,19 @@ def test_reading_asking_saving_and_loading(visit, tmp_path):
     visitor.page.locator("#length input[type=number]").fill("16")
     assert visitor.ask("where does the water go?")
     visitor.save(tmp_path / "saved.zip")
-    other = visit()
-    other.give(tmp_path / "saved.zip")
-    other.click("load")
-    other.wait_for("tokens were read")
-    assert other.tokens == visitor.tokens
+    saved = visitor.tokens
+    visitor.click("forget")
+    visitor.wait_for("All is forgotten")
+    assert visitor.tokens == 0
+    visitor.give(tmp_path / "saved.zip")
+    visitor.click("load")
+    visitor.wait_for("tokens were read")
+    assert visitor.tokens == saved
     hosts = {urlparse(url).hostname for url in visitor.asked if not url.startswith(("data:", "blob:"))}
     assert hosts == {"127.0.0.1"}  # nothing comes from elsewhere
 
 
+@pytest.mark.slow
 def test_a_broken_file_is_a_sentence_and_the_page_goes_on(visit, tmp_path):
     visitor = visit()
     visitor.read(BOOK)

@@ -46,7 +46,7 @@ def test_two_sessions_do_not_mix(text_model):
 def test_a_short_text_is_read_while_a_long_one_is(text_model):
     queue = ModelQueue()
     long, short = Session(text_model, queue), Session(text_model, queue)
-    thread = threading.Thread(target=read_all, args=(long, BOOK * 2000))
+    thread = threading.Thread(target=read_all, args=(long, BOOK * 300))
     thread.start()
     while not long.context.tokens:
         time.sleep(0.01)
