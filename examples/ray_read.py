@@ -80,12 +80,12 @@ def main() -> None:
     parser.add_argument("--gpus", type=float, default=0, help="of each worker")
     arguments = vars(parser.parse_args())
     workers, gpus = arguments.pop("workers"), arguments.pop("gpus")
-    read, wrong = 0, 0
+    there, wrong = 0, 0
     for outcome in read_on_ray(ReadingRequest(**arguments), workers, gpus):
-        read, wrong = read + bool(outcome.tokens), wrong + bool(outcome.error)
+        there, wrong = there + (outcome.error is None), wrong + (outcome.error is not None)
         if outcome.error:
             print(f"Left out: {outcome.error}", file=sys.stderr)
-    print(f"{arguments['output']}: {read:,} documents were read, {wrong:,} could not be.")
+    print(f"{arguments['output']}: contexts of {there:,} documents; {wrong:,} could not be read.")
     sys.exit(1 if wrong else 0)
 
 
