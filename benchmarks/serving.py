@@ -118,7 +118,7 @@ def rate(asking: Asking, work: Callable[[Callable, list[dict]], object]) -> floa
     return CLIENTS * WRITTEN / (time.perf_counter() - begin)
 
 
-def measure(text_model: TextModel) -> ServingFigures:
+def measure_serving(text_model: TextModel) -> ServingFigures:
     """Serve a model, ask, and measure."""
     with served(text_model) as address, ThreadPoolExecutor(CLIENTS) as clients:
         asking = Asking(address, text_model.model.config.vocab_size)
@@ -157,7 +157,7 @@ def main(
     """Measure how a server does with many clients at once."""
     if threads is not None:
         torch.set_num_threads(threads)
-    figures = measure(load_text_model(model, dtype=dtype))
+    figures = measure_serving(load_text_model(model, dtype=dtype))
     found = {"model": Path(model).name, "dtype": dtype, "threads": torch.get_num_threads(), **asdict(figures)}
     text = json.dumps(found | {"environment": environment()}, indent=1)
     typer.echo(text)

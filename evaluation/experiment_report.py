@@ -118,8 +118,8 @@ def notes(yardsticks: Yardsticks, points: Sequence[Point], length: int) -> list[
             f"{_difference(-apart.value, apart.error)}, as it should be."
         )
     full, limited = yardsticks.full_context, yardsticks.limited_context
-    pair = [find_estimate(points, row, length, "loss") for row in (full, limited)]
-    gain = difference(*pair, pooled_seed_variance(pair))
+    longer, shorter = (find_estimate(points, row, length, "loss") for row in (full, limited))
+    gain = difference(longer, shorter, pooled_seed_variance([longer, shorter]))
     says = _difference(gain.value, gain.error)
     if shows_context(yardsticks, length, points):
         found.append(f"{full} is better than {limited} by {says}: the data rewards context beyond the window.")

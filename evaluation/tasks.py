@@ -130,7 +130,7 @@ class Task:
     name: str
     settings: type
     quantities: tuple[Quantity, ...]
-    parts: Callable[[Subject, TaskData, int, Any], Sequence]
+    parts: Callable[[Subject, TaskData, int, Any], Sequence | torch.Tensor]
     numbers: Callable[[Any, Any], dict]
     by_one_process: bool = False
     needs_data: bool = True

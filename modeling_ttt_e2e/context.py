@@ -127,9 +127,10 @@ def _joined_rows(layer: Sequence[KeysValues | None], num_sinks: int) -> KeysValu
     def rows(states: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.cat([F.pad(own, [0, 0, longest - own.shape[2], 0]) for own in states])
 
-    window = tuple(rows([own[side] for _, own in parts]) for side in (0, 1))
+    window = rows([own[0] for _, own in parts]), rows([own[1] for _, own in parts])
     sinks = [own for own, _ in parts if own is not None]
-    return join_pairs((tuple(torch.cat([own[side] for own in sinks]) for side in (0, 1)) if sinks else None, window))
+    joined = (torch.cat([own[0] for own in sinks]), torch.cat([own[1] for own in sinks])) if sinks else None
+    return join_pairs((joined, window))
 
 
 def _joined_fast_weights(contexts: Sequence["LearnedContext"]) -> FastWeights | None:

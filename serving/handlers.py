@@ -122,7 +122,11 @@ class RequestGeneration(BaseGenerateManager):
         ended = loop.create_future()
 
         def end(error: BaseException | None) -> None:
-            loop.call_soon_threadsafe(lambda: ended.done() or ended.set_result(error))
+            loop.call_soon_threadsafe(note_end, error)
+
+        def note_end(error: BaseException | None) -> None:
+            if not ended.done():  # as it is where nobody waits any more
+                ended.set_result(error)
 
         self._submit(ids, model, processor, gen_config, written.append, end)
         error = await ended

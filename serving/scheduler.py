@@ -9,7 +9,6 @@ with its last token; mini-batches end at different steps for different rows, as 
 
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Collection
 from concurrent.futures import CancelledError
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field
 import psutil
 import torch
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils import logging
 
 from .. import TTTE2ECache, TTTE2EForCausalLM
 from ..context import LearnedContext
@@ -25,6 +25,8 @@ from ..model_cards.card import sequence_memory
 from .metrics import Metrics
 from .prefixes import PrefixStore
 from .sampling import Sampling
+
+logger = logging.get_logger(__name__)
 
 READ_AT_ONCE = 256  # tokens of a prompt, about, between two tokens of those who write
 MOST_ROWS = 32  # by default; more make each one slow
@@ -298,7 +300,9 @@ class Scheduler:
 
     def _end(self, job: Job, error: BaseException | None) -> None:
         if error is not None:
-            traceback.clear_frames(error.__traceback__)  # they hold the learned context
+            if not isinstance(error, CancelledError | ValueError):  # what no request asks for
+                logger.error("A request failed", exc_info=error)
+            error.__traceback__ = None  # its frames hold learned contexts
         gone = isinstance(error, CancelledError)
         self.metrics.requests_finished.labels("done" if error is None else "gone" if gone else "failed").inc()
         job.end(error)

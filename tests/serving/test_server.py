@@ -204,8 +204,9 @@ def test_a_client_that_goes_away_frees_its_memory(served, alive, context):
     body = {"model": "small", "prompt": PROMPTS[0], "max_tokens": 100_000, "stream": True, "temperature": 0}
     body |= {} if context is None else {"context": context}
     with requests.post(f"{served.url}/v1/completions", json=body, stream=True, timeout=60) as response:
-        next(response.iter_lines())
-        assert alive
+        lines = response.iter_lines()  # dropped, it would close the connection
+        next(lines)
+        assert wait_until(lambda: alive and alive.read_into > 2)
     assert wait_until(lambda: not alive)
     assert served.complete(PROMPTS[1]) == served.expected(PROMPTS[1])
 
