@@ -302,7 +302,8 @@ class Scheduler:
         if error is not None:
             if not isinstance(error, CancelledError | ValueError):  # what no request asks for
                 logger.error("A request failed", exc_info=error)
-            error.__traceback__ = None  # its frames hold learned contexts
+            # Frames hold learned contexts, those of what the error came from as well.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
         gone = isinstance(error, CancelledError)
         self.metrics.requests_finished.labels("done" if error is None else "gone" if gone else "failed").inc()
         job.end(error)
