@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
-from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from .. import model_cards
 from ..conversion import PrimeWeights
 from ..data.tokenizer import load_tokenizer
-from ..loading import chosen_device, model_label
+from ..loading import model_label
 from ..serving import TextModel, load_text_model
+from ..serving.models import ready
 from ..storage.dtypes import dtype_named
 
 CHECKPOINTS = Path(model_cards.__file__).parent / "checkpoints"
@@ -122,8 +122,5 @@ def load_on_base(adapter: Path, base: str, *, dtype: str = "auto", device: str |
         ValueError: the base is another model, or cannot be loaded.
     """
     weights = PrimeWeights.from_pretrained(adapter)
-    model = weights.on_base(base, dtype=dtype_named(dtype))
-    model = model.to(chosen_device(device))  # type: ignore[arg-type]  # a wrapped method
     tokenizer = load_tokenizer(adapter, weights.config.vocab_size)
-    tokenizer.model_max_length = VERY_LARGE_INTEGER
-    return TextModel(model.eval(), tokenizer)
+    return ready(weights.on_base(base, dtype=dtype_named(dtype)), tokenizer, device)

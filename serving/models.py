@@ -47,6 +47,19 @@ def load_text_model(
             "TTT-E2E model"
         )
     tokenizer = load_tokenizer(source.folder, source.fields["vocab_size"])
+    return ready(load_model(source, dtype=torch_dtype), tokenizer, device, split_special_tokens)
+
+
+def ready(
+    model: TTTE2EForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device | str | None,
+    split_special_tokens: bool = True,
+) -> TextModel:
+    """A model that was loaded, on a device and in evaluation mode, with its tokenizer.
+
+    Args:
+        device, split_special_tokens: as `load_text_model` takes them.
+    """
     tokenizer.model_max_length = VERY_LARGE_INTEGER  # the model reads any length: no warning about it
-    model = on_device(load_model(source, dtype=torch_dtype), device)
-    return TextModel(model.eval(), tokenizer, split_special_tokens)
+    return TextModel(on_device(model, device).eval(), tokenizer, split_special_tokens)
