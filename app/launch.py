@@ -2,14 +2,13 @@
 
 import logging
 import os
-import socket
 from collections.abc import Collection
 from pathlib import Path
 
 import gradio as gr
 from starlette.middleware import Middleware
 
-from ..serving.doors import HostCheck
+from ..serving.doors import HostCheck, bound_socket
 
 CSS = Path(__file__).with_name("page.css")
 LARGEST_FILE = 512 * 2**20  # bytes of an upload
@@ -75,9 +74,5 @@ def free_port(host: str, port: int) -> int:
     Raises:
         OSError: somebody does, or the host is none of this machine's.
     """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.create_server((host, port), family=family) as listening:
-            return listening.getsockname()[1]
-    except OSError as error:
-        raise OSError(f"--host {host} --port {port}: cannot listen there ({error}); choose another port") from error
+    with bound_socket(host, port) as listening:
+        return listening.getsockname()[1]

@@ -1,6 +1,5 @@
 """`ttt-e2e serve`: a server with OpenAI's API, whose requests can go on from learned contexts."""
 
-import socket
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -75,6 +74,7 @@ def serve(
     try:
         uvicorn = import_module("uvicorn")
         server_module = import_module("ttt_e2e.serving.server")
+        doors = import_module("ttt_e2e.serving.doors")
     except ImportError as error:
         raise typer.BadParameter(
             f"The server needs further packages ({error}); install them: pip install 'ttt-e2e[serve]'"
@@ -85,7 +85,7 @@ def serve(
     with refusals():
         limits = server_module.TokenLimits(default_max_tokens, max_tokens)
         capacity = server_module.Capacity(rows, prefix_memory * MEBIBYTE)
-        with bound_socket(host, port) as listening:
+        with doors.bound_socket(host, port) as listening:
             text_model = load_text_model(model, dtype=dtype, device=device, split_special_tokens=split_special_tokens)
             named = ContextFolder(contexts, text_model.model, kept=contexts_in_memory)
             name = name or model_label(Path(model).resolve() if Path(model).is_dir() else model)
@@ -103,16 +103,3 @@ def serve(
             shown = f"[{host}]" if ":" in host else host
             typer.echo(f"{name} with {len(named.names())} learned contexts at http://{shown}:{port}/v1 (Ctrl-C ends)")
             uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
-
-
-def bound_socket(host: str, port: int) -> socket.socket:
-    """A socket that listens, before the model is loaded.
-
-    Raises:
-        OSError: the port is in use, or the host is none of this machine's.
-    """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise OSError(f"--host {host} --port {port}: cannot listen there ({error}); choose another port") from error

@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import socket
 import threading
 from collections.abc import Callable, Collection
 from contextvars import ContextVar
@@ -15,6 +16,19 @@ GONE: ContextVar[threading.Event] = ContextVar("gone")
 TOO_LONG = (
     "the request is longer than {} bytes; read long texts beforehand (ttt-e2e read) and name their learned context"
 )
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0 takes a free one.
+
+    Raises:
+        OSError: the port is in use, or the host is none of this machine's.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise OSError(f"--host {host} --port {port}: cannot listen there ({error}); choose another port") from error
 
 
 class Doorkeeper:
