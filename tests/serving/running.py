@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 
+import pytest
 import requests
 
 from ttt_e2e import TTTE2ECache
@@ -13,20 +14,31 @@ from ttt_e2e.serving import ContextFolder, StoredContext, read_documents, text_t
 from .small import BOOK, GREEDY, small_text_model
 
 TOKENS, MOST, LIMIT = 12, 100_000, 2**20
+PACKAGES = ("openai", "fastapi", "uvicorn", "prometheus_client")
 PROMPTS = [
     f"{word} river ran by the {word} mill, and" for word in "the old end water house evening goes nobody".split()
 ]
 
 
-class Served:
-    """A server in a thread, and clients of it."""
+def skip_without_server():
+    for package in PACKAGES:
+        pytest.importorskip(package, reason="needs the extra serve")
 
-    def __init__(self, folder, **changes):
+
+class Served:
+    """A server in a thread, and clients of it.
+
+    Args:
+        folder: of the contexts.
+        largest_request: in bytes.
+    """
+
+    def __init__(self, folder, text_model=None, largest_request=LIMIT):
         import uvicorn  # of the extra serve, without which the tests are skipped
 
         from ttt_e2e.serving.server import TokenLimits, build_app
 
-        self.text_model = small_text_model(**changes)
+        self.text_model = text_model or small_text_model()
         self.folder = folder
         for name, text in {"book": BOOK, "tale": BOOK[::-1]}.items():
             ids = text_tokens(text, self.text_model.tokenizer, begin=True)
@@ -34,7 +46,7 @@ class Served:
             write_context(folder / name, read_documents(self.text_model, empty, [(name, ids)]))
         contexts = ContextFolder(folder, self.text_model.model)
         limits = TokenLimits(default=TOKENS, most=MOST)
-        app = build_app("small", self.text_model, contexts, largest_request=LIMIT, limits=limits)
+        app = build_app("small", self.text_model, contexts, largest_request=largest_request, limits=limits)
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         self.server = uvicorn.Server(uvicorn.Config(app, log_level="error"))

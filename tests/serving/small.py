@@ -15,15 +15,16 @@ BOOK = " ".join(SENTENCES)
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 
 
-def small_text_model(seed: int = 0, chat_template: bool = True) -> TextModel:
-    """Learns fast and never ends, so that answers show what was read."""
+def small_text_model(seed: int = 0, chat_template: bool = True, **changes) -> TextModel:
+    """Learns fast and never ends, so that answers show what was read; `changes` are configuration fields."""
     tokenizer = byte_level_tokenizer()
     begin = [("<begin>", tokenizer.bos_token_id)]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<begin> $A", special_tokens=begin)
     if not chat_template:
         tokenizer.chat_template = None
-    changes = {"vocab_size": 300, "num_hidden_layers": 2, "num_suffix_layers": 1, "eos_token_id": None}
-    model = small_model(seed=seed, initializer_range=0.3, inner_learning_rate=0.3, **changes)
+    sizes = {"vocab_size": 300, "num_hidden_layers": 2, "num_suffix_layers": 1, "eos_token_id": None}
+    rates = {"initializer_range": 0.3, "inner_learning_rate": 0.3}
+    model = small_model(seed=seed, **sizes | rates | changes)
     return TextModel(model, tokenizer)
 
 

@@ -12,20 +12,12 @@ import requests
 from ttt_e2e.serving import ContextFolder, text_tokens
 
 from ..modeling.helpers import BATCH
-from .running import MOST, PROMPTS, TOKENS, Served, complaint, wait_until
+from .running import MOST, PROMPTS, TOKENS, complaint, wait_until
 from .small import BOOK
 
 MESSAGE = {"role": "user", "content": "x"}
 DEEP = "[" * 100_000 + "]" * 100_000
 SLOW = "{% for i in range(10000000) %}{% endfor %}"
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    for package in ("openai", "fastapi", "uvicorn"):
-        pytest.importorskip(package, reason="needs the extra serve")
-    with Served(tmp_path_factory.mktemp("contexts")) as served:
-        yield served
 
 
 def nested(depth):

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import requests
 
-from .running import PROMPTS, TOKENS, Served
+from .running import PROMPTS, TOKENS
 from .small import save_text_model, small_text_model
 
 pytestmark = pytest.mark.slow
@@ -22,14 +22,6 @@ pytestmark = pytest.mark.slow
 CLIENTS, REQUESTS = 32, 1000
 CONTEXTS = (None, "book", "tale")
 BODIES = ("{no json", "[1]", '{"prompt": ""}', '{"prompt": "x", "max_tokens": -1}', '{"prompt": [999]}')
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    for package in ("openai", "fastapi", "uvicorn", "prometheus_client"):
-        pytest.importorskip(package, reason="needs the extra serve")
-    with Served(tmp_path_factory.mktemp("contexts")) as served:
-        yield served
 
 
 def test_a_thousand_requests_of_32_clients(served):

@@ -17,15 +17,7 @@ from ttt_e2e import TTTE2ECache
 from ttt_e2e.serving import Turns, text_tokens
 
 from .running import LIMIT, PROMPTS, TOKENS, Served, complaint, wait_until
-from .small import BOOK, files
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    for package in ("openai", "fastapi", "uvicorn", "prometheus_client"):
-        pytest.importorskip(package, reason="needs the extra serve")
-    with Served(tmp_path_factory.mktemp("contexts")) as served:
-        yield served
+from .small import BOOK, files, small_text_model
 
 
 @pytest.fixture
@@ -381,7 +373,7 @@ def test_a_damaged_context_is_an_error_of_its_own_requests(served):
 
 
 def test_a_tokenizer_without_a_template_chats_in_plain_text(tmp_path):
-    with Served(tmp_path, chat_template=False) as served:
+    with Served(tmp_path, small_text_model(chat_template=False)) as served:
         messages = [{"role": "user", "content": "why?"}]
         answer = served.client.chat.completions.create(
             model="small", messages=messages, max_tokens=TOKENS, temperature=0
