@@ -1,8 +1,11 @@
 """The server, asked by OpenAI's client: what it answers is what `generate` writes, whoever else is asking."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -352,6 +355,29 @@ def test_transformers_chat_finds_the_model_and_no_other(served):
     for model, status in {"small": "ready", "small:book": "ready", "gpt-9": "error"}.items():
         answer = requests.post(f"{served.url}/load_model", json={"model": model}, timeout=60)
         assert json.loads(answer.text.removeprefix("data: "))["status"] == status
+
+
+def test_transformers_chat_shows_the_answers(served):
+    """The command itself: a message, no going on when it asks for that behind the last token, and one more."""
+    command = [sys.executable, "-m", "transformers.cli.transformers", "chat", "small:book", f"{served.url}/v1"]
+    flags, typed = ["max_new_tokens=12", "do_sample=False"], f"{PROMPTS[0]}\nn\n{PROMPTS[1]}\nn\n!exit\n"
+    environment = os.environ | {"TERM": "dumb", "COLUMNS": "400"}
+    done = subprocess.run(command + flags, input=typed, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    messages, shown = [], letters(done.stdout)
+    for prompt in PROMPTS[:2]:
+        messages.append({"role": "user", "content": prompt})
+        answer = served.client.chat.completions.create(
+            model="small:book", messages=messages, max_tokens=12, temperature=0
+        )
+        written = answer.choices[0].message.content.rstrip("\ufffd")  # half a character is streamed when it is whole
+        assert len(letters(written)) > 1 and letters(written) in shown
+        messages.append({"role": "assistant", "content": written})
+
+
+def letters(text: str) -> str:
+    """What drawing a text as Markdown leaves as it is: letters, and the mark of half a character."""
+    return re.sub("[^a-zA-Z\ufffd]", "", text)
 
 
 @pytest.mark.parametrize("path", ["reset", "v1/responses", "v1/systemone", "v1/audio/transcriptions"])
