@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from ..serving.small import BOOK, files, small_text_model
 from .context_commands import fill_place, refused, run
@@ -80,17 +81,23 @@ def test_what_does_not_fit_is_refused(place, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "accelerate launch": ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"],
+}
+
+
 @pytest.mark.slow
-def test_two_processes_of_torchrun(place, tmp_path):
+@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
+def test_two_processes_of_a_launcher(place, tmp_path, launcher):
     """They read what one reads, byte for byte, and the launcher ends as they do: with an error where there was one."""
     (place / "library" / "bad.txt").write_bytes(b"\0")
     assert read(place, tmp_path / "one").exit_code == 1
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "ttt_e2e.cli.main", "read", "--model", place / "model", "--documents", place / "library"]
+    command = [sys.executable, "-m", *launcher, "-m", "ttt_e2e.cli.main"]
+    command += ["read", "--model", place / "model", "--documents", place / "library"]
     command += ["--output", tmp_path / "two", "--cache", place / "cache"]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "400"}, capture_output=True, text=True
-    )
+    variables = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "COLUMNS": "400"}  # sums round as threads share them
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
     assert done.returncode != 0 and done.stderr.count("Left out: bad.txt") == 1
     assert done.stdout.count("contexts of 4 documents") == 1
     assert contexts(tmp_path / "two") == contexts(tmp_path / "one")
