@@ -10,6 +10,7 @@ from ..evaluation.plots import Panel, plot_panels
 from ..evaluation.results import environment
 from ..evaluation.tables import Table
 from ..storage.disk import write_text
+from ..storage.machine import processor
 from .speed import Works
 from .systems import OFF, ON, STOCK_FULL, STOCK_WINDOW, SYSTEMS
 
@@ -28,13 +29,6 @@ def report(works: Works, times: Mapping, memory: Mapping, command: str) -> dict:
         "seconds": {name: dict(own) for name, own in times.items()},
         "memory_bytes": {name: dict(own) for name, own in memory.items()},
     }
-
-
-def processor() -> str | None:
-    """Name of the processor, where the system tells it."""
-    found = Path("/proc/cpuinfo")
-    lines = found.read_text().splitlines() if found.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def tables(measured: Mapping) -> list[Table]:

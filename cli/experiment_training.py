@@ -25,6 +25,7 @@ from ttt_e2e.storage.record import RECORD
 from ttt_e2e.training.run import LOG, MODEL, TrainingRequest, finish_run, prepare_run
 
 WORKERS_LOG = "training.log"
+UNKNOWN_PROCESSOR = "a processor that its log does not name"
 
 _steps_done: Any = None  # in a process that trains for another one: its count of outer steps
 
@@ -54,16 +55,16 @@ def train_rows(
             found[label, seed] = train_seed(experiment, experiment.rows[label], seed, models_folder, cache)
     rows = {}
     for label, row in experiment.rows.items():
-        results = [found[row.of or label, seed] for seed in range(experiment.rows[row.of or label].seeds)]
-        seconds = [taken for _, _, taken in results if taken is not None]
-        mean = sum(seconds) / len(seconds) if seconds else None
-        rows[label] = TrainedRow([model for model, _, _ in results], results[0][1], mean)
+        seeds = [found[row.of or label, seed] for seed in range(experiment.rows[row.of or label].seeds)]
+        seconds = sum(seed.taken.cpu_seconds for seed in seeds) / len(seeds) if seeds[0].taken.processors else None
+        processors = frozenset().union(*(seed.taken.processors for seed in seeds))
+        rows[label] = TrainedRow([seed.model for seed in seeds], seeds[0].taken.tokens, seconds, processors)
     return rows
 
 
 def _train_at_once(
     experiment: Experiment, wanted: Sequence[tuple[str, int]], models_folder: Path, cache: Path, processes: int
-) -> dict[tuple[str, int], tuple[str, int, float | None]]:
+) -> dict[tuple[str, int], "TrainedSeed"]:
     context = get_context("spawn")
     steps, threads = context.Value("q", 0), max(1, torch.get_num_threads() // processes)
     todo = {key: _steps_to_do(experiment, experiment.rows[key[0]], key[1], models_folder) for key in wanted}
@@ -120,14 +121,36 @@ def _runs_to_do(runs: Sequence[tuple[Recipe, Path]]) -> Sequence[tuple[Recipe, P
     return runs[done:]
 
 
-def train_seed(
-    experiment: Experiment, row: Trained, seed: int, models_folder: Path, cache: Path
-) -> tuple[str, int, float | None]:
-    """Train a row once, unless that was done; each further recipe goes on from the model before.
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """What training took.
 
-    Returns:
-        The folder of the model, or its preset where nothing is trained; tokens, and CPU seconds, of all recipes.
+    Attributes:
+        tokens: that were read.
+        cpu_seconds: of all processes.
+        processors: where; empty where nothing is trained.
     """
+
+    tokens: int
+    cpu_seconds: float
+    processors: frozenset[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedSeed:
+    """One training of a row.
+
+    Attributes:
+        model: its folder, or the preset where nothing is trained.
+        taken: by all recipes.
+    """
+
+    model: str
+    taken: Taken
+
+
+def train_seed(experiment: Experiment, row: Trained, seed: int, models_folder: Path, cache: Path) -> TrainedSeed:
+    """Train a row once, unless that was done; each further recipe goes on from the model before."""
     model, runs = system_preset(row.system, experiment.size), list(row_runs(experiment, row, seed, models_folder))
     todo = _runs_to_do(runs)
     if len(todo) < len(runs):
@@ -136,7 +159,8 @@ def train_seed(
         train_recipe(experiment, model, recipe, run, cache)
         model = str(run / MODEL)
     taken = [what_it_took(recipe, run) for recipe, run in runs]
-    return model, sum(tokens for tokens, _ in taken), sum(seconds for _, seconds in taken) if runs else None
+    tokens, seconds = sum(each.tokens for each in taken), sum(each.cpu_seconds for each in taken)
+    return TrainedSeed(model, Taken(tokens, seconds, frozenset().union(*(each.processors for each in taken))))
 
 
 def train_recipe(experiment: Experiment, model: str, recipe: Recipe, run: Path, cache: Path) -> None:
@@ -159,11 +183,13 @@ def train_recipe(experiment: Experiment, model: str, recipe: Recipe, run: Path, 
             finish_run(trainer, trainer.last_whole_checkpoint() if resume else None)
 
 
-def what_it_took(recipe: Recipe, run: Path) -> tuple[int, float]:
-    """Tokens that a finished run has read, and CPU seconds."""
+def what_it_took(recipe: Recipe, run: Path) -> Taken:
+    """What a finished run took."""
     log = read_log(run)
     tokens = max(entry["step"] for entry in log) * recipe.batch_size * recipe.data.sequence_length
-    return tokens, sum(entry.get("cpu_seconds", 0.0) for entry in log)
+    timed = [entry for entry in log if "cpu_seconds" in entry]
+    processors = frozenset(entry.get("processor", UNKNOWN_PROCESSOR) for entry in timed)
+    return Taken(tokens, sum(entry["cpu_seconds"] for entry in timed), processors)
 
 
 def read_log(run: Path) -> list[dict]:

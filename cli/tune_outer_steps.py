@@ -106,7 +106,7 @@ def try_rate(
     recipe = tuning_recipe(row_recipes(plain, Trained(row.system), preset)[0], factor, share)
     run = run_folder(experiment, preset, recipe, [], models_folder)
     train_recipe(experiment, preset, recipe, run, cache)
-    tokens, _ = what_it_took(recipe, run)
+    tokens = what_it_took(recipe, run).tokens
     log = read_log(run)
     loss = next(entry["eval_loss"] for entry in reversed(log) if "eval_loss" in entry)
     rates = {name: recipe.training[name] for name in RATES if name in recipe.training}

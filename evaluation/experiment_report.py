@@ -29,11 +29,13 @@ class TrainedRow:
         models: folders, or the preset where nothing is trained.
         tokens: that each of them was trained on.
         cpu_seconds: of all processes, mean over seeds; None where nothing is trained.
+        processors: where those were measured.
     """
 
     models: list[str]
     tokens: int
     cpu_seconds: float | None
+    processors: frozenset[str] = frozenset()
 
 
 def report_text(
@@ -49,7 +51,8 @@ def report_text(
         if experiment.yardsticks is not None and part.task in LOSS_TASKS:
             own = [point for point in points if point.task == part.task]
             lines += [loss_comparison(experiment, trained, own, part.lengths).markdown()]
-            lines += [f"- {note}" for note in notes(experiment.yardsticks, own, max(part.lengths))] + [""]
+            found = [*notes(experiment.yardsticks, own, max(part.lengths)), processors_note(trained)]
+            lines += [f"- {note}" for note in found] + [""]
     lines += ["| claim | this run | answer |", "| --- | --- | --- |"]
     for verdict in verdicts:
         answer = f"**{verdict.answer}**" if verdict.answer == DISAGREES else verdict.answer
@@ -129,6 +132,18 @@ def notes(yardsticks: Yardsticks, points: Sequence[Point], length: int) -> list[
     if untrained:
         found.append(f"{' and '.join(untrained)}: not better than the {n_gram_label(yardsticks.n_grams[0])}.")
     return found
+
+
+def processors_note(trained: Mapping[str, TrainedRow]) -> str:
+    """Whether the CPU seconds of a table can be compared."""
+    rows: dict[str, list[str]] = {}
+    for label, row in trained.items():
+        if row.processors:
+            rows.setdefault(" and ".join(sorted(row.processors)), []).append(label)
+    if len(rows) < 2:
+        return f"CPU seconds: {', '.join(rows) or 'nothing was trained'}."
+    places = "; ".join(f"{where}: {', '.join(labels)}" for where, labels in rows.items())
+    return f"**CPU seconds come from several machines**, and are compared only between rows of one of them. {places}."
 
 
 def _shown_seconds(seconds: float | None) -> str:

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..causal_lm_loss import NO_TARGET
 from ..checks import is_reentrant
+from ..storage.machine import device_name
 from .arguments import MetaTrainingArguments, check_saves_follow_logs
 from .guards import check_arguments, check_collator, check_prepared, check_whole_matrices, learning_models
 from .inner_logs import InnerLogs
@@ -47,10 +48,10 @@ class MetaTrainer(SafeTrainer):
 
     Beyond transformers' Trainer: the inner learning rate's warm-up; weight decay on all parameters; Muon; logs of the
     inner loop (`nll_mini_batch_I`, `inner_grad_norm`, `inner_steps_clipped`), `tokens_per_second`, `cpu_seconds` (of
-    all processes since the last log) and `peak_memory_mib` (the most of any process: of the GPU's allocator, or
-    resident memory); evaluation with learning on (`eval_loss`) and off (`eval_loss_learning_off`); checkpoints that are
-    complete or not used; refusals of what would be silently wrong; and a stop before a gradient that is not finite
-    reaches the weights.
+    all processes since the last log), `peak_memory_mib` (the most of any process: of the GPU's allocator, or resident
+    memory), and in `state.log_history` the `processor` that they were measured on; evaluation with learning on
+    (`eval_loss`) and off (`eval_loss_learning_off`); checkpoints that are complete or not used; refusals of what would
+    be silently wrong; and a stop before a gradient that is not finite reaches the weights.
 
     Args:
         model: a causal language model, or a model of ours with another head.
@@ -192,6 +193,8 @@ class MetaTrainer(SafeTrainer):
             }
             self._last_log, self._last_cpu = now, cpu
         super().log(logs, start_time)
+        if "cpu_seconds" in logs:  # a run may go on on another machine
+            self.state.log_history[-1]["processor"] = device_name(self.args.device)
 
     def _over_processes(self, value: float) -> torch.Tensor:
         """A number of every process, float32 [processes]: not every device has float64."""

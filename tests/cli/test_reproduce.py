@@ -18,6 +18,7 @@ from ttt_e2e.cli.tune_outer_steps import FURTHER, Tried, next_factor, tune_outer
 from ttt_e2e.configuration import load_recipe
 from ttt_e2e.configuration.experiments import experiment_names, load_experiment
 from ttt_e2e.evaluation.verdicts import AGREES, DISAGREES, NOT_JUDGED, NOT_RESOLVED
+from ttt_e2e.storage.machine import processor
 from ttt_e2e.training.run import LOG, MODEL
 
 SHORT = ["batch_size=2", "data.sequence_length=128", "data.validation_rows=2", "training.max_steps=2"]
@@ -122,7 +123,7 @@ def test_two_processes_train_what_one_does(place, experiment, ran):
     losses = [{(point.label, point.length): point.numbers["loss"] for point in each.points} for each in (ran, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # other numbers of threads add up in other orders
     assert "train_loss" in (place / "models2" / "training.log").read_text()
-    assert all(row.cpu_seconds > 0 for row in two.rows.values())
+    assert all(row.cpu_seconds > 0 and row.processors == {processor()} for row in two.rows.values())
 
 
 def test_what_goes_wrong_in_a_process_is_told(place, experiment):
@@ -226,12 +227,13 @@ def test_what_a_finished_model_went_on_from_is_needed_no_more(tmp_path, monkeypa
     monkeypatch.setattr(experiment_training, "train_recipe", train)
     experiment = load_experiment("context-length-extended")
     asked = (experiment, experiment.rows["TTT-E2E"], 0, tmp_path, tmp_path)
-    model, tokens, seconds = experiment_training.train_seed(*asked)
+    done = experiment_training.train_seed(*asked)
     (_, first), (_, further) = experiment_training.row_runs(*asked[:2], 0, tmp_path)
     assert trained == [("pretrain-packages", "tiny"), ("extend-packages", str(first / MODEL))]
-    assert (model, tokens, seconds) == (str(further / MODEL), 10 * (1024 + 8192), 3.0)
+    assert done.model == str(further / MODEL)
+    assert (done.taken.tokens, done.taken.cpu_seconds) == (10 * (1024 + 8192), 3.0)
     shutil.rmtree(first / MODEL)
-    assert experiment_training.train_seed(*asked) == (model, tokens, seconds) and len(trained) == 2
+    assert experiment_training.train_seed(*asked) == done and len(trained) == 2
     assert experiment_training._steps_to_do(*asked[:2], 0, tmp_path) == 0
     shutil.rmtree(further)
     experiment_training.train_seed(*asked)

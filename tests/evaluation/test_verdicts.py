@@ -3,7 +3,7 @@
 import pytest
 
 from ttt_e2e.configuration.experiments import Claim, Experiment, Measured, Number, Trained, Yardsticks
-from ttt_e2e.evaluation.experiment_report import TrainedRow, report_text
+from ttt_e2e.evaluation.experiment_report import TrainedRow, processors_note, report_text
 from ttt_e2e.evaluation.results import Point
 from ttt_e2e.evaluation.verdicts import (
     AGREES,
@@ -142,6 +142,15 @@ def test_what_the_report_notes_counts_the_seeds():
     found = [*points(), point("twin, seed 1", 2.8), point("window, seed 1", 2.9)]
     assert "off by 0.000 ± 0.346" in report(found)  # (0.08 / 2 + 0.08) ** 0.5
     assert "full is better than window by 0.700 ± 0.346" in report(found)
+
+
+def test_report_says_where_the_seconds_were_measured():
+    trained = {
+        "ours": TrainedRow(["a"], 10, 1.0, frozenset({"one"})),
+        "window": TrainedRow(["b"], 10, 1.0, frozenset({"two"})),
+    }
+    assert processors_note(trained).endswith("one of them. one: ours; two: window.")
+    assert processors_note({"ours": trained["ours"], "preset": TrainedRow(["p"], 0, None)}) == "CPU seconds: one."
 
 
 @pytest.mark.parametrize("missing", ["twin", "3-gram", "gzip"])
