@@ -1,5 +1,6 @@
 """A profile accounts for all of the time, and counts what products there are."""
 
+import pytest
 import torch
 
 from ttt_e2e.benchmarks.profile import KINDS, PROFILED, PYTHON, arithmetic_seconds, product_rate, profile, profiled
@@ -20,6 +21,7 @@ def test_products_are_counted():
     assert product_rate(size=64, rounds=1) > 0
 
 
+@pytest.mark.slow
 def test_every_system_is_profiled():
     tables, rate = profiled(small_works())
     assert [table.header[1:] for table in tables] == 3 * [list(PROFILED)] and rate > 0

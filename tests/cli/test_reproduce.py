@@ -116,6 +116,7 @@ def test_a_table_has_yardsticks_tokens_and_seconds(experiment, ran):
     assert "better than static twin by" in report or "is better than TTT-E2E, learning off by" in report
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(place, experiment, ran):
     two = run(experiment, place, "out2", "models2", processes=2)
     folders = [{Path(model).parent.name for row in each.rows.values() for model in row.models} for each in (ran, two)]
@@ -126,6 +127,7 @@ def test_two_processes_train_what_one_does(place, experiment, ran):
     assert all(row.cpu_seconds > 0 and row.processors == {processor()} for row in two.rows.values())
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_in_a_process_is_told(place, experiment):
     experiment.by_system["static-twin"] = [*SHORT, "training.adam_beta1=2"]
     with pytest.raises(ValueError, match="adam_beta1=2: must be at least 0 and below 1"):
@@ -138,6 +140,7 @@ def test_seeds_are_trainings_of_their_own(ran):
     assert "sliding window, seed 1" not in losses
 
 
+@pytest.mark.slow
 def test_rates_are_tried_and_the_best_is_named(tmp_path, experiment):
     where = (tmp_path / "tuning", tmp_path / "models", tmp_path / "cache")
     best = tune_outer(experiment, [0.5, 2.0], 0.5, *where, Console(quiet=True))

@@ -156,6 +156,7 @@ def test_saved_model_is_extended_to_longer_rows_and_another_rope_base(place):
     assert all(0 < (after[name] - before[name]).abs().max() < 1e-3 for name in before)
 
 
+@pytest.mark.slow
 def test_documents_and_streams_are_trained_on(place):
     assert train(place, output="rows", data__one_document_per_row="true").exit_code == 0
     assert train(place, output="first").exit_code == 0
@@ -204,6 +205,7 @@ def test_dry_run_counts_adapters(place):
     assert CliRunner().invoke(app, ["train", "--dry-run", "--lora", "nonsense"]).exit_code == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2])
 def test_two_processes_train_as_one(place, processes):
     """Started as the documentation says, with the same rows in each step."""

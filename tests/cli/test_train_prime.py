@@ -79,6 +79,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(place):
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_training_can_go_on_with_new_weights(place):
     assert train_prime(place).exit_code == 0
     assert train(place, "--model", place / "run", "--train", "prime", output="further").exit_code == 0

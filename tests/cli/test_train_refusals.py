@@ -114,6 +114,7 @@ def test_folder_of_another_run_is_left_alone(place):
     assert everything_below(place / "run") == before
 
 
+@pytest.mark.slow
 def test_folder_into_which_another_run_trains_is_left_alone(place):
     with held_elsewhere(claimed_run, place / "run") as other:
         assert f"process {other.pid} on " in refusal(train(place))

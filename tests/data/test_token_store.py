@@ -244,6 +244,7 @@ run(None, None)
 """
 
 
+@pytest.mark.slow
 def test_killed_build_is_never_used_and_two_builds_share_the_work(tmp_path):
     letters_tokenizer().save_pretrained(tmp_path)
     command = [sys.executable, "-c", PROCESSES, str(tmp_path)]

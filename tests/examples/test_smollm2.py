@@ -106,6 +106,7 @@ def test_differences_are_paired_by_passage(measure):
     assert measure.cell(lines, measure.BASELINE, 0) == "4.333" and measure.cell(lines, "full attention", 2) == ""
 
 
+@pytest.mark.slow
 def test_answers_are_greedy_and_their_losses_are_the_models(measure, place, monkeypatch):
     import ask
 

@@ -80,6 +80,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_everything_arrives_in_one_commit(pushed):
     repository = pushed.hub.repositories["somebody/model"]
     assert pushed.answers["new"]["status"] == 0, pushed.answers["new"]["output"]

@@ -71,6 +71,7 @@ def test_adapters_on_every_linear_layer_train_and_merge(changes, checkpointing):
         torch.testing.assert_close(found[name], whole[target].grad @ a.mT * scaling, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_compiled_model_has_exact_second_order_gradients(checkpointing):
     """The inner loop steps out of the compiled graph, which has no second derivative."""

@@ -58,8 +58,10 @@ def test_trainer_lowers_the_loss_and_evaluates(kind, tmp_path):
     [
         ({"bf16": True}, 0.1),
         ({"activation_checkpointing": True}, 1e-4),
-        ({"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1}, 1e-4),
-        ({"label_smoothing_factor": 0.1}, None),
+        pytest.param(
+            {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1}, 1e-4, marks=pytest.mark.slow
+        ),
+        pytest.param({"label_smoothing_factor": 0.1}, None, marks=pytest.mark.slow),
     ],
     ids=["bf16", "checkpointing", "accumulation", "label-smoothing"],
 )

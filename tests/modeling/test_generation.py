@@ -22,7 +22,9 @@ from .helpers import BATCH, VOCAB, WINDOW, random_ids
 from .tiny_tokenizer import byte_level_tokenizer
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=lambda blocks: f"{blocks}-suffix-blocks")
+@pytest.fixture(
+    scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)], ids=lambda blocks: f"{blocks}-suffix-blocks"
+)
 def model(request):
     return endless(request.param)
 

@@ -68,7 +68,9 @@ def outer_gradients(model, ids, mask, cache, weights):
     return gradients(model)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "checkpointing"]
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_the_outer_gradient_of_a_batch_is_the_sum_over_its_rows(mode, checkpointing):
     model = small_model(torch.float64, **MODES[mode])

@@ -16,8 +16,8 @@ from .helpers import BATCH, random_ids, small_config, small_model
 pytest.importorskip("triton", reason="Triton has no wheels for this machine")
 
 
-def run_kernel_tests(**environment):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+def run_kernel_tests(*arguments, **environment):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
     place = Path(__file__).with_name("triton_kernels.py")
     run = subprocess.run(
         [*command, str(place)], env=os.environ | environment, cwd=place.parents[2], capture_output=True, text=True
@@ -26,8 +26,9 @@ def run_kernel_tests(**environment):
     assert " passed" in run.stdout and "skipped" not in run.stdout
 
 
-def test_interpreted_kernels_equal_their_twins():
-    run_kernel_tests(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+@pytest.mark.parametrize("some", [["-k", "shared or in_the_first"], pytest.param([], marks=pytest.mark.slow)])
+def test_interpreted_kernels_equal_their_twins(some):
+    run_kernel_tests(*some, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.mark.gpu

@@ -214,6 +214,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(place, text_model,
         ManyDocuments(request(tmp_path, tmp_path / "new", documents=str(place / "documents")))
 
 
+@pytest.mark.slow
 def test_a_process_dies_and_costs_its_document_alone(place, tmp_path):
     """Of two processes one dies while it writes; the other reads its documents, the one it died in too."""
     output = tmp_path / "two"

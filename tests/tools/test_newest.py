@@ -28,6 +28,7 @@ def counts(written, area):
     return [int(cell) for cell in found.group(1).split("|")]
 
 
+@pytest.mark.slow
 def test_a_renamed_argument_of_a_later_transformers_is_reported(tmp_path):
     case = f"{HERE.parent / 'modeling' / 'test_generation.py'}::test_continuing_with_more_text_equals_reading_it_all"
     status, written = run(tmp_path, "-p", "later_transformers", case)

@@ -72,9 +72,11 @@ def measured_peak(config, recipe):
         ({}, {"mini_batches": 8}),
         ({}, {"mini_batches": 32}),
         ({}, {"mini_batches": 8, "checkpointing": True}),
-        ({}, {"mini_batches": 32, "checkpointing": True}),
-        ({}, {"mini_batches": 8, "checkpointing": True, "rows": 2, "bf16": True}),
-        ({"inner_checkpoint_every": 1}, {"mini_batches": 16, "checkpointing": True}),
+        pytest.param({}, {"mini_batches": 32, "checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param({}, {"mini_batches": 8, "checkpointing": True, "rows": 2, "bf16": True}, marks=pytest.mark.slow),
+        pytest.param(
+            {"inner_checkpoint_every": 1}, {"mini_batches": 16, "checkpointing": True}, marks=pytest.mark.slow
+        ),
         ({"use_prime_mlp": False}, {"mini_batches": 8}),
         (PLAIN | {"layer_types": ["full_attention"] * 4}, {"mini_batches": 32}),
         (PLAIN | {"layer_types": ["full_attention"] * 4}, {"mini_batches": 32, "checkpointing": True, "rows": 2}),

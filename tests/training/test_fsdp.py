@@ -33,6 +33,8 @@ from .two_processes import (
     whole,
 )
 
+pytestmark = pytest.mark.slow  # several starts of two processes; tests/training/test_processes.py has DDP
+
 FSDP = {
     "float32": {},
     "float64": DOUBLE,

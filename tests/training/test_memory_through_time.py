@@ -68,6 +68,7 @@ def assert_equal(own, expected):
 # --------------------------------------------------------------------------------------------------------------- memory
 
 
+@pytest.mark.slow
 def test_peak_grows_with_the_square_root_of_the_mini_batches():
     sequence = {count: of_the_sequence(count) for count in (SHORT, LONG)}
     # Proportional to the length, or it would not be what the sequence holds.

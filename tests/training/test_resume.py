@@ -213,6 +213,7 @@ def test_estimate_of_a_checkpoint_is_its_size(tmp_path):
     assert size > 2**22 and size <= estimate <= 1.05 * size + 2**20
 
 
+@pytest.mark.slow
 def test_stream_is_resumed_exactly_over_several_passes(tmp_path):
     """Nine rows in a pass and four in a batch: checkpoint and end lie in different passes, at no border of them."""
     histories = []
