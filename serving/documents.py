@@ -58,7 +58,7 @@ def text_tokens(
     """The ids of a text, int64 [tokens].
 
     Args:
-        text: one of more than a million characters is tokenized piece by piece, cut at line ends.
+        text: one of more than a million characters is tokenized piece by piece, cut at line ends or before spaces.
         begin: put the token first that stands before every document in training.
         split_special_tokens: as in `encode_texts`.
 
@@ -76,8 +76,10 @@ def _pieces(text: str) -> Iterator[str]:
     start = 0
     while start < len(text):
         end = start + PIECE_CHARACTERS
-        line_end = text.rfind("\n", start, end) + 1
-        end = line_end if line_end > start and end < len(text) else end
+        if end < len(text):
+            line_end = text.rfind("\n", start, end) + 1
+            space = text.rfind(" ", start + 1, end)  # the word behind it takes it along
+            end = next((place for place in (line_end, space) if place > start), end)
         yield text[start:end]
         start = end
 

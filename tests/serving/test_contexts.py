@@ -166,6 +166,13 @@ def test_a_long_text_is_tokenized_in_pieces_at_line_ends(text_model, monkeypatch
     assert torch.equal(pieces, whole)
 
 
+@pytest.mark.parametrize("limit", [13, 60, 100])
+def test_a_long_line_is_cut_before_words(text_model, monkeypatch, limit):
+    whole = text_tokens(BOOK, text_model.tokenizer, begin=True)
+    monkeypatch.setattr("ttt_e2e.serving.documents.PIECE_CHARACTERS", limit)
+    assert torch.equal(text_tokens(BOOK, text_model.tokenizer, begin=True), whole)
+
+
 def test_documents_that_cannot_be_read(tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes("Fluß".encode("latin-1"))
