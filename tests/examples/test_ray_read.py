@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,11 @@ def example():
     """The example as a module, whose classes travel to the workers as they are."""
     specification = importlib.util.spec_from_file_location("ray_read", EXAMPLE)
     module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    ray.cloudpickle.register_pickle_by_value(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "ray_read", module)  # where cloudpickle looks for it
+        specification.loader.exec_module(module)
+        ray.cloudpickle.register_pickle_by_value(module)
+        yield module
 
 
 @pytest.fixture(scope="module")
