@@ -59,7 +59,7 @@ gpu: $(INSTALLED_DEV) ## on a machine with a GPU: its tests, and benchmarks into
 	$(BIN)/python -m ttt_e2e.benchmarks.gpu --output benchmarks/results
 
 # In this order; what is there is kept, so that the same command goes on. ARGS="--seeds 1" for a first look.
-COMPARED ?= context-length token-position meta-gradients outer-optimizer window mini-batch suffix-blocks prime-mlp staircase \
+COMPARED ?= context-length context-length-extended token-position meta-gradients outer-optimizer window mini-batch suffix-blocks prime-mlp staircase \
 	attention-free ttt-linear-switches decoding needle latency
 
 comparisons: $(INSTALLED) ## every system against every other, into results/ (ten hours of two cores; goes on where it stopped)

@@ -24,6 +24,7 @@ import requests
 import torch
 import typer
 import uvicorn
+from tqdm.auto import tqdm
 
 from ..evaluation.results import environment
 from ..serving import ContextFolder, TextModel, load_text_model
@@ -80,10 +81,12 @@ class Asking:
 
     Args:
         vocabulary: ids lie below it.
+        progress: counts the answers.
     """
 
-    def __init__(self, address: str, vocabulary: int):
+    def __init__(self, address: str, vocabulary: int, progress: tqdm):
         self.url, self.vocabulary, self.seed = f"{address}/v1/completions", vocabulary, 0
+        self.progress = progress
 
     def body(self, length: int, written: int) -> dict:
         """A request that nobody has made before."""
@@ -97,6 +100,7 @@ class Asking:
         """Tokens that were written."""
         answer = requests.post(self.url, json=body, timeout=PATIENCE)
         answer.raise_for_status()
+        self.progress.update()
         return answer.json()["usage"]["completion_tokens"]
 
     def first_token(self, body: dict) -> float:
@@ -106,6 +110,7 @@ class Asking:
             answer.raise_for_status()
             for line in answer.iter_lines(chunk_size=1):
                 if line.startswith(b"data:"):
+                    self.progress.update()
                     return time.perf_counter() - begin
         raise RuntimeError("the server wrote nothing")
 
@@ -120,8 +125,12 @@ def rate(asking: Asking, work: Callable[[Callable, list[dict]], object]) -> floa
 
 def measure_serving(text_model: TextModel) -> ServingFigures:
     """Serve a model, ask, and measure."""
-    with served(text_model) as address, ThreadPoolExecutor(CLIENTS) as clients:
-        asking = Asking(address, text_model.model.config.vocab_size)
+    with (
+        served(text_model) as address,
+        ThreadPoolExecutor(CLIENTS) as clients,
+        tqdm(total=2 * CLIENTS + 2 * LONG_WAITS + 2 + MANY // AT_ONCE * AT_ONCE, unit=" answers") as progress,
+    ):
+        asking = Asking(address, text_model.model.config.vocab_size, progress)
         asking.complete(asking.body(PROMPT, 4))
         one_by_one = rate(asking, lambda ask, bodies: list(map(ask, bodies)))
         together = rate(asking, lambda ask, bodies: list(clients.map(ask, bodies)))
