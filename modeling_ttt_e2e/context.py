@@ -185,9 +185,15 @@ def keep_visible(
     """
     sinks, before = split_sinks(past, num_sinks)
     num_past = 0 if before is None else before[0].shape[2]
-    joined = states.joined or join_pairs((before, states.new))
+    whole = states.joined or join_pairs((past, states.new))
+    joined = whole if past is None else split_sinks(whole, num_sinks)[1]
     kept = last_tokens(joined, [num_past + count for count in counts], window)
-    return kept if num_sinks == 0 else join_pairs((with_new_sinks(sinks, states.new, tokens_read, num_sinks), kept))
+    if num_sinks == 0:
+        return kept
+    new_sinks = with_new_sinks(sinks, states.new, tokens_read, num_sinks)
+    if new_sinks is sinks and min(counts) == states.new[0].shape[2] and kept[0].shape == joined[0].shape:
+        return whole  # everything stays, without another copy
+    return join_pairs((new_sinks, kept))
 
 
 def last_tokens(pair: KeysValues, ends: Sequence[int], length: int | None, num_sinks: int = 0) -> KeysValues:

@@ -26,7 +26,15 @@ from .attention import (
     float64_device,
 )
 from .fast_weights import Delta, FastWeights, linear
-from .sinks import are_few_and_exact, attend_with_sinks, join_pairs, split_sinks, with_new_sinks, with_sink_channels
+from .sinks import (
+    are_few_and_exact,
+    attend_with_sinks,
+    join_behind,
+    join_pairs,
+    split_sinks,
+    with_new_sinks,
+    with_sink_channels,
+)
 from .twice_differentiable import at_least_float32, rms_normalize
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
@@ -37,7 +45,8 @@ class NewStates(NamedTuple):
 
     Attributes:
         new: of the new tokens, each [B, key/value heads, T, C].
-        joined: of the earlier tokens, without sinks, and the new ones, where attention has joined them anyway.
+        joined: the earlier ones, which begin with those of sinks, and the new ones, where attention has joined them
+            anyway.
     """
 
     new: KeysValues
@@ -204,9 +213,9 @@ class TTTE2EAttention(nn.Module):
         new = (key, value.view(heads).transpose(1, 2))
         if past is not None:
             past = (past[0].to(key.dtype), past[1].to(value.dtype))
-        sinks, past = split_sinks(past, self.num_sinks)
-        parts = [pair for pair in (past, new) if pair is not None]
-        mask, joined = attention.masks[self.layer_type], None
+        sinks, before = split_sinks(past, self.num_sinks)
+        parts = [pair for pair in (before, new) if pair is not None]
+        mask = attention.masks[self.layer_type]
         if attention.sinks is not None:
             at_sinks = rotate(query, *attention.sinks.position_embeddings)
             sinks = with_new_sinks(sinks, new, attention.sinks.tokens_read, self.num_sinks)
@@ -215,8 +224,8 @@ class TTTE2EAttention(nn.Module):
                 and attention.implementation == "sdpa"
                 and are_few_and_exact(turned, value)
             ):
-                joined = join_pairs(parts)
-                output = attend_with_sinks(turned, at_sinks, sinks, joined, mask, self.scaling)
+                joined, seen = join_behind(past, new, self.num_sinks)
+                output = attend_with_sinks(turned, at_sinks, sinks, seen, mask, self.scaling)
                 return output.transpose(1, 2).reshape(shape), NewStates(new, joined), None
             turned, sinks, parts = with_sink_channels(turned, at_sinks, sinks, parts)
 
@@ -228,11 +237,13 @@ class TTTE2EAttention(nn.Module):
         if isinstance(mask, BlockMasks):
             before = parts[0] if len(parts) > 1 else None
             output, weights = attend_in_blocks(lambda *seen: attend(*seen)[0], turned, parts[-1], before, mask), None
-        else:
-            seen = join_pairs(parts)
-            # With channels for sinks they are others than those to keep.
-            joined = seen if attention.sinks is None else None
+            joined = None
+        elif attention.sinks is None:
+            joined, seen = join_behind(past, new, self.num_sinks)
             output, weights = attend(turned, *seen, mask)
+        else:  # with channels for sinks, which are not kept
+            output, weights = attend(turned, *join_pairs(parts), mask)
+            joined = None
         return output[..., : self.head_dim].reshape(shape), NewStates(new, joined), weights
 
     def _attend(self, implementation: str, query, keys, values, mask) -> tuple[torch.Tensor, torch.Tensor | None]:

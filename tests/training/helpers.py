@@ -35,6 +35,7 @@ ARGUMENTS = {
 MEASURED = {
     "tokens_per_second",
     "cpu_seconds",
+    "processor",
     "peak_memory_mib",
     "train_runtime",
     "train_samples_per_second",
