@@ -18,14 +18,13 @@ from ttt_e2e.configuration import Recipe, load_recipe, load_systems, system_pres
 from ttt_e2e.configuration.experiments import Experiment, Trained
 from ttt_e2e.configuration.strict_yaml import merged
 from ttt_e2e.data.sources import source_state
-from ttt_e2e.evaluation.experiment_report import TrainedRow
+from ttt_e2e.evaluation.experiment_report import UNKNOWN_PROCESSOR, TrainedRow
 from ttt_e2e.storage.digests import digest
 from ttt_e2e.storage.disk import read_json
 from ttt_e2e.storage.record import RECORD
 from ttt_e2e.training.run import LOG, MODEL, TrainingRequest, finish_run, prepare_run
 
 WORKERS_LOG = "training.log"
-UNKNOWN_PROCESSOR = "a processor that its log does not name"
 
 _steps_done: Any = None  # in a process that trains for another one: its count of outer steps
 

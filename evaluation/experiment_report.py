@@ -20,6 +20,8 @@ from .verdicts import (
 )
 from .yardsticks import COMPRESSORS
 
+UNKNOWN_PROCESSOR = "a processor that the log does not name"  # by earlier versions
+
 
 @dataclass(frozen=True)
 class TrainedRow:
@@ -140,10 +142,10 @@ def processors_note(trained: Mapping[str, TrainedRow]) -> str:
     for label, row in trained.items():
         if row.processors:
             rows.setdefault(" and ".join(sorted(row.processors)), []).append(label)
-    if len(rows) < 2:
+    if len(rows) < 2 and not any(UNKNOWN_PROCESSOR in where for where in rows):
         return f"CPU seconds: {', '.join(rows) or 'nothing was trained'}."
     places = "; ".join(f"{where}: {', '.join(labels)}" for where, labels in rows.items())
-    return f"**CPU seconds come from several machines**, and are compared only between rows of one of them. {places}."
+    return f"**CPU seconds may come from several machines**, and can be compared only within one. {places}."
 
 
 def _shown_seconds(seconds: float | None) -> str:

@@ -3,7 +3,7 @@
 import pytest
 
 from ttt_e2e.configuration.experiments import Claim, Experiment, Measured, Number, Trained, Yardsticks
-from ttt_e2e.evaluation.experiment_report import TrainedRow, processors_note, report_text
+from ttt_e2e.evaluation.experiment_report import UNKNOWN_PROCESSOR, TrainedRow, processors_note, report_text
 from ttt_e2e.evaluation.results import Point
 from ttt_e2e.evaluation.verdicts import (
     AGREES,
@@ -149,7 +149,9 @@ def test_report_says_where_the_seconds_were_measured():
         "ours": TrainedRow(["a"], 10, 1.0, frozenset({"one"})),
         "window": TrainedRow(["b"], 10, 1.0, frozenset({"two"})),
     }
-    assert processors_note(trained).endswith("one of them. one: ours; two: window.")
+    assert processors_note(trained).endswith("within one. one: ours; two: window.")
+    unknown = {"ours": TrainedRow(["a"], 10, 1.0, frozenset({UNKNOWN_PROCESSOR}))}
+    assert "several machines" in processors_note(unknown)
     assert processors_note({"ours": trained["ours"], "preset": TrainedRow(["p"], 0, None)}) == "CPU seconds: one."
 
 
