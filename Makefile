@@ -37,7 +37,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(INSTALLED) ## train, compare, generate, save a learned context (6 to 12 minutes on 2 cores)
+demo: $(INSTALLED) ## train, compare, generate, save a learned context (6 to 20 minutes on 2 cores)
 	$(BIN)/ttt-e2e demo $(ARGS)
 
 test: lint types ## linter, types, and tests without the slow ones (at most 10 minutes on 2 cores)
