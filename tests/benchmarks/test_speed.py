@@ -3,7 +3,6 @@
 import ctypes
 import dataclasses
 import gc
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -18,6 +17,8 @@ from ttt_e2e.benchmarks.report import ratio
 from ttt_e2e.benchmarks.speed import Work
 from ttt_e2e.benchmarks.systems import SYSTEMS, ModelSizes, build
 from ttt_e2e.cli.main import app
+
+from ..scripts import load_script
 
 SMALL = ModelSizes(
     vocab_size=32,
@@ -100,8 +101,6 @@ def test_the_command_writes_what_it_shows(tmp_path, monkeypatch):
 
 def test_the_pages_say_what_was_measured(monkeypatch, capsys):
     tool = Path(__file__).parents[2] / "tools" / "speed_tables.py"
-    specification = importlib.util.spec_from_file_location("speed_tables", tool)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    module = load_script(tool)
     monkeypatch.setattr(sys, "argv", ["speed_tables.py", "--check"])
     assert module.main() == 0, capsys.readouterr()

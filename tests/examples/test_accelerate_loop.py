@@ -1,12 +1,12 @@
 """The example of a plain Accelerate loop trains as MetaTrainer does."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from ..scripts import load_script
 from ..training.helpers import meta_trainer, random_rows, tiny_model
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "accelerate_loop.py"
@@ -16,10 +16,7 @@ STEPS, ROWS = 10, random_rows(count=8).with_format("torch")  # two rows per step
 
 @pytest.fixture(scope="module")
 def example():
-    specification = importlib.util.spec_from_file_location("accelerate_loop", EXAMPLE)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_script(EXAMPLE)
 
 
 def losses_of_meta_trainer(folder, model, **arguments):

@@ -1,6 +1,5 @@
 """The example for Ray on this machine: what its workers read is what one process reads, also where one of them dies."""
 
-import importlib.util
 import os
 import signal
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ..scripts import load_script
 from ..serving.reading_workers import outcomes, request
 from ..serving.small import BOOK, files, save_text_model, small_text_model
 
@@ -20,11 +20,9 @@ COUNT = 200
 @pytest.fixture(scope="module")
 def example():
     """The example as a module, whose classes travel to the workers as they are."""
-    specification = importlib.util.spec_from_file_location("ray_read", EXAMPLE)
-    module = importlib.util.module_from_spec(specification)
+    module = load_script(EXAMPLE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "ray_read", module)  # where cloudpickle looks for it
-        specification.loader.exec_module(module)
+        patch.setitem(sys.modules, module.__name__, module)  # where cloudpickle looks for it
         ray.cloudpickle.register_pickle_by_value(module)
         yield module
 

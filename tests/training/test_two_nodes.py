@@ -1,6 +1,5 @@
 """Two groups of torchrun, as on two machines, over the loopback: they train what one process trains."""
 
-import importlib.util
 import json
 import os
 import socket
@@ -15,6 +14,7 @@ from ttt_e2e import TTTE2EForCausalLM
 from ttt_e2e.data import PackedRows, load_documents, load_tokenizer, tokenize_documents
 
 from ..cli.train_runs import SETTINGS, fill_place, train
+from ..scripts import load_script
 from .two_processes import assert_close
 
 pytestmark = pytest.mark.slow
@@ -68,9 +68,7 @@ def test_fsdp2_by_the_example(place):
     options = ["--data", place / "texts", "--cache", place / "cache", "--length", LENGTH, "--batch-size", ROWS]
     options += ["--steps", STEPS, "--learning-rate", RATE]
     two_nodes(EXAMPLE, "--model", place / "run" / "model", "--output", place / "two", *options)
-    specification = importlib.util.spec_from_file_location("sharded_training", EXAMPLE)
-    example = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(example)
+    example = load_script(EXAMPLE)
     tokenizer = load_tokenizer(place / "run" / "model")
     store = tokenize_documents(
         load_documents(place / "texts", cache_folder=place / "cache"), tokenizer, place / "cache"
