@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .fast_weights import FastWeights
 from .layers import KeysValues, NewStates
-from .sinks import join_pairs, split_sinks, with_new_sinks
+from .sinks import behind_sinks, join_pairs, split_sinks, with_new_sinks
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def keep_visible(
     sinks, before = split_sinks(past, num_sinks)
     num_past = 0 if before is None else before[0].shape[2]
     whole = states.joined or join_pairs((past, states.new))
-    joined = whole if past is None else split_sinks(whole, num_sinks)[1]
+    joined = behind_sinks(whole, past, num_sinks)
     kept = last_tokens(joined, [num_past + count for count in counts], window)
     if num_sinks == 0:
         return kept

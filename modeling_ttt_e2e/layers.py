@@ -29,7 +29,7 @@ from .fast_weights import Delta, FastWeights, linear
 from .sinks import (
     are_few_and_exact,
     attend_with_sinks,
-    join_behind,
+    behind_sinks,
     join_pairs,
     split_sinks,
     with_new_sinks,
@@ -224,7 +224,8 @@ class TTTE2EAttention(nn.Module):
                 and attention.implementation == "sdpa"
                 and are_few_and_exact(turned, value)
             ):
-                joined, seen = join_behind(past, new, self.num_sinks)
+                joined = join_pairs((past, new))
+                seen = behind_sinks(joined, past, self.num_sinks)
                 output = attend_with_sinks(turned, at_sinks, sinks, seen, mask, self.scaling)
                 return output.transpose(1, 2).reshape(shape), NewStates(new, joined), None
             turned, sinks, parts = with_sink_channels(turned, at_sinks, sinks, parts)
@@ -239,8 +240,8 @@ class TTTE2EAttention(nn.Module):
             output, weights = attend_in_blocks(lambda *seen: attend(*seen)[0], turned, parts[-1], before, mask), None
             joined = None
         elif attention.sinks is None:
-            joined, seen = join_behind(past, new, self.num_sinks)
-            output, weights = attend(turned, *seen, mask)
+            joined = join_pairs((past, new))
+            output, weights = attend(turned, *behind_sinks(joined, past, self.num_sinks), mask)
         else:  # with channels for sinks, which are not kept
             output, weights = attend(turned, *join_pairs(parts), mask)
             joined = None

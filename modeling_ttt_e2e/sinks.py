@@ -89,16 +89,9 @@ def split_sinks(past: KeysValues | None, count: int) -> tuple[KeysValues | None,
     return (past[0][:, :, :count], past[1][:, :, :count]), (past[0][:, :, count:], past[1][:, :, count:])
 
 
-def join_behind(past: KeysValues | None, new: KeysValues, count: int) -> tuple[KeysValues, KeysValues]:
-    """Earlier keys and values, which begin with those of `count` sinks, and new ones, in one copy.
-
-    Returns:
-        All of them, and those of the window alone.
-    """
-    if past is None:
-        return new, new
-    joined = join_pairs((past, new))
-    return joined, (joined[0][:, :, count:], joined[1][:, :, count:])
+def behind_sinks(joined: KeysValues, past: KeysValues | None, count: int) -> KeysValues:
+    """Of earlier and new keys and values those behind the sinks, with which only earlier ones (`past`) begin."""
+    return joined if past is None else (joined[0][:, :, count:], joined[1][:, :, count:])
 
 
 def with_new_sinks(stored: KeysValues | None, new: KeysValues, tokens_read: Sequence[int], count: int) -> KeysValues:
