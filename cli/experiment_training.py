@@ -55,15 +55,16 @@ def train_rows(
     rows = {}
     for label, row in experiment.rows.items():
         seeds = [found[row.of or label, seed] for seed in range(experiment.rows[row.of or label].seeds)]
-        seconds = sum(seed.taken.cpu_seconds for seed in seeds) / len(seeds) if seeds[0].taken.processors else None
-        processors = frozenset().union(*(seed.taken.processors for seed in seeds))
-        rows[label] = TrainedRow([seed.model for seed in seeds], seeds[0].taken.tokens, seconds, processors)
+        models, took = zip(*seeds, strict=True)
+        whole = Taken.together(took)
+        seconds = whole.cpu_seconds / len(seeds) if whole.processors else None
+        rows[label] = TrainedRow(list(models), took[0].tokens, seconds, whole.processors)
     return rows
 
 
 def _train_at_once(
     experiment: Experiment, wanted: Sequence[tuple[str, int]], models_folder: Path, cache: Path, processes: int
-) -> dict[tuple[str, int], "TrainedSeed"]:
+) -> dict[tuple[str, int], tuple[str, "Taken"]]:
     context = get_context("spawn")
     steps, threads = context.Value("q", 0), max(1, torch.get_num_threads() // processes)
     todo = {key: _steps_to_do(experiment, experiment.rows[key[0]], key[1], models_folder) for key in wanted}
@@ -134,22 +135,19 @@ class Taken:
     cpu_seconds: float
     processors: frozenset[str]
 
+    @classmethod
+    def together(cls, parts: Sequence["Taken"]) -> "Taken":
+        """What several trainings took."""
+        processors: frozenset[str] = frozenset().union(*(part.processors for part in parts))
+        return cls(sum(part.tokens for part in parts), sum(part.cpu_seconds for part in parts), processors)
 
-@dataclasses.dataclass(frozen=True)
-class TrainedSeed:
-    """One training of a row.
 
-    Attributes:
-        model: its folder, or the preset where nothing is trained.
-        taken: by all recipes.
+def train_seed(experiment: Experiment, row: Trained, seed: int, models_folder: Path, cache: Path) -> tuple[str, Taken]:
+    """Train a row once, unless that was done; each further recipe goes on from the model before.
+
+    Returns:
+        The folder of the model, or its preset where nothing is trained; what all recipes took.
     """
-
-    model: str
-    taken: Taken
-
-
-def train_seed(experiment: Experiment, row: Trained, seed: int, models_folder: Path, cache: Path) -> TrainedSeed:
-    """Train a row once, unless that was done; each further recipe goes on from the model before."""
     model, runs = system_preset(row.system, experiment.size), list(row_runs(experiment, row, seed, models_folder))
     todo = _runs_to_do(runs)
     if len(todo) < len(runs):
@@ -157,9 +155,7 @@ def train_seed(experiment: Experiment, row: Trained, seed: int, models_folder: P
     for recipe, run in todo:
         train_recipe(experiment, model, recipe, run, cache)
         model = str(run / MODEL)
-    taken = [what_it_took(recipe, run) for recipe, run in runs]
-    tokens, seconds = sum(each.tokens for each in taken), sum(each.cpu_seconds for each in taken)
-    return TrainedSeed(model, Taken(tokens, seconds, frozenset().union(*(each.processors for each in taken))))
+    return model, Taken.together([what_it_took(recipe, run) for recipe, run in runs])
 
 
 def train_recipe(experiment: Experiment, model: str, recipe: Recipe, run: Path, cache: Path) -> None:

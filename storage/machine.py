@@ -1,6 +1,7 @@
 """What a machine computes with: times are compared only between equal ones."""
 
 import platform
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ import torch
 CPU_INFO = Path("/proc/cpuinfo")
 
 
+@cache
 def processor() -> str:
     """Name of the processor, as far as the system tells it, and the instructions that torch uses there."""
     lines = CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else []

@@ -233,8 +233,8 @@ def test_what_a_finished_model_went_on_from_is_needed_no_more(tmp_path, monkeypa
     done = experiment_training.train_seed(*asked)
     (_, first), (_, further) = experiment_training.row_runs(*asked[:2], 0, tmp_path)
     assert trained == [("pretrain-packages", "tiny"), ("extend-packages", str(first / MODEL))]
-    assert done.model == str(further / MODEL)
-    assert (done.taken.tokens, done.taken.cpu_seconds) == (10 * (1024 + 8192), 3.0)
+    model, taken = done
+    assert (model, taken.tokens, taken.cpu_seconds) == (str(further / MODEL), 10 * (1024 + 8192), 3.0)
     shutil.rmtree(first / MODEL)
     assert experiment_training.train_seed(*asked) == done and len(trained) == 2
     assert experiment_training._steps_to_do(*asked[:2], 0, tmp_path) == 0

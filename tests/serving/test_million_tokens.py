@@ -31,7 +31,7 @@ def text_model():
 
 
 @pytest.fixture(scope="module")
-def text(text_model):
+def text():
     """Words in an order that does not come again, of two tokens each."""
     return " ".join(random.Random(0).choices(" ".join(SENTENCES).split(), k=11 * TOKENS // 20))
 
