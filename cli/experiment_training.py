@@ -221,12 +221,13 @@ def deciding_fields(recipe: Any) -> dict:
 
 
 def row_recipes(experiment: Experiment, row: Trained, preset: str, seed: int = 0) -> list[Recipe]:
-    """The recipes of a row, one after the other; what differs from them, but for the seed, is in the first one."""
+    """The recipes of a row, one after the other; what is the row's own is in the first one."""
     changes, recipes = merged(load_systems()[row.system].training, row.model), []
-    overrides = [*experiment.overrides, *experiment.by_system.get(row.system, ()), *row.overrides]
+    before, after = experiment.overrides, row.overrides
     seeded = [f"training.seed={seed}"] if seed else []
     for name in experiment.recipes:
-        recipe = load_recipe(name, preset, [*overrides, *seeded])
+        suited = experiment.suited(name).get(row.system, ())
+        recipe = load_recipe(name, preset, [*before, *suited, *after, *seeded])
         data = dataclasses.replace(
             recipe.data,
             validation_every=experiment.validation_every,
@@ -234,5 +235,5 @@ def row_recipes(experiment: Experiment, row: Trained, preset: str, seed: int = 0
             whole_folders=experiment.whole_folders,
         )
         recipes.append(dataclasses.replace(recipe, model=merged(recipe.model, changes), data=data))
-        changes, overrides = {}, []
+        changes, before, after = {}, [], []
     return recipes

@@ -28,6 +28,10 @@ SplitSpecialTokens = Annotated[
         help="Read special tokens that a text spells out, as <|end|>, as these letters, or as the tokens.",
     ),
 ]
+# Of commands that train what an experiment compares.
+Rows = Annotated[
+    list[str] | None, typer.Option("--row", metavar="LABEL", help="Only this row, and the yardsticks; repeatable.")
+]
 Processes = Annotated[
     int | None,
     typer.Option(help="Models that are trained at once. [default: 2 on a CPU of several cores, otherwise 1]", min=1),

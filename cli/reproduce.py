@@ -19,9 +19,7 @@ def reproduce(
     models: Annotated[
         Path, typer.Option(help="Where trained models are kept; experiments share them.", file_okay=False)
     ] = Path("runs/models"),
-    rows: Annotated[
-        list[str] | None, typer.Option("--row", metavar="LABEL", help="Only this row, and the yardsticks; repeatable.")
-    ] = None,
+    rows: options.Rows = None,
     seeds: Annotated[int | None, typer.Option(help="At most so many trainings of a row.", min=1)] = None,
     processes: options.Processes = None,
     cache: options.Cache = options.DEFAULT_CACHE,

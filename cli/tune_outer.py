@@ -14,6 +14,10 @@ def tune_outer(
     factors: Annotated[
         str, typer.Option(help="Of the recipe's learning rates, which are all multiplied by each.")
     ] = "0.5,1,2",
+    recipe: Annotated[
+        str | None, typer.Option(help="Of the experiment's recipes, whose rates. [default: its first]")
+    ] = None,
+    rows: options.Rows = None,
     share: Annotated[float, typer.Option(help="Of the recipe's steps.", min=0.01, max=1)] = 0.25,
     output: Annotated[
         Path | None, typer.Option(help="Where to write. [default: runs/EXPERIMENT-tuning]", file_okay=False)
@@ -25,7 +29,7 @@ def tune_outer(
 
     The same effort for each: as many rates, as many tokens, and up to two rates beyond the grid where the best stands
     at its edge. They are compared on documents that are kept back for it from the training ones, never on those of the
-    experiment.
+    experiment. A further recipe (--recipe) goes on from what those before it train, for the same share of their steps.
 
     Interrupted, the same command goes on: finished trainings are kept. Written to the folder: `tuning.json` and
     `tuning.md`, with the lines for the experiment's file.
@@ -37,10 +41,13 @@ def tune_outer(
     from .tune_outer_steps import tune_outer as tune
 
     with refusals():
-        chosen = load_experiment(experiment)
+        chosen = load_experiment(experiment).part(rows or ())
         grid = options.parse_numbers(factors, "--factors", float)
         if not grid or min(grid) <= 0:
             raise ValueError(f"--factors {factors}: must be above 0, as in --factors 0.5,1,2")
         if not chosen.recipes:
             raise ValueError(f"experiment={experiment!r} trains nothing: choose one with a recipe")
-    tune(chosen, grid, share, output or Path("runs") / f"{chosen.name}-tuning", models, cache, Console())
+        recipe = recipe or chosen.recipes[0]
+        if recipe not in chosen.recipes:
+            raise ValueError(f"--recipe {recipe}: experiment {chosen.name!r} has {', '.join(chosen.recipes)}")
+    tune(chosen, recipe, grid, share, output or Path("runs") / f"{chosen.name}-tuning", models, cache, Console())

@@ -13,8 +13,9 @@ from ttt_e2e.configuration import Recipe, system_preset
 from ttt_e2e.configuration.experiments import Experiment, Trained
 from ttt_e2e.evaluation.tables import Table
 from ttt_e2e.storage.disk import write_json, write_text
+from ttt_e2e.training.run import MODEL
 
-from .experiment_training import read_log, row_recipes, run_folder, train_recipe, what_it_took
+from .experiment_training import deciding_fields, read_log, row_recipes, run_folder, train_recipe, what_it_took
 
 RATES = ("learning_rate", "muon_learning_rate")
 FURTHER = 2  # steps beyond the grid
@@ -40,6 +41,7 @@ class Tried:
 
 def tune_outer(
     experiment: Experiment,
+    recipe: str,
     factors: Sequence[float],
     share: float,
     folder: Path,
@@ -49,22 +51,27 @@ def tune_outer(
 ) -> dict[str, list[str]]:
     """Train each system at each rate; what is trained already is kept.
 
+    Args:
+        recipe: of the experiment's, the one whose rates are chosen. Recipes before it are trained as the experiment
+            says, for the same share of their steps.
+
     Returns:
-        By system, the overrides of the best rates: `by_system` of the experiment.
+        By system, the overrides of the best rates: `by_system` of the experiment, or its `by_recipe` for that recipe.
     """
     tried: list[Tried] = []
     for row in rows_to_tune(experiment).values():
         own: list[Tried] = []
         while (factor := next_factor(own, factors)) is not None:
-            console.rule(f"{row.system}, {factor:g} times the recipe's learning rates")
-            own.append(try_rate(experiment, row, factor, share, models_folder, cache))
+            console.rule(f"{row.system}, {factor:g} times the learning rates of {recipe}")
+            own.append(try_rate(experiment, row, recipe, factor, share, models_folder, cache))
             write_json(folder / "tuning.json", [dataclasses.asdict(each) for each in tried + own])
         tried += own
     table, best = tuning_table(tried), best_overrides(tried)
-    text = f"{table.title}\n\n{table.markdown()}\n```yaml\n{yaml.safe_dump({'by_system': best}, sort_keys=False)}```\n"
-    write_text(folder / "tuning.md", text)
+    lines = {"by_system": best} if recipe == experiment.recipes[0] else {"by_recipe": {recipe: best}}
+    shown = yaml.safe_dump(lines, sort_keys=False)
+    write_text(folder / "tuning.md", f"{table.title}\n\n{table.markdown()}\n```yaml\n{shown}```\n")
     console.print(table.rich())
-    console.print(f"In the experiment's file:\n{yaml.safe_dump({'by_system': best}, sort_keys=False)}")
+    console.print(f"In the experiment's file:\n{shown}")
     return best
 
 
@@ -97,19 +104,22 @@ def rows_to_tune(experiment: Experiment) -> dict[str, Trained]:
 
 
 def try_rate(
-    experiment: Experiment, row: Trained, factor: float, share: float, models_folder: Path, cache: Path
+    experiment: Experiment, row: Trained, recipe: str, factor: float, share: float, models_folder: Path, cache: Path
 ) -> Tried:
-    """Train a system for a share of its steps, with its recipe's learning rates times a factor."""
-    preset = system_preset(row.system, experiment.size)
-    others = [text for text in experiment.by_system.get(row.system, ()) if not text.startswith(CHOSEN)]
-    plain = dataclasses.replace(experiment, by_system={row.system: others})
-    recipe = tuning_recipe(row_recipes(plain, Trained(row.system), preset)[0], factor, share)
-    run = run_folder(experiment, preset, recipe, [], models_folder)
-    train_recipe(experiment, preset, recipe, run, cache)
-    tokens = what_it_took(recipe, run).tokens
-    log = read_log(run)
-    loss = next(entry["eval_loss"] for entry in reversed(log) if "eval_loss" in entry)
-    rates = {name: recipe.training[name] for name in RATES if name in recipe.training}
+    """Train a system for a share of its steps, with the learning rates of one recipe times a factor."""
+    preset, suited = system_preset(row.system, experiment.size), experiment.suited(recipe)
+    others = [text for text in suited.get(row.system, ()) if not text.startswith(CHOSEN)]
+    plain = experiment.suited_anew(recipe, suited | {row.system: others})
+    last = experiment.recipes.index(recipe)
+    model, before, tokens = preset, [], 0
+    for number, each in enumerate(row_recipes(plain, Trained(row.system), preset)[: last + 1]):
+        chosen = tuning_recipe(each, factor if number == last else 1.0, share)
+        run = run_folder(experiment, preset, chosen, before, models_folder)
+        train_recipe(experiment, model, chosen, run, cache)
+        before.append(deciding_fields(chosen))
+        model, tokens = str(run / MODEL), tokens + what_it_took(chosen, run).tokens
+    loss = next(entry["eval_loss"] for entry in reversed(read_log(run)) if "eval_loss" in entry)
+    rates = {name: chosen.training[name] for name in RATES if name in chosen.training}
     return Tried(row.system, factor, rates, tokens, loss if math.isfinite(loss) else math.inf)
 
 

@@ -133,7 +133,8 @@ class Experiment:
             training_only: folders whose documents never are, because they hold near-copies of one another;
             whole_folders: a folder's documents stay on one side.
         overrides: of the first recipe, for all rows, as on a command line; by_system: those that suit a system, over
-            them; those of a row come last. Further recipes stay as they are.
+            them; those of a row come last.
+        by_recipe: by the name of a further recipe, what `by_system` is to the first.
         yardsticks: beside the losses; None where nothing is trained.
         rows: by the label in tables and pictures.
         baseline: the row to which differences are shown; empty for none.
@@ -157,7 +158,18 @@ class Experiment:
     whole_folders: bool = False
     overrides: list[str] = field(default_factory=list)
     by_system: dict = field(default_factory=dict)
+    by_recipe: dict = field(default_factory=dict)
     yardsticks: Yardsticks | None = None
+
+    def suited(self, recipe: str) -> dict[str, list[str]]:
+        """By system, the overrides of one of the recipes that suit it."""
+        return self.by_system if recipe == self.recipes[0] else self.by_recipe.get(recipe, {})
+
+    def suited_anew(self, recipe: str, suited: dict[str, list[str]]) -> "Experiment":
+        """The experiment with others of them."""
+        if recipe == self.recipes[0]:
+            return replace(self, by_system=suited)
+        return replace(self, by_recipe=self.by_recipe | {recipe: suited})
 
     def part(self, labels: Sequence[str], seeds: int | None = None) -> "Experiment":
         """The experiment with some of its rows alone, and at most so many seeds of each; an empty list means all rows.
@@ -247,7 +259,11 @@ def _check_names(experiment: Experiment, source: str) -> None:
     for name, label in (vars(experiment.yardsticks) if experiment.yardsticks else {}).items():
         if isinstance(label, str) and label not in experiment.rows:
             raise ValueError(f"{source}, yardsticks: {name}={label!r} is no row of this experiment")
-    for system in experiment.by_system:
+    for recipe in experiment.by_recipe:
+        if recipe not in experiment.recipes[1:]:
+            further = ", ".join(experiment.recipes[1:]) or "none"
+            raise ValueError(f"{source}: by_recipe has {recipe!r}; further recipes than the first: {further}")
+    for system in {*experiment.by_system, *(each for suited in experiment.by_recipe.values() for each in suited)}:
         system_preset(system, experiment.size)
     known = {"recipe": recipe_names(), "preset": preset_names(), "system": load_systems()}
     for recipe in experiment.recipes:

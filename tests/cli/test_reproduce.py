@@ -11,7 +11,7 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ttt_e2e.cli import experiment_training
+from ttt_e2e.cli import experiment_training, tune_outer_steps
 from ttt_e2e.cli.main import app
 from ttt_e2e.cli.reproduce_steps import run_experiment, write_held_out
 from ttt_e2e.cli.tune_outer_steps import FURTHER, Tried, next_factor, tune_outer
@@ -143,7 +143,7 @@ def test_seeds_are_trainings_of_their_own(ran):
 @pytest.mark.slow
 def test_rates_are_tried_and_the_best_is_named(tmp_path, experiment):
     where = (tmp_path / "tuning", tmp_path / "models", tmp_path / "cache")
-    best = tune_outer(experiment, [0.5, 2.0], 0.5, *where, Console(quiet=True))
+    best = tune_outer(experiment, "pretrain-tiny", [0.5, 2.0], 0.5, *where, Console(quiet=True))
     assert list(best) == ["full-attention", "sliding-window", "static-twin", "ttt-e2e"]
     tried = json.loads((tmp_path / "tuning" / "tuning.json").read_text())
     assert {each["factor"] for each in tried} >= {0.5, 2.0} and len(tried) <= 4 * (2 + FURTHER)
@@ -155,7 +155,7 @@ def test_rates_are_tried_and_the_best_is_named(tmp_path, experiment):
     assert "by_system:" in (tmp_path / "tuning" / "tuning.md").read_text()
     # Nothing is trained twice.
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "models").rglob("*.safetensors")}
-    assert tune_outer(experiment, [0.5, 2.0], 0.5, *where, Console(quiet=True)) == best
+    assert tune_outer(experiment, "pretrain-tiny", [0.5, 2.0], 0.5, *where, Console(quiet=True)) == best
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "models").rglob("*.safetensors")}
 
 
@@ -199,6 +199,7 @@ def test_experiments_are_listed_and_mistakes_refused():
     [
         (["tune-outer", "token-positoin"], "token-position"),
         (["tune-outer", "latency"], "trains nothing"),
+        (["tune-outer", "token-position", "--recipe", "extend-32k"], "--recipe extend-32k"),
         (["tune-outer", "token-position", "--factors", "0,1"], "must be above 0"),
     ],
 )
@@ -207,15 +208,40 @@ def test_refused_tuning(command, message):
     assert refused.exit_code == 2 and message in refused.output
 
 
-def test_what_differs_is_in_the_first_recipe_but_for_the_seed():
-    """An extension to longer text is the same for all, as the paper's: what it goes on from differs already."""
+def test_what_is_a_rows_own_is_in_the_first_recipe_but_for_the_seed():
+    """An extension to longer text is the same for all rows of a system: what it goes on from differs already."""
     experiment = load_experiment("context-length-extended")
+    rate = {"extend-packages": {"ttt-e2e": ["training.learning_rate=0.5"]}}
+    experiment = dataclasses.replace(experiment, by_recipe=rate)
     row = dataclasses.replace(experiment.rows["TTT-E2E"], overrides=["training.adam_beta1=0.8"])
     first, further = experiment_training.row_recipes(experiment, row, "tiny", seed=2)
     assert first.training["max_steps"] == 4500 and first.training["adam_beta1"] == 0.8
     assert first.training["learning_rate"] == 0.006 and first.training["seed"] == further.training["seed"] == 2
     plain = load_recipe("extend-packages", "tiny")
-    assert further.training == plain.training | {"seed": 2} and further.model == plain.model
+    assert further.training == plain.training | {"seed": 2, "learning_rate": 0.5} and further.model == plain.model
+
+
+def test_the_rates_of_a_further_recipe_are_tried_on_what_those_before_it_train(tmp_path, monkeypatch):
+    trained = []
+
+    def train(experiment, model, recipe, run, cache):
+        trained.append((model, recipe, run))
+        run.mkdir(parents=True, exist_ok=True)
+        (run / LOG).write_text(json.dumps([{"step": 10, "eval_loss": recipe.training["learning_rate"]}]))
+
+    monkeypatch.setattr(tune_outer_steps, "train_recipe", train)
+    experiment = load_experiment("context-length-extended")
+    rates = {"extend-packages": {"ttt-e2e": ["training.learning_rate=0.5", "training.adam_beta1=0.8"]}}
+    experiment = dataclasses.replace(experiment, by_recipe=rates)
+    asked = (experiment, experiment.rows["TTT-E2E"], "extend-packages", 2.0, 0.5, tmp_path, tmp_path)
+    tried = tune_outer_steps.try_rate(*asked)
+    (model, first, run), (further_model, further, _) = trained
+    assert (model, further_model) == ("tiny", str(run / MODEL))
+    assert first.training["max_steps"] == 2250 and first.training["learning_rate"] == 0.006
+    assert further.training["max_steps"] == 30 and further.training["adam_beta1"] == 0.8
+    assert further.training["learning_rate"] == tried.loss == 0.002  # twice the recipe's
+    assert first.data.tuning and further.data.tuning
+    assert tried.tokens == 10 * (1024 + 8192)
 
 
 def test_what_a_finished_model_went_on_from_is_needed_no_more(tmp_path, monkeypatch):
