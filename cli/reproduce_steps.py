@@ -25,7 +25,7 @@ from ttt_e2e.evaluation.runs import (
 )
 from ttt_e2e.evaluation.tasks import TASKS
 from ttt_e2e.evaluation.verdicts import ClaimVerdict, judge_claims, seed_label
-from ttt_e2e.evaluation.yardsticks import measure_yardsticks
+from ttt_e2e.evaluation.yardsticks import COMPRESSORS, measure_yardsticks
 from ttt_e2e.storage.disk import write_text, written_whole
 
 from .experiment_training import row_recipes, train_rows
@@ -71,7 +71,7 @@ def run_experiment(
         measure_missing(evaluation)
         if experiment.yardsticks is not None and evaluation.task.of_losses is not None:
             add_yardsticks(experiment, evaluation, rows[experiment.yardsticks.learning_off].tokens, cache)
-        for table in write_comparison(evaluation)[0]:
+        for table in write_comparison(evaluation, tables_only=COMPRESSORS)[0]:
             console.print(table.rich())
         points += evaluation.results.points
     verdicts = judge_claims(experiment, points)

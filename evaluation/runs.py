@@ -7,7 +7,7 @@ interruption, and one with further models or lengths measures only those.
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,8 +207,11 @@ def measure_point(
     )
 
 
-def write_comparison(evaluation: Evaluation) -> tuple[list[Table], list[Path]]:
+def write_comparison(evaluation: Evaluation, tables_only: Collection[str] = ()) -> tuple[list[Table], list[Path]]:
     """Write the tables and the picture of all points in the results' file, each file whole or not at all.
+
+    Args:
+        tables_only: labels that are not drawn: so far from the others that their curves would flatten.
 
     Returns:
         The tables, and the files that were written.
@@ -217,7 +220,8 @@ def write_comparison(evaluation: Evaluation) -> tuple[list[Table], list[Path]]:
     tables = comparison_tables(points, quantities, request.baseline)
     text = "\n".join(f"{table.title}\n\n{table.markdown()}" for table in tables)
     write_text(request.output / f"{RESULTS}.md", text)
-    panels = comparison_panels(points, quantities, request.baseline)
+    drawn = [point for point in points if point.label not in tables_only]
+    panels = comparison_panels(drawn, quantities, request.baseline)
     return tables, [request.output / f"{RESULTS}.md", *plot_panels(panels, request.output / RESULTS, request.task)]
 
 

@@ -1,10 +1,12 @@
 """Tables, differences and curves against values worked out by hand."""
 
 import math
+from types import SimpleNamespace
 
 import matplotlib.image
 import pytest
 
+from ttt_e2e.evaluation import runs
 from ttt_e2e.evaluation.comparison import (
     Quantity,
     comparison_panels,
@@ -106,3 +108,16 @@ def test_picture_is_written_as_png_and_svg(tmp_path):
     assert sorted(file.name for file in files[0].parent.iterdir()) == ["results.v1.png", "results.v1.svg"]
     assert matplotlib.image.imread(files[0]).shape[:2] == (1260, 1950)
     assert "<svg" in files[1].read_text()
+
+
+def test_what_is_far_from_the_others_stands_in_the_table_alone(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(runs, "plot_panels", lambda panels, path, title: drawn.extend(panels) or [])
+    evaluation = SimpleNamespace(
+        request=SimpleNamespace(output=tmp_path, baseline=None, task="task"),
+        results=SimpleNamespace(points=POINTS),
+        task=SimpleNamespace(quantities=[LOSS]),
+    )
+    (table,), _ = runs.write_comparison(evaluation, tables_only={"theirs"})
+    ((panel,),) = drawn
+    assert [row[0] for row in table.rows] == ["ours", "theirs", "third"] and list(panel.curves) == ["ours", "third"]
