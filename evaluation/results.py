@@ -23,6 +23,7 @@ from transformers.utils import logging
 from ..loading import weight_files
 from ..storage.digests import digest, file_digest
 from ..storage.disk import flush_to_disk
+from ..storage.machine import device_name, processor
 from ..storage.record import first_difference
 
 logger = logging.get_logger(__name__)
@@ -183,12 +184,15 @@ def folder_digest(folder: Path) -> str:
 def environment() -> dict[str, str | int]:
     """What numbers depend on besides model, data and settings: versions, device and threads."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    name = torch.cuda.get_device_name() if device is not None and device.type == "cuda" else None
+    if device is None:
+        name = f"{os.cpu_count()} CPU cores, {processor()}"
+    else:
+        name = device_name(device) if device.type == "cuda" else str(device)
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "device": name or (str(device) if device else f"{os.cpu_count()} CPU cores ({platform.machine()})"),
+        "device": name,
         "threads": torch.get_num_threads(),
     }
 
