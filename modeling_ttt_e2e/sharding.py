@@ -62,13 +62,10 @@ def check_quantisation(model: torch.nn.Module) -> None:
     utils = sys.modules.get("torch.ao.nn.quantized.modules.utils")
     if utils is None:  # then nobody has made such a layer
         return
-    inner = {id(part) for module in inner_modules(model) for part in module.modules()}
-    names = [
-        name
-        for name, part in model.named_modules()
-        if id(part) in inner and isinstance(part, utils.WeightedQuantizedModule)
-    ]
-    if names:
+    parts = (part for module in inner_modules(model) for part in module.modules())
+    found = {id(part) for part in parts if isinstance(part, utils.WeightedQuantizedModule)}
+    if found:
+        names = [name for name, part in model.named_modules() if id(part) in found]
         blocks = [f"layers.{index}" for index in range(model.config.num_prefix_layers, len(model.layers))]
         raise ValueError(
             f"{names[0]!r} (and {len(names) - 1} others) is quantised by torch.ao, which passes no gradient on, so "
