@@ -1,6 +1,6 @@
 """Many requests at once: those that write are rows of one batch, those that read take turns.
 
-    turn:  let waiting prompts in;  write one token of every row;  read one piece of one prompt
+    turn:  let waiting prompts in;  write one token of every row;  read one piece of a prompt, or several short ones
 
 Every sequence has a learned context of its own. Once its prompt is read it becomes a row of the batch, and leaves it
 with its last token; mini-batches end at different steps for different rows, as the model allows. So an answer is what
@@ -116,6 +116,18 @@ class Sequence:
             self.cache, self.read = known.cache.fork(), len(known.ids)
         self.reused = self.read
 
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing was read before its prompt, and nothing of that."""
+        return self.cache is not None and not self.cache.is_initialized
+
+
+def only_rows(cache: TTTE2ECache, rows: Collection[int]) -> TTTE2ECache:
+    """Some rows of a learned context, holding nothing of the others."""
+    chosen = cache.fork()
+    chosen.batch_select_indices(torch.tensor(rows))
+    return TTTE2ECache.joined([chosen])
+
 
 class Batch:
     """Sequences that write, each a row of one learned context.
@@ -137,24 +149,20 @@ class Batch:
 
     def read_by(self, sequence: Sequence) -> TTTE2ECache:
         """What a row has read, for itself."""
-        return self._only([self.rows.index(sequence)])
+        assert self.cache is not None  # there is one where there are rows
+        return only_rows(self.cache, [self.rows.index(sequence)])
 
     def remove(self, sequences: Collection[Sequence]) -> None:
         """Take rows out."""
         kept = [row for row, sequence in enumerate(self.rows) if sequence not in sequences]
         if len(kept) < len(self.rows):
-            self.cache = self._only(kept) if kept else None
+            self.cache = only_rows(self.cache, kept) if kept else None  # type: ignore[arg-type]  # as above
             self.rows = [self.rows[row] for row in kept]
 
     def step(self) -> CausalLMOutput:
         """Read the token of every row that was chosen last."""
         ids = torch.tensor([[sequence.next] for sequence in self.rows], device=self.model.device)
         return self.model(ids, cache=self.cache, use_cache=True, logits_to_keep=1, learning_span=self.span)
-
-    def _only(self, rows: list[int]) -> TTTE2ECache:
-        cache = self.cache.fork()  # type: ignore[union-attr]  # there is one where there are rows
-        cache.batch_select_indices(torch.tensor(rows))
-        return TTTE2ECache.joined([cache])  # holds nothing of the other rows
 
 
 class Scheduler:
@@ -204,7 +212,11 @@ class Scheduler:
             if batch.rows:
                 self._write(batch)
         if self.reading:
-            self._read(self.reading.popleft())
+            first, *others = self._next_to_read()
+            if others:
+                self._read_together([first, *others])
+            else:
+                self._read(first)
         self.metrics.requests_waiting.set(len(self.waiting))
         self.metrics.rows_reading.set(len(self.reading))
         self.metrics.rows_writing.set(self.rows() - len(self.reading))
@@ -231,8 +243,20 @@ class Scheduler:
         self.metrics.reused_tokens.inc(sequence.reused)
         self.reading.append(sequence)
 
+    def _next_to_read(self) -> list[Sequence]:
+        """The sequence whose turn it is; where its prompt is new and short, with others alike that fit into a piece."""
+        group = [self.reading.popleft()]
+        if group[0].is_new:
+            for other in list(self.reading):
+                longest = max(sequence.job.ids.shape[1] for sequence in (*group, other))
+                fits = (len(group) + 1) * longest <= self.piece
+                if fits and other.is_new and other.span == group[0].span:
+                    self.reading.remove(other)
+                    group.append(other)
+        return group
+
     def _read(self, sequence: Sequence) -> None:
-        """One piece of a prompt; behind the last one, the first token of the answer."""
+        """One piece of a prompt."""
         job, begin = sequence.job, sequence.read
         before = sequence.cache.fork() if begin > sequence.reused else None
         try:
@@ -243,17 +267,51 @@ class Scheduler:
                 logits_to_keep=1,
                 learning_span=sequence.span,
             )
-            sequence.read = min(begin + self.piece, job.ids.shape[1])
-            self.metrics.prompt_tokens.inc(sequence.read - begin)
-            self._count_steps(output)
-            if sequence.read < job.ids.shape[1]:
-                self.reading.append(sequence)
-                return
-            if before is not None:  # where another prompt may begin to differ
-                self.prefixes.keep(sequence.origin, job.learn_from, job.ids[0, :begin], before)
-            self.prefixes.keep(sequence.origin, job.learn_from, job.ids[0], sequence.cache.fork())
+        except Exception as error:
+            self._end(job, error)
+            return
+        sequence.read = min(begin + self.piece, job.ids.shape[1])
+        self.metrics.prompt_tokens.inc(sequence.read - begin)
+        self._count_steps(output)
+        if sequence.read < job.ids.shape[1]:
+            self.reading.append(sequence)
+            return
+        if before is not None:  # where another prompt may begin to differ
+            self.prefixes.keep(sequence.origin, job.learn_from, job.ids[0, :begin], before)
+        self._begin_to_write(sequence, output.logits[:, -1])
+
+    def _read_together(self, group: list[Sequence]) -> None:
+        """Whole new prompts, as rows that are padded on the left."""
+        cache, lengths = TTTE2ECache(self.model.config), [sequence.job.ids.shape[1] for sequence in group]
+        ids = torch.zeros(len(group), max(lengths), dtype=torch.long, device=self.model.device)
+        mask = torch.zeros_like(ids)
+        for row, (sequence, length) in enumerate(zip(group, lengths, strict=True)):
+            ids[row, -length:], mask[row, -length:] = sequence.job.ids[0], 1
+        told = {"use_cache": True, "logits_to_keep": 1, "learning_span": group[0].span}
+        try:
+            output = self.model(ids, attention_mask=mask, cache=cache, **told)
+        except Exception:  # whoever it comes from: the others get their answers
+            for sequence in group:
+                self._read(sequence)
+            return
+        self._count_steps(output)
+        self.metrics.prompt_tokens.inc(sum(lengths))
+        for row, (sequence, length) in enumerate(zip(group, lengths, strict=True)):
+            sequence.cache, sequence.read = only_rows(cache, [row]), length
+            sequence.cache.columns = length  # without the padding
+            self._begin_to_write(sequence, output.logits[row : row + 1, -1])
+
+    def _begin_to_write(self, sequence: Sequence, logits: torch.Tensor) -> None:
+        """Choose the first token behind a prompt, and make the sequence a row of a batch.
+
+        Args:
+            logits: [1, vocabulary], behind the prompt.
+        """
+        job = sequence.job
+        try:
+            self.prefixes.keep(sequence.origin, job.learn_from, job.ids[0], sequence.cache.fork())  # type: ignore[union-attr]
             self.metrics.first_token.observe(time.monotonic() - job.arrived)
-            if self._choose(sequence, output.logits[:, -1]):
+            if self._choose(sequence, logits):
                 self._end(job, None)
             else:
                 self.batches[job.learn_from == "context"].join(sequence)

@@ -169,6 +169,37 @@ def test_a_short_prompt_does_not_wait_for_a_long_one_to_be_read(text_model, sche
     assert short.ends == [None] and not long.written and scheduler.reading
 
 
+def test_new_short_prompts_are_read_together(text_model, scheduler):
+    """As many as make a piece: padded to the longest, 4 of BATCH tokens here."""
+    asking = [Client(text_model, random_ids(1, BATCH - number % 3, seed=number), 9) for number in range(6)]
+    learning = Client(text_model, random_ids(1, BATCH, seed=9), 9, "none")
+    for client in (*asking[:2], learning, *asking[2:]):
+        scheduler.submit(client.job())
+    scheduler.turn()
+    assert [len(client.written) for client in asking] == [1, 1, 1, 1, 0, 0] and not learning.written
+    work(scheduler)
+    for client in (*asking, learning):
+        assert client.written == client.alone()
+    assert value(scheduler, "prompt_tokens_total") == sum(client.ids.shape[1] for client in (*asking, learning))
+    assert value(scheduler, "time_to_first_token_seconds_count") == 7
+
+
+def test_prompts_that_cannot_be_read_together_are_read_one_by_one(text_model, scheduler, monkeypatch):
+    asking = [Client(text_model, random_ids(1, 5, seed=seed), 7) for seed in range(3)]
+    for client in asking:
+        scheduler.submit(client.job())
+    forward = type(text_model.model).forward
+
+    def of_one(self, ids, **options):
+        return forward(self, ids, **options) if len(ids) == 1 else 1 / 0
+
+    with monkeypatch.context() as broken:
+        broken.setattr(type(text_model.model), "forward", of_one)
+        scheduler.turn()
+    work(scheduler)
+    assert [client.written for client in asking] == [client.alone() for client in asking]
+
+
 def test_those_who_find_no_room_wait_in_their_order(text_model):
     scheduler, order = scheduler_of(text_model, rows=2), []
     for client in [Client(text_model, random_ids(1, 4, seed=seed), 3) for seed in range(5)]:
@@ -254,6 +285,21 @@ def test_what_an_earlier_request_read_is_not_read_again(text_model, scheduler):
         assert again.written == again.alone()
         assert value(scheduler, "reused_tokens_total") - known == reused
         assert value(scheduler, "prompt_tokens_total") - read == ids.shape[1] - reused
+
+
+@pytest.mark.parametrize("learn_from", ["context", "none"])
+def test_a_conversation_goes_on_from_what_was_written_beside_a_longer_one(text_model, scheduler, learn_from):
+    short = Client(text_model, random_ids(1, 7, seed=1), 5, learn_from)
+    long = Client(text_model, random_ids(1, 2 * PIECE, seed=2), 2, learn_from)
+    scheduler.submit(long.job())
+    scheduler.submit(short.job())
+    work(scheduler)
+    conversation = torch.cat([short.ids, torch.tensor([short.written]), random_ids(1, 3 * BATCH, seed=3)], dim=1)
+    further = Client(text_model, conversation, 2 * BATCH, learn_from)
+    scheduler.submit(further.job())
+    work(scheduler)
+    assert value(scheduler, "reused_tokens_total") == 7 + 5 - 1
+    assert further.written == further.alone()
 
 
 def test_beginnings_are_of_their_context_and_way_of_learning(text_model, scheduler):
