@@ -59,9 +59,9 @@ def read(
     from it, with the same model; in Python `TTTE2ECache.from_pretrained(folder, model)` does.
 
     Many documents: `ttt-e2e read --model runs/tiny --documents library/ --output contexts`, by several processes
-    with `torchrun --nproc-per-node 4 -m ttt_e2e.cli.main read ...` or `accelerate launch`. What is there already is not
-    read again, so that the same command goes on after an interruption. A document that cannot be read is reported and
-    left out, and the command ends with an error.
+    with `torchrun --nproc-per-node 4 -m ttt_e2e.cli.main read ...` or `accelerate launch --multi_gpu` (on CPUs as
+    well). What is there already is not read again, so that the same command goes on after an interruption. A document
+    that cannot be read is reported and left out, and the command ends with an error.
     """
     with refusals():
         if (files is None) == (documents is None):

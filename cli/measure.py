@@ -123,7 +123,8 @@ Every measured point is written at once: the same command goes on after an inter
 with lengths up to the longest, adds to what is there. All points in the folder appear in its tables and its picture.
 
 Several processes share out the documents: `torchrun --nproc-per-node 2 -m ttt_e2e.cli.main evaluate ...`, or with
-`accelerate launch`. The numbers are those of one process; decoding and latency are measured by the first one alone.
+`accelerate launch --multi_gpu` (on CPUs as well). The numbers are those of one process; decoding and latency are
+measured by the first one alone.
 
 Written to the folder: `results.jsonl`, `results.md`, `results.png`, `results.svg`.
 """

@@ -83,7 +83,8 @@ def test_what_does_not_fit_is_refused(place, tmp_path):
 
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-    "accelerate launch": ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"],
+    # "multi_gpu" means several processes, on a CPU as well: with "cpu" it starts one.
+    "accelerate launch": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"],
 }
 
 
@@ -99,5 +100,6 @@ def test_two_processes_of_a_launcher(place, tmp_path, launcher):
     variables = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "COLUMNS": "400"}  # sums round as threads share them
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
     assert done.returncode != 0 and done.stderr.count("Left out: bad.txt") == 1
+    assert done.stderr.count("Loading weights:   0%") == 2  # each process loads the model
     assert done.stdout.count("contexts of 4 documents") == 1
     assert contexts(tmp_path / "two") == contexts(tmp_path / "one")
