@@ -123,4 +123,4 @@ def load_on_base(adapter: Path, base: str, *, dtype: str = "auto", device: str |
     """
     weights = PrimeWeights.from_pretrained(adapter)
     tokenizer = load_tokenizer(adapter, weights.config.vocab_size)
-    return ready(weights.on_base(base, dtype=dtype_named(dtype)), tokenizer, device)
+    return ready(weights.on_base(base, dtype=dtype_named(dtype)), tokenizer, device, dtype)

@@ -12,7 +12,11 @@ Model = Annotated[
     str, typer.Option(help="A saved model's folder, the folder of a run of `ttt-e2e train`, or an id of the Hub.")
 ]
 ContextDtype = Annotated[
-    str, typer.Option(help="Of the weights: auto (as saved), float32, bfloat16, float16. Contexts belong to one.")
+    str,
+    typer.Option(
+        help="Of the weights: float32, bfloat16, float16, or auto: as saved, but float32 on a CPU without bfloat16. "
+        "Contexts belong to one."
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="As torch names it. [default: CUDA where there is one]")]
 LearnFrom = Annotated[

@@ -1,7 +1,7 @@
 """One way from the name of a model (preset, YAML file, folder, run, checkpoint, id of the Hub) to the model itself."""
 
 from .sources import ModelSource, check_saved, find_model, find_saved_model, model_label, weight_files
-from .weights import chosen_device, load_model, load_saved, on_device
+from .weights import chosen_device, in_fast_dtype, load_model, load_saved, on_device
 
 __all__ = [
     "ModelSource",
@@ -9,6 +9,7 @@ __all__ = [
     "chosen_device",
     "find_model",
     "find_saved_model",
+    "in_fast_dtype",
     "load_model",
     "load_saved",
     "model_label",

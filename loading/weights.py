@@ -43,6 +43,21 @@ def on_device(model: PreTrainedModel, name: torch.device | str | None) -> PreTra
     return model.to(device)  # type: ignore[arg-type]  # a wrapped method
 
 
+def in_fast_dtype(model: PreTrainedModel, name: torch.device | str | None) -> PreTrainedModel:
+    """The model, in float32 where it is in bfloat16 and the CPU has no instructions for that; says so.
+
+    Args:
+        name: of the device, as `chosen_device` takes it.
+    """
+    if chosen_device(name).type == "cpu" and model.dtype == torch.bfloat16 and not multiplies_bfloat16():
+        logger.warning_once(
+            "This CPU has no instructions for bfloat16, in which the model was saved: it reads in float32, many times "
+            "as fast (a learned context belongs to one dtype: --dtype bfloat16 for one that was made so)."
+        )
+        return model.float()
+    return model
+
+
 def multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for bfloat16; True where that is not known."""
     known = getattr(torch.cpu, "get_capabilities", dict)()

@@ -170,10 +170,11 @@ def _check_reader(folder: Path, found: dict[str, str], own: dict[str, str]) -> N
         "activate, scale and merge them as they were, in the same layers, or read the text again."
     )
     differences = {
-        "config": "another configuration than `model` has.",
+        "config": "another configuration than `model` has: load the model that read it, or read the text again.",
         "adapters": adapters,
         "adapted_layers": adapters,
-        "weights": "other weights than `model` has.",
+        "weights": "other weights than `model` has, or the same in another dtype: load the model that read it, as it "
+        "was then (as with dtype='bfloat16'), or read the text again.",
     }
     for part, what in differences.items():
         if part in own and found[part] != own[part]:

@@ -8,7 +8,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from .. import TTTE2EConfig, TTTE2EForCausalLM
 from ..data.tokenizer import load_tokenizer
-from ..loading import chosen_device, find_saved_model, load_model, on_device
+from ..loading import chosen_device, find_saved_model, in_fast_dtype, load_model, on_device
 from ..storage.dtypes import dtype_named
 
 
@@ -32,7 +32,8 @@ def load_text_model(
 
     Args:
         model: a folder with a saved model, the folder of a run of `ttt-e2e train`, or an id of the Hub.
-        dtype: of the weights: `"auto"` (as they were saved), `"float32"`, `"bfloat16"` or `"float16"`.
+        dtype: of the weights: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: as they were saved, but float32 on a
+            CPU that has no instructions for bfloat16.
         device: as torch names it (default: CUDA where there is one).
         split_special_tokens: special tokens that a text spells out are read as these letters.
 
@@ -47,19 +48,22 @@ def load_text_model(
             "TTT-E2E model"
         )
     tokenizer = load_tokenizer(source.folder, source.fields["vocab_size"])
-    return ready(load_model(source, dtype=torch_dtype), tokenizer, device, split_special_tokens)
+    return ready(load_model(source, dtype=torch_dtype), tokenizer, device, dtype, split_special_tokens)
 
 
 def ready(
     model: TTTE2EForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device | str | None,
+    dtype: str,
     split_special_tokens: bool = True,
 ) -> TextModel:
     """A model that was loaded, on a device and in evaluation mode, with its tokenizer.
 
     Args:
-        device, split_special_tokens: as `load_text_model` takes them.
+        device, dtype, split_special_tokens: as `load_text_model` takes them.
     """
+    if dtype == "auto":
+        model = in_fast_dtype(model, device)
     tokenizer.model_max_length = VERY_LARGE_INTEGER  # the model reads any length: no warning about it
     return TextModel(on_device(model, device).eval(), tokenizer, split_special_tokens)
