@@ -104,3 +104,11 @@ def test_a_part_keeps_yardsticks_and_what_is_evaluated_of_its_rows():
     assert "Mamba 2" in judged.rows, "the judge stays"
     with pytest.raises(ValueError, match="row='nobody': experiment 'context-length' has full attention"):
         experiment.part(["nobody"])
+
+
+def test_the_systems_of_the_headline_are_extended_at_rates_that_were_chosen_for_each():
+    experiment = load_experiment("context-length-extended")
+    headline = {
+        experiment.rows[label].system for label in vars(experiment.yardsticks).values() if isinstance(label, str)
+    }
+    assert headline <= experiment.by_recipe["extend-packages"].keys()
