@@ -40,7 +40,7 @@ help: ## show this list
 demo: $(INSTALLED) ## train, compare, generate, save a learned context (6 to 20 minutes on 2 cores)
 	$(BIN)/ttt-e2e demo $(ARGS)
 
-test: lint types ## linter, types, and tests without the slow ones (a quarter of an hour on 2 slow cores)
+test: lint types ## linter, types, and tests without the slow ones (8 to 15 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-all: lint types ## linter, types and all tests, the slow ones included
