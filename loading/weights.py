@@ -35,7 +35,7 @@ def on_device(model: PreTrainedModel, name: torch.device | str | None) -> PreTra
         name: as `chosen_device` takes it.
     """
     device = chosen_device(name)
-    if device.type == "cpu" and model.dtype == torch.bfloat16 and not multiplies_bfloat16():
+    if is_slow(model.dtype, device):
         logger.warning_once(
             "This CPU has no instructions for bfloat16, in which the model was saved: --dtype float32 is several times "
             "as fast (a learned context belongs to one dtype)."
@@ -49,13 +49,18 @@ def in_fast_dtype(model: PreTrainedModel, name: torch.device | str | None) -> Pr
     Args:
         name: of the device, as `chosen_device` takes it.
     """
-    if chosen_device(name).type == "cpu" and model.dtype == torch.bfloat16 and not multiplies_bfloat16():
+    if is_slow(model.dtype, chosen_device(name)):
         logger.warning_once(
             "This CPU has no instructions for bfloat16, in which the model was saved: it reads in float32, many times "
             "as fast (a learned context belongs to one dtype: --dtype bfloat16 for one that was made so)."
         )
         return model.float()
     return model
+
+
+def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device is a CPU without instructions for the dtype."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and not multiplies_bfloat16()
 
 
 def multiplies_bfloat16() -> bool:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import psutil
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import logging
 
@@ -267,39 +268,43 @@ class Scheduler:
                 logits_to_keep=1,
                 learning_span=sequence.span,
             )
+            sequence.read = min(begin + self.piece, job.ids.shape[1])
+            self.metrics.prompt_tokens.inc(sequence.read - begin)
+            self._count_steps(output)
+            if sequence.read < job.ids.shape[1]:
+                self.reading.append(sequence)
+                return
+            if before is not None:  # where another prompt may begin to differ
+                self.prefixes.keep(sequence.origin, job.learn_from, job.ids[0, :begin], before)
+            self._begin_to_write(sequence, output.logits[:, -1])
         except Exception as error:
             self._end(job, error)
-            return
-        sequence.read = min(begin + self.piece, job.ids.shape[1])
-        self.metrics.prompt_tokens.inc(sequence.read - begin)
-        self._count_steps(output)
-        if sequence.read < job.ids.shape[1]:
-            self.reading.append(sequence)
-            return
-        if before is not None:  # where another prompt may begin to differ
-            self.prefixes.keep(sequence.origin, job.learn_from, job.ids[0, :begin], before)
-        self._begin_to_write(sequence, output.logits[:, -1])
 
     def _read_together(self, group: list[Sequence]) -> None:
         """Whole new prompts, as rows that are padded on the left."""
-        cache, lengths = TTTE2ECache(self.model.config), [sequence.job.ids.shape[1] for sequence in group]
-        ids = torch.zeros(len(group), max(lengths), dtype=torch.long, device=self.model.device)
-        mask = torch.zeros_like(ids)
-        for row, (sequence, length) in enumerate(zip(group, lengths, strict=True)):
-            ids[row, -length:], mask[row, -length:] = sequence.job.ids[0], 1
-        told = {"use_cache": True, "logits_to_keep": 1, "learning_span": group[0].span}
+        cache, rows = TTTE2ECache(self.model.config), [sequence.job.ids[0] for sequence in group]
         try:
-            output = self.model(ids, attention_mask=mask, cache=cache, **told)
+            output = self.model(
+                pad_sequence(rows, batch_first=True, padding_side="left"),
+                attention_mask=pad_sequence(list(map(torch.ones_like, rows)), batch_first=True, padding_side="left"),
+                cache=cache,
+                use_cache=True,
+                logits_to_keep=1,
+                learning_span=group[0].span,
+            )
         except Exception:  # whoever it comes from: the others get their answers
             for sequence in group:
                 self._read(sequence)
             return
         self._count_steps(output)
-        self.metrics.prompt_tokens.inc(sum(lengths))
-        for row, (sequence, length) in enumerate(zip(group, lengths, strict=True)):
-            sequence.cache, sequence.read = only_rows(cache, [row]), length
-            sequence.cache.columns = length  # without the padding
-            self._begin_to_write(sequence, output.logits[row : row + 1, -1])
+        self.metrics.prompt_tokens.inc(sum(map(len, rows)))
+        for row, sequence in enumerate(group):
+            try:
+                sequence.cache, sequence.read = only_rows(cache, [row]), len(rows[row])
+                sequence.cache.columns = sequence.read  # without the padding
+                self._begin_to_write(sequence, output.logits[row : row + 1, -1])
+            except Exception as error:
+                self._end(sequence.job, error)
 
     def _begin_to_write(self, sequence: Sequence, logits: torch.Tensor) -> None:
         """Choose the first token behind a prompt, and make the sequence a row of a batch.
@@ -308,15 +313,13 @@ class Scheduler:
             logits: [1, vocabulary], behind the prompt.
         """
         job = sequence.job
-        try:
-            self.prefixes.keep(sequence.origin, job.learn_from, job.ids[0], sequence.cache.fork())  # type: ignore[union-attr]
-            self.metrics.first_token.observe(time.monotonic() - job.arrived)
-            if self._choose(sequence, logits):
-                self._end(job, None)
-            else:
-                self.batches[job.learn_from == "context"].join(sequence)
-        except Exception as error:
-            self._end(job, error)
+        assert sequence.cache is not None  # until it is a row
+        self.prefixes.keep(sequence.origin, job.learn_from, job.ids[0], sequence.cache.fork())
+        self.metrics.first_token.observe(time.monotonic() - job.arrived)
+        if self._choose(sequence, logits):
+            self._end(job, None)
+        else:
+            self.batches[job.learn_from == "context"].join(sequence)
 
     def _write(self, batch: Batch) -> None:
         """One token of every row."""
