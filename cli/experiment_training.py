@@ -194,8 +194,16 @@ def read_log(run: Path) -> list[dict]:
 
 def row_runs(experiment: Experiment, row: Trained, seed: int, models_folder: Path) -> Iterator[tuple[Recipe, Path]]:
     """The recipes of a row, one after the other, and the folder of each one's run."""
-    preset, before = system_preset(row.system, experiment.size), []
-    for recipe in row_recipes(experiment, row, preset, seed):
+    preset = system_preset(row.system, experiment.size)
+    return runs_of(experiment, preset, row_recipes(experiment, row, preset, seed), models_folder)
+
+
+def runs_of(
+    experiment: Experiment, preset: str, recipes: Sequence[Recipe], models_folder: Path
+) -> Iterator[tuple[Recipe, Path]]:
+    """Recipes, each of which goes on from the one before, and the folder of each one's run."""
+    before: list[dict] = []
+    for recipe in recipes:
         yield recipe, run_folder(experiment, preset, recipe, before, models_folder)
         before.append(deciding_fields(recipe))
 

@@ -15,7 +15,7 @@ from ttt_e2e.evaluation.tables import Table
 from ttt_e2e.storage.disk import write_json, write_text
 from ttt_e2e.training.run import MODEL
 
-from .experiment_training import deciding_fields, read_log, row_recipes, run_folder, train_recipe, what_it_took
+from .experiment_training import read_log, row_recipes, runs_of, train_recipe, what_it_took
 
 RATES = ("learning_rate", "muon_learning_rate")
 FURTHER = 2  # steps beyond the grid
@@ -110,16 +110,14 @@ def try_rate(
     preset, suited = system_preset(row.system, experiment.size), experiment.suited(recipe)
     others = [text for text in suited.get(row.system, ()) if not text.startswith(CHOSEN)]
     plain = experiment.suited_anew(recipe, suited | {row.system: others})
-    last = experiment.recipes.index(recipe)
-    model, before, tokens = preset, [], 0
-    for number, each in enumerate(row_recipes(plain, Trained(row.system), preset)[: last + 1]):
-        chosen = tuning_recipe(each, factor if number == last else 1.0, share)
-        run = run_folder(experiment, preset, chosen, before, models_folder)
-        train_recipe(experiment, model, chosen, run, cache)
-        before.append(deciding_fields(chosen))
-        model, tokens = str(run / MODEL), tokens + what_it_took(chosen, run).tokens
+    *earlier, last = row_recipes(plain, Trained(row.system), preset)[: experiment.recipes.index(recipe) + 1]
+    recipes = [*(tuning_recipe(each, 1.0, share) for each in earlier), tuning_recipe(last, factor, share)]
+    model, tokens = preset, 0
+    for each, run in runs_of(experiment, preset, recipes, models_folder):
+        train_recipe(experiment, model, each, run, cache)
+        model, tokens = str(run / MODEL), tokens + what_it_took(each, run).tokens
     loss = next(entry["eval_loss"] for entry in reversed(read_log(run)) if "eval_loss" in entry)
-    rates = {name: chosen.training[name] for name in RATES if name in chosen.training}
+    rates = {name: each.training[name] for name in RATES if name in each.training}
     return Tried(row.system, factor, rates, tokens, loss if math.isfinite(loss) else math.inf)
 
 
