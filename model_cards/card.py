@@ -9,9 +9,9 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
-from ..checks import OLDEST_TRANSFORMERS
 from ..evaluation import Table
 from ..storage.disk import write_text
+from ..transformers_release import OLDEST_TRANSFORMERS
 
 TEMPLATE = Path(__file__).with_name("template.md")
 FAST_WEIGHT_BYTES, ID_BYTES = 4, 8  # fast weights are float32 at least; ids and positions are int64

@@ -5,9 +5,8 @@ the model, so that `from_pretrained(..., trust_remote_code=True)` needs nothing 
 """
 
 import json
-import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import CHAT_TEMPLATE_FILE
 
 from ..data.tokenizer import PLAIN_TEMPLATE, check_vocabulary, find_tokenizer, load_tokenizer
@@ -31,6 +29,7 @@ from ..storage.dtypes import dtype_named
 from ..storage.record import check_output
 from .card import ModelCardContents, TrainingHistory, refresh_model_card, write_model_card
 from .history import training_history
+from .joined_code import joined_code, needed_files
 from .measured import MeasuredResults, model_identities, read_results
 
 PACKAGE = __package__.partition(".")[0]
@@ -203,18 +202,21 @@ def auto_map(classes: dict[str, type]) -> dict[str, str]:
     return {name: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for name, cls in classes.items()}
 
 
-def code_files(classes: Iterable[type]) -> list[Path]:
-    """The source files that classes need: their own, and those that these import, found as transformers finds them."""
-    entries = {Path(sys.modules[cls.__module__].__file__) for cls in classes}
-    return sorted(entries | {Path(needed) for entry in entries for needed in get_relative_import_files(entry)})
+def code_files(classes: dict[str, type]) -> tuple[Path, Path]:
+    """The source files of the configuration's class and of the models' classes."""
+    configuration, modeling = (sys.modules[classes[name].__module__].__file__ for name in ("AutoConfig", "AutoModel"))
+    return Path(str(configuration)), Path(str(modeling))
 
 
 def write_code(folder: Path, classes: dict[str, type]) -> None:
-    """Write the source files that the classes need; the one of the models lists them with transformers."""
-    for path in code_files(classes.values()):
-        shutil.copyfile(path, folder / path.name)
-    model_type, modeling = classes["AutoConfig"].model_type, sys.modules[classes["AutoModel"].__module__].__file__
-    with (folder / Path(modeling).name).open("a", encoding="utf-8") as file:
+    """Write the code that the classes need; the file of the models lists them with transformers."""
+    configuration, modeling = code_files(classes)
+    for path in needed_files([configuration, modeling]):  # earlier exports copied each
+        (folder / path.name).unlink(missing_ok=True)
+    for name, text in joined_code(configuration, modeling).items():
+        write_text(folder / name, text)
+    model_type = classes["AutoConfig"].model_type
+    with (folder / modeling.name).open("a", encoding="utf-8") as file:
         file.write(LISTING)
         for name in sorted(classes.keys() & TASKS.keys()):
             listed = {"mapping": TASKS[name], "model_type": model_type, "class_name": classes[name].__name__}

@@ -1,6 +1,6 @@
 """End-to-End Test-Time Training for transformers: importing this package registers the Auto classes."""
 
-from .checks import OLDEST_TRANSFORMERS  # noqa: F401  (first: an older release lacks names below)
+from .transformers_release import OLDEST_TRANSFORMERS  # noqa: F401  (first: an older release lacks names below)
 
 # isort: split
 from transformers import (

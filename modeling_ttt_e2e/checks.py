@@ -1,4 +1,4 @@
-"""Checks of a call's arguments, before any work is done, and of the release of transformers, before it is used.
+"""Checks of a call's arguments, before any work is done.
 
 Messages name the argument, its value and the remedy.
 """
@@ -8,19 +8,9 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-import transformers
-from packaging.version import Version
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .twice_differentiable import is_asynchronous
-
-OLDEST_TRANSFORMERS = "5.24.0"
-
-if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
-    raise ImportError(
-        f"TTT-E2E needs transformers {OLDEST_TRANSFORMERS} or later, and this is {transformers.__version__}: "
-        f'pip install "transformers>={OLDEST_TRANSFORMERS}"'
-    )
 
 # Arguments that transformers may hand to any model, with the value that asks these for what they do anyhow.
 AS_EVER = {"is_causal": True, "output_router_logits": False}

@@ -5,7 +5,7 @@ Types are the business of `@strict`; the checks are of ranges and of settings th
 raise, so `check` runs them first, for a plain ValueError.
 """
 
-from .checks import OLDEST_TRANSFORMERS  # noqa: F401  (first: an older release lacks names below)
+from .transformers_release import OLDEST_TRANSFORMERS  # noqa: F401  (first: an older release lacks names below)
 
 # isort: split
 import math

@@ -15,8 +15,8 @@ import torch
 from torch.nn import functional as F
 
 from .fast_weights import FastWeights
-from .layers import KeysValues, NewStates
-from .sinks import behind_sinks, join_pairs, split_sinks, with_new_sinks
+from .layers import NewStates
+from .sinks import KeysValues, behind_sinks, join_pairs, split_sinks, with_new_sinks
 
 
 @dataclass(frozen=True)

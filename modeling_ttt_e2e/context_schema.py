@@ -30,7 +30,7 @@ FIELDS = {
 MOST_COLUMNS = 2**40  # more than anybody reads; masks have one entry for each
 # The product of two larger numbers is infinite in float32, as a gated MLP would find.
 LARGEST = torch.finfo(torch.float32).max ** 0.5
-STATES, DIFFERENCES, INDICES = ("F16", "BF16", "F32", "F64"), ("F32", "F64"), ("I32", "I64")
+SAVED_STATES, SAVED_DIFFERENCES, SAVED_INDICES = ("F16", "BF16", "F32", "F64"), ("F32", "F64"), ("I32", "I64")
 # Rounding: relative, and per step the error of adding a difference to the slow weights and taking those away again.
 RELATIVE_ERROR, ERROR_OF_A_STEP = 0.01, 0.01
 
@@ -111,11 +111,11 @@ def check_headers(headers: dict[str, Header], description: dict[str, Any], confi
         width = config.prime_intermediate_size if config.use_prime_mlp else config.intermediate_size
         up, down = (copies, width, config.hidden_size), (copies, config.hidden_size, width)
         shapes = (up, up, down)[config.inner_matrices] * config.num_suffix_layers
-        expected |= {f"fast.{index}": (shape, DIFFERENCES) for index, shape in enumerate(shapes)}
+        expected |= {f"fast.{index}": (shape, SAVED_DIFFERENCES) for index, shape in enumerate(shapes)}
     if description["pending_counts"] is not None:
         shape = (len(description["tokens"]), max(description["pending_counts"]))
-        expected["pending.inputs"] = ((*shape, config.hidden_size), STATES)
-        expected |= {f"pending.{name}": (shape, INDICES) for name in ("ids", "positions")}
+        expected["pending.inputs"] = ((*shape, config.hidden_size), SAVED_STATES)
+        expected |= {f"pending.{name}": (shape, SAVED_INDICES) for name in ("ids", "positions")}
     _check_names("tensors", headers, set(expected))
     for name, (shape, dtypes) in expected.items():
         header = headers[name]
@@ -141,7 +141,7 @@ def _keys_and_values(headers: dict[str, Header], description: dict[str, Any], co
         shape = headers[f"keys.{index}"].shape if f"keys.{index}" in headers else ()
         kept = min(max(shape[2], low), high) if len(shape) == 4 else low
         for name in ("keys", "values"):
-            expected[f"{name}.{index}"] = (len(tokens), config.num_key_value_heads, kept, channels), STATES
+            expected[f"{name}.{index}"] = (len(tokens), config.num_key_value_heads, kept, channels), SAVED_STATES
     return expected
 
 

@@ -27,6 +27,7 @@ from .attention import (
 )
 from .fast_weights import Delta, FastWeights, linear
 from .sinks import (
+    KeysValues,
     are_few_and_exact,
     attend_with_sinks,
     behind_sinks,
@@ -36,8 +37,6 @@ from .sinks import (
     with_sink_channels,
 )
 from .twice_differentiable import at_least_float32, rms_normalize
-
-KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
 class NewStates(NamedTuple):

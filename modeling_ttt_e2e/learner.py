@@ -22,9 +22,9 @@ from .checkpointing import run_checkpointed
 from .context import LearnedContext, Pending, gather_positions, last_tokens
 from .fast_weights import FastWeights, is_plain, linear
 from .inner_loop import InnerState, MiniBatch, StepOutput, cut_gradient, run_inner_loop
-from .layers import KeysValues, NewStates, zero_fast_weights
+from .layers import NewStates, zero_fast_weights
 from .reader import Reader, SegmentMemory, SegmentOutput, run_blocks
-from .sinks import join_pairs, split_sinks, with_new_sinks
+from .sinks import KeysValues, join_pairs, split_sinks, with_new_sinks
 from .tokens import Segment, added
 from .triton_attention import VisibleKeys
 

@@ -22,8 +22,8 @@ from .causal_lm_loss import hidden_nll
 from .context import LearnedContext, keep_visible, last_tokens
 from .fast_weights import FastWeights
 from .inner_loop import UpdateRule
-from .layers import KeysValues, NewStates
-from .sinks import Sinks, positions_at_sinks, sinks_left_behind
+from .layers import NewStates
+from .sinks import KeysValues, Sinks, positions_at_sinks, sinks_left_behind
 from .tokens import Segment
 from .triton_attention import VisibleKeys
 

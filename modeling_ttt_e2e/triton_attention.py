@@ -115,11 +115,11 @@ def triton_attention(
     """
     with torch.autocast(autocast_type(query.device), enabled=False):
         # Outside of the function: what it saves must be its inputs, to be differentiated twice.
-        output, _ = _Attention.apply(query.contiguous(), key.contiguous(), value.contiguous(), visible, scale)
+        output, _ = _TritonAttention.apply(query.contiguous(), key.contiguous(), value.contiguous(), visible, scale)
     return output
 
 
-class _Attention(torch.autograd.Function):
+class _TritonAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, visible, scale):
         output, log_sums = torch.empty_like(query), _row_numbers(query)
@@ -135,10 +135,10 @@ class _Attention(torch.autograd.Function):
         with torch.autocast(autocast_type(query.device), enabled=False):
             # The output and the sums are functions of the rest; the second derivative accounts for that.
             known = (output.detach(), log_sums, ctx.visible, ctx.scale)
-            return *_AttentionGradient.apply(query, key, value, grad_output, *known), None, None
+            return *_TritonAttentionGradient.apply(query, key, value, grad_output, *known), None, None
 
 
-class _AttentionGradient(torch.autograd.Function):
+class _TritonAttentionGradient(torch.autograd.Function):
     """First derivative of attention, and its own derivative."""
 
     @staticmethod

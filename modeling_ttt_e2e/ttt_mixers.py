@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 from .attention import AttentionInputs
 from .context import take_last
-from .layers import KeysValues, TTTE2EAttention, TTTE2ERMSNorm, rotate
-from .sinks import join_pairs
+from .layers import TTTE2EAttention, TTTE2ERMSNorm, rotate
+from .sinks import KeysValues, join_pairs
 from .tokens import MiniBatchGrid
 from .ttt_kvb import (
     KVBMemory,

@@ -1,10 +1,8 @@
 """What a Hub folder holds, and everything that is refused before any of it is written."""
 
-import ast
 import json
 import re
 import shutil
-import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -30,7 +28,7 @@ from ttt_e2e import TTTE2EConfig
 from ttt_e2e.cli.export import export
 from ttt_e2e.data.tokenizer import PLAIN_END
 from ttt_e2e.model_cards import ExportRequest, TrainingHistory, prepare_export, write_export
-from ttt_e2e.model_cards.export import code_files, length_for_tools
+from ttt_e2e.model_cards.export import length_for_tools
 from ttt_e2e.serving import Conversation, load_text_model
 
 from .saved import KINDS, model_of, saved_model
@@ -59,7 +57,7 @@ def test_the_folder_holds_what_is_needed_and_nothing_else(tmp_path, kind):
         "tokenizer_config.json", "chat_template.jinja",
     }  # fmt: skip
     assert {f"modeling_{kind}.py", f"configuration_{kind}.py"} <= code
-    assert not code & {"registration.py", "__init__.py", "official_layout.py"}
+    assert len(code) <= 12 and not code & {"registration.py", "__init__.py", "official_layout.py"}
     settings = json.loads((hub / "config.json").read_text())
     heads = {"QuestionAnswering", "SequenceClassification", "TokenClassification"} if kind == "ttt_e2e" else set()
     tasks = {f"AutoModelFor{task}" for task in heads | {"CausalLM"}}
@@ -70,22 +68,6 @@ def test_the_folder_holds_what_is_needed_and_nothing_else(tmp_path, kind):
     assert str(tmp_path) not in "".join(path.read_text() for path in hub.glob("*[!s]"))
     assert AutoTokenizer.from_pretrained(hub).padding_side == "left"
     assert not list(tmp_path.glob(".hub*"))
-
-
-def imported_beside(path: Path) -> set[str]:
-    """The files of its own folder that a file imports, wherever in it the import stands."""
-    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.level]
-    assert all(node.level == 1 and node.module and "." not in node.module for node in nodes), path
-    return {f"{node.module}.py" for node in nodes}
-
-
-@pytest.mark.parametrize("cls", OURS, ids=lambda cls: cls.__name__)
-def test_every_import_is_found_by_the_way_transformers_looks_for_it(cls):
-    files = code_files([cls, cls.config_class])
-    names = {path.name for path in files}
-    assert Path(sys.modules[cls.__module__].__file__) in files
-    for path in files:
-        assert imported_beside(path) <= names
 
 
 def test_the_examples_of_the_card_run(tmp_path, monkeypatch, capsys):

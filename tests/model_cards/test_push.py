@@ -88,7 +88,10 @@ def test_everything_arrives_in_one_commit(pushed):
     (commit,) = repository.commits
     assert commit[0]["value"]["summary"] == "The first one" and repository.private
     sent = {name: data for name, data in repository.files.items() if name != ".gitattributes"}
-    assert sent == contents(pushed.output("new")) and {"model.safetensors", "README.md", "call.py"} <= sent.keys()
+    assert (
+        sent == contents(pushed.output("new"))
+        and {"model.safetensors", "README.md", "modeling_ttt_e2e.py"} <= sent.keys()
+    )
 
 
 @pytest.mark.slow

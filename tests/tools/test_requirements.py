@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from ttt_e2e.checks import OLDEST_TRANSFORMERS
+from ttt_e2e.transformers_release import OLDEST_TRANSFORMERS
 
 from .packaged import DESCRIBED, ROOT
 
