@@ -59,8 +59,9 @@ def needle_in_a_haystack(
         ValueError: no tokenizer, a length beyond the model's learned positions, or an argument that `needle_prompts`
             refuses.
     """
-    scores = needle_scores(
-        subject,
+    check_reader(subject, length)
+    prompts = needle_prompts(
+        subject.tokenizer,
         task,
         length,
         samples,
@@ -69,9 +70,9 @@ def needle_in_a_haystack(
         depth=depth,
         distractors=distractors,
         answer_tokens=answer_tokens,
-        batch_size=batch_size,
+        split_special_tokens=subject.split_special_tokens,
     )
-    return means_of_scores(scores, distractors)
+    return means_of_scores(needle_scores(subject, prompts, answer_tokens, batch_size), distractors)
 
 
 class NeedleScore(NamedTuple):
@@ -85,47 +86,25 @@ class NeedleScore(NamedTuple):
     depth: float
 
 
-def needle_scores(
-    subject: Subject,
-    task: int,
-    length: int,
-    samples: int,
-    seed: int,
-    haystack: Sequence[str] | None = None,
-    *,
-    only: Sequence[int] | None = None,
-    depth: float | None = None,
-    distractors: int = 9,
-    answer_tokens: int = 128,
-    batch_size: int = 8,
-) -> list[NeedleScore]:
-    """The score of each sample, with arguments and errors as of `needle_in_a_haystack`.
+def check_reader(subject: Subject, length: int) -> None:
+    """Check that a model can read prompts of so many tokens.
 
-    Args:
-        only: numbers of the samples that are measured; None for all.
+    Raises:
+        ValueError: it has no tokenizer, or fewer learned positions.
     """
     if subject.tokenizer is None:
         raise ValueError(f"subject: {subject.label!r} has no tokenizer, which text needs; give one")
+    check_longest_text(subject.model, length)
+
+
+def needle_scores(
+    subject: Subject, prompts: Sequence[NeedlePrompt], answer_tokens: int, batch_size: int
+) -> list[NeedleScore]:
+    """The score of each prompt, with arguments and errors as of `needle_in_a_haystack`."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be at least 1")
-    check_longest_text(subject.model, length)
-    prompts = needle_prompts(
-        subject.tokenizer,
-        task,
-        length,
-        samples,
-        seed,
-        haystack,
-        depth=depth,
-        distractors=distractors,
-        answer_tokens=answer_tokens,
-        split_special_tokens=subject.split_special_tokens,
-    )
-    prompts = prompts if only is None else [prompts[number] for number in only]
     scores: list[NeedleScore] = []
-    with tqdm(
-        total=2 * len(prompts), desc=f"{subject.label}, needle {task}, {length:,} tokens", unit=" readings"
-    ) as progress:
+    with tqdm(total=2 * len(prompts), desc=f"{subject.label}, needles", unit=" readings") as progress:
         answers = []
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]

@@ -10,13 +10,14 @@ import torch
 from huggingface_hub.dataclasses import strict
 
 from ..configuration.strict_yaml import build_strictly, parse_yaml
+from ..data.needles import needle_prompts
 from .bits_per_byte import TextBits, means_of_texts, text_bits
 from .comparison import Quantity
 from .decoding_loss import decoding_loss
 from .latency import latency
 from .loss_by_context_length import means_of_documents
 from .loss_by_position import loss_by_position, means_of_positions
-from .needle_in_a_haystack import NeedleScore, means_of_scores, needle_scores
+from .needle_in_a_haystack import NeedleScore, check_reader, means_of_scores, needle_scores
 from .perplexity import perplexity_of_losses
 from .subject import Subject, first_tokens
 
@@ -177,8 +178,16 @@ def _latency(subject: Subject, data: TaskData, length: int, settings: LatencySet
 
 
 def _needle(subject: Subject, data: TaskData, length: int, settings: NeedleSettings) -> list[NeedleScore]:
-    arguments = dataclasses.asdict(settings) | {"haystack": data.haystack, "batch_size": data.batch_size}
-    return needle_scores(subject, length=length, only=data.samples, **arguments)
+    check_reader(subject, length)
+    prompts = needle_prompts(
+        subject.tokenizer,
+        length=length,
+        haystack=data.haystack,
+        split_special_tokens=subject.split_special_tokens,
+        **dataclasses.asdict(settings),
+    )
+    mine = prompts if data.samples is None else [prompts[number] for number in data.samples]
+    return needle_scores(subject, mine, settings.answer_tokens, data.batch_size)
 
 
 def _of_parts(numbers: Callable[[Any], dict]) -> Callable[[Any, Any], dict]:
