@@ -11,11 +11,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ttt_e2e.benchmarks import Works, measure_times, report, tables, write_report
+from ttt_e2e.benchmarks import Works, measure_memory, measure_times, report, tables, write_report
 from ttt_e2e.benchmarks.memory import peak_growth
 from ttt_e2e.benchmarks.report import ratio
 from ttt_e2e.benchmarks.speed import Work
-from ttt_e2e.benchmarks.systems import SYSTEMS, ModelSizes, build
+from ttt_e2e.benchmarks.systems import ON, SYSTEMS, ModelSizes, build
 from ttt_e2e.cli.main import app
 
 from ..scripts import load_script
@@ -88,6 +88,15 @@ def test_a_longer_text_raises_the_peak(system):
         assert peak_growth(sizes, system, Work("read", 16, 1), "cpu") < 2**25
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is told what to give back")
+def test_the_peak_is_what_is_held_and_checkpointing_lowers_it():
+    sizes = dataclasses.replace(SMALL, hidden_size=128, intermediate_size=256, mini_batch_size=16, sliding_window=64)
+    kept, checkpointed = Work("train", 1024, 1), Work("train", 1024, 1, checkpointing=True)
+    memory = measure_memory(Works(sizes, {}, {"kept": kept, "checkpointed": checkpointed}))
+    assert 0 < memory["checkpointed"][ON] < 0.3 * memory["kept"][ON]  # 64 inner steps, of which 8 are there at once
 
 
 def test_the_command_writes_what_it_shows(tmp_path, monkeypatch):
