@@ -13,6 +13,7 @@ from .small import small_text_model
 
 pytest.importorskip("prometheus_client", reason="needs the extra serve")
 
+from ttt_e2e.serving import scheduler as scheduling
 from ttt_e2e.serving.metrics import Metrics
 from ttt_e2e.serving.sampling import Sampling
 from ttt_e2e.serving.scheduler import Capacity, Job, Scheduler
@@ -198,6 +199,28 @@ def test_prompts_that_cannot_be_read_together_are_read_one_by_one(text_model, sc
         scheduler.turn()
     work(scheduler)
     assert [client.written for client in asking] == [client.alone() for client in asking]
+
+
+def test_what_fails_behind_a_prompt_that_was_read_with_others_ends_its_request_alone(
+    text_model, scheduler, monkeypatch
+):
+    """As where no memory is left for the copy of a row."""
+    asking = [Client(text_model, random_ids(1, 5, seed=seed), 7) for seed in range(3)]
+    for client in asking:
+        scheduler.submit(client.job())
+    copy_rows = scheduling.only_rows
+
+    def without_the_second(cache, rows):
+        return copy_rows(cache, rows) if list(rows) != [1] else 1 / 0
+
+    with monkeypatch.context() as broken:
+        broken.setattr(scheduling, "only_rows", without_the_second)
+        scheduler.turn()
+    work(scheduler)
+    first, failed, last = asking
+    assert [client.written for client in (first, last)] == [client.alone() for client in (first, last)]
+    assert not failed.written and [type(end) for end in failed.ends] == [ZeroDivisionError]
+    assert first.ends == last.ends == [None]
 
 
 def test_those_who_find_no_room_wait_in_their_order(text_model):
