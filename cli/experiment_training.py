@@ -233,8 +233,8 @@ def row_recipes(experiment: Experiment, row: Trained, preset: str, seed: int = 0
     changes, recipes = merged(load_systems()[row.system].training, row.model), []
     before, after = experiment.overrides, row.overrides
     seeded = [f"training.seed={seed}"] if seed else []
-    for name in experiment.recipes:
-        suited = experiment.suited(name).get(row.system, ())
+    for name in experiment.system_recipes(row.system):
+        suited = experiment.by_recipe.get(name, {}).get(row.system, ())
         recipe = load_recipe(name, preset, [*before, *suited, *after, *seeded])
         data = dataclasses.replace(
             recipe.data,

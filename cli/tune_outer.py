@@ -48,6 +48,7 @@ def tune_outer(
         if not chosen.recipes:
             raise ValueError(f"experiment={experiment!r} trains nothing: choose one with a recipe")
         recipe = recipe or chosen.recipes[0]
-        if recipe not in chosen.recipes:
-            raise ValueError(f"--recipe {recipe}: experiment {chosen.name!r} has {', '.join(chosen.recipes)}")
+        known = dict.fromkeys(each for row in chosen.rows.values() for each in chosen.system_recipes(row.system))
+        if recipe not in known:
+            raise ValueError(f"--recipe {recipe}: experiment {chosen.name!r} has {', '.join(known)}")
     tune(chosen, recipe, grid, share, output or Path("runs") / f"{chosen.name}-tuning", models, cache, Console())

@@ -56,10 +56,10 @@ def tune_outer(
             says, for the same share of their steps.
 
     Returns:
-        By system, the overrides of the best rates: `by_system` of the experiment, or its `by_recipe` for that recipe.
+        By system, the overrides of the best rates, as the experiment's `by_recipe` has them for that recipe.
     """
     tried: list[Tried] = []
-    for row in rows_to_tune(experiment).values():
+    for row in rows_to_tune(experiment, recipe).values():
         own: list[Tried] = []
         while (factor := next_factor(own, factors)) is not None:
             console.rule(f"{row.system}, {factor:g} times the learning rates of {recipe}")
@@ -67,8 +67,7 @@ def tune_outer(
             write_json(folder / "tuning.json", [dataclasses.asdict(each) for each in tried + own])
         tried += own
     table, best = tuning_table(tried), best_overrides(tried)
-    lines = {"by_system": best} if recipe == experiment.recipes[0] else {"by_recipe": {recipe: best}}
-    shown = yaml.safe_dump(lines, sort_keys=False)
+    shown = yaml.safe_dump({"by_recipe": {recipe: best}}, sort_keys=False)
     write_text(folder / "tuning.md", f"{table.title}\n\n{table.markdown()}\n```yaml\n{shown}```\n")
     console.print(table.rich())
     console.print(f"In the experiment's file:\n{shown}")
@@ -95,9 +94,13 @@ def next_factor(tried: Sequence[Tried], factors: Sequence[float]) -> float | Non
     return best * best / (done[1] if best == done[0] else done[-2])
 
 
-def rows_to_tune(experiment: Experiment) -> dict[str, Trained]:
-    """By system, the row that is trained as the system's preset says; TTT-naive trains what the static twin trains."""
-    rows = {row.system: row for row in experiment.rows.values() if not row.of and not row.model}
+def rows_to_tune(experiment: Experiment, recipe: str) -> dict[str, Trained]:
+    """By system that has the recipe, the row that is trained as its preset says; TTT-naive trains the static twin."""
+    rows = {
+        row.system: row
+        for row in experiment.rows.values()
+        if not row.of and not row.model and recipe in experiment.system_recipes(row.system)
+    }
     if "static-twin" in rows:
         rows.pop("ttt-naive", None)
     return rows
@@ -107,10 +110,11 @@ def try_rate(
     experiment: Experiment, row: Trained, recipe: str, factor: float, share: float, models_folder: Path, cache: Path
 ) -> Tried:
     """Train a system for a share of its steps, with the learning rates of one recipe times a factor."""
-    preset, suited = system_preset(row.system, experiment.size), experiment.suited(recipe)
+    preset, suited = system_preset(row.system, experiment.size), experiment.by_recipe.get(recipe, {})
     others = [text for text in suited.get(row.system, ()) if not text.startswith(CHOSEN)]
-    plain = experiment.suited_anew(recipe, suited | {row.system: others})
-    *earlier, last = row_recipes(plain, Trained(row.system), preset)[: experiment.recipes.index(recipe) + 1]
+    plain = dataclasses.replace(experiment, by_recipe=experiment.by_recipe | {recipe: suited | {row.system: others}})
+    last_one = experiment.system_recipes(row.system).index(recipe)
+    *earlier, last = row_recipes(plain, Trained(row.system), preset)[: last_one + 1]
     recipes = [*(tuning_recipe(each, 1.0, share) for each in earlier), tuning_recipe(last, factor, share)]
     model, tokens = preset, 0
     for each, run in runs_of(experiment, preset, recipes, models_folder):

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
 
-from .presets import preset_names, system_preset
+from .presets import system_preset
 from .recipes import recipe_names
 from .strict_yaml import build_strictly, file_names, first_comment, merged, named_file, read_mapping
-from .systems import load_systems
 
 EXPERIMENT_FOLDER = Path(__file__).with_name("experiments")
 LOSS_TASKS = ("loss-by-position", "context-length")  # of `ttt-e2e evaluate`: those that are made of losses alone
@@ -128,13 +127,14 @@ class Experiment:
         size: of the presets.
         recipes: one after the other: the first from random weights, each further one from the model before. None at
             all leaves the weights random, which is enough to measure time.
+        recipes_of: by system, other recipes in place of these.
         data: as `ttt-e2e train --data` takes it; validation_every: each n-th document is kept for the measurements;
             tokenizer: a folder or an id of the Hub; empty for one that is trained on the data;
             training_only: folders whose documents never are, because they hold near-copies of one another;
             whole_folders: a folder's documents stay on one side.
-        overrides: of the first recipe, for all rows, as on a command line; by_system: those that suit a system, over
-            them; those of a row come last.
-        by_recipe: by the name of a further recipe, what `by_system` is to the first.
+        overrides: of the first recipe, for all rows, as on a command line; those of a row come last.
+        by_recipe: by recipe and then by system, overrides that suit the system. Those of recipes that the experiment
+            has not, which its base may have, say nothing.
         yardsticks: beside the losses; None where nothing is trained.
         rows: by the label in tables and pictures.
         baseline: the row to which differences are shown; empty for none.
@@ -157,19 +157,13 @@ class Experiment:
     training_only: list[str] = field(default_factory=list)
     whole_folders: bool = False
     overrides: list[str] = field(default_factory=list)
-    by_system: dict = field(default_factory=dict)
-    by_recipe: dict = field(default_factory=dict)
+    recipes_of: dict[str, list[str]] = field(default_factory=dict)
+    by_recipe: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     yardsticks: Yardsticks | None = None
 
-    def suited(self, recipe: str) -> dict[str, list[str]]:
-        """By system, the overrides of one of the recipes that suit it."""
-        return self.by_system if recipe == self.recipes[0] else self.by_recipe.get(recipe, {})
-
-    def suited_anew(self, recipe: str, suited: dict[str, list[str]]) -> "Experiment":
-        """The experiment with others of them."""
-        if recipe == self.recipes[0]:
-            return replace(self, by_system=suited)
-        return replace(self, by_recipe=self.by_recipe | {recipe: suited})
+    def system_recipes(self, system: str) -> list[str]:
+        """The recipes of a system, one after the other."""
+        return self.recipes_of.get(system, self.recipes)
 
     def part(self, labels: Sequence[str], seeds: int | None = None) -> "Experiment":
         """The experiment with some of its rows alone, and at most so many seeds of each; an empty list means all rows.
@@ -259,16 +253,15 @@ def _check_names(experiment: Experiment, source: str) -> None:
     for name, label in (vars(experiment.yardsticks) if experiment.yardsticks else {}).items():
         if isinstance(label, str) and label not in experiment.rows:
             raise ValueError(f"{source}, yardsticks: {name}={label!r} is no row of this experiment")
-    for recipe in experiment.by_recipe:
-        if recipe not in experiment.recipes[1:]:
-            further = ", ".join(experiment.recipes[1:]) or "none"
-            raise ValueError(f"{source}: by_recipe has {recipe!r}; further recipes than the first: {further}")
-    for system in {*experiment.by_system, *(each for suited in experiment.by_recipe.values() for each in suited)}:
+    known = recipe_names()
+    named = {"recipes": experiment.recipes, "by_recipe": experiment.by_recipe}
+    named |= {f"recipes_of, {system!r},": names for system, names in experiment.recipes_of.items()}
+    for where, names in named.items():
+        for recipe in names:
+            if recipe not in known:
+                raise ValueError(f"{source}: {where} has {recipe!r}; choose from {', '.join(known)}")
+    for system in {*experiment.recipes_of, *(each for suited in experiment.by_recipe.values() for each in suited)}:
         system_preset(system, experiment.size)
-    known = {"recipe": recipe_names(), "preset": preset_names(), "system": load_systems()}
-    for recipe in experiment.recipes:
-        if recipe not in known["recipe"]:
-            raise ValueError(f"{source}: recipes has {recipe!r}; choose from {', '.join(known['recipe'])}")
     lengths = {length for part in experiment.measured for length in part.lengths}
     for claim in experiment.claims:
         for number in (claim.smaller, claim.larger):

@@ -40,7 +40,7 @@ def recipe(tmp_path):
     experiment = {
         "base": "demo",
         "validation_every": 3,
-        "by_system": dict.fromkeys(SYSTEMS, SHORT),
+        "by_recipe": {"pretrain-tiny": dict.fromkeys(SYSTEMS, SHORT)},
         "rows": {"sliding window, equal time": {"overrides": ["training.max_steps=3"]}},
         "measured": [{"task": "loss-by-position", "lengths": [512], "documents": 2}],
         "claims": [],

@@ -45,7 +45,7 @@ def experiment_of(place):
         "recipes": ["pretrain-tiny"],
         "data": str(place / "texts"),
         "validation_every": 4,
-        "by_system": dict.fromkeys(SYSTEMS, SHORT),
+        "by_recipe": {"pretrain-tiny": dict.fromkeys(SYSTEMS, SHORT)},
         "rows": {"TTT-E2E": {"seeds": 2}},
         "baseline": "sliding window",
         "measured": [{"task": "loss-by-position", "lengths": [192], "documents": 3}],
@@ -129,7 +129,7 @@ def test_two_processes_train_what_one_does(place, experiment, ran):
 
 @pytest.mark.slow
 def test_what_goes_wrong_in_a_process_is_told(place, experiment):
-    experiment.by_system["static-twin"] = [*SHORT, "training.adam_beta1=2"]
+    experiment.by_recipe["pretrain-tiny"]["static-twin"] = [*SHORT, "training.adam_beta1=2"]
     with pytest.raises(ValueError, match="adam_beta1=2: must be at least 0 and below 1"):
         run(experiment, place, "out3", "models3", processes=2)
 
@@ -152,7 +152,7 @@ def test_rates_are_tried_and_the_best_is_named(tmp_path, experiment):
         assert set(losses) >= {0.0015, 0.006}  # half and twice the recipe's
         rate = min(losses, key=losses.get)
         assert overrides == [f"training.learning_rate={rate:g}", f"training.muon_learning_rate={rate / 0.3:g}"]
-    assert "by_system:" in (tmp_path / "tuning" / "tuning.md").read_text()
+    assert "by_recipe:\n  pretrain-tiny:" in (tmp_path / "tuning" / "tuning.md").read_text()
     # Nothing is trained twice.
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "models").rglob("*.safetensors")}
     assert tune_outer(experiment, "pretrain-tiny", [0.5, 2.0], 0.5, *where, Console(quiet=True)) == best
@@ -212,7 +212,7 @@ def test_what_is_a_rows_own_is_in_the_first_recipe_but_for_the_seed():
     """An extension to longer text is the same for all rows of a system: what it goes on from differs already."""
     experiment = load_experiment("context-length-extended")
     rate = {"extend-packages": {"ttt-e2e": ["training.learning_rate=0.5"]}}
-    experiment = dataclasses.replace(experiment, by_recipe=rate)
+    experiment = dataclasses.replace(experiment, by_recipe=experiment.by_recipe | rate)
     row = dataclasses.replace(experiment.rows["TTT-E2E"], overrides=["training.adam_beta1=0.8"])
     first, further = experiment_training.row_recipes(experiment, row, "tiny", seed=2)
     assert first.training["max_steps"] == 4500 and first.training["adam_beta1"] == 0.8
@@ -232,7 +232,7 @@ def test_the_rates_of_a_further_recipe_are_tried_on_what_those_before_it_train(t
     monkeypatch.setattr(tune_outer_steps, "train_recipe", train)
     experiment = load_experiment("context-length-extended")
     rates = {"extend-packages": {"ttt-e2e": ["training.learning_rate=0.5", "training.adam_beta1=0.8"]}}
-    experiment = dataclasses.replace(experiment, by_recipe=rates)
+    experiment = dataclasses.replace(experiment, by_recipe=experiment.by_recipe | rates)
     asked = (experiment, experiment.rows["TTT-E2E"], "extend-packages", 2.0, 0.5, tmp_path, tmp_path)
     tried = tune_outer_steps.try_rate(*asked)
     (model, first, run), (further_model, further, _) = trained

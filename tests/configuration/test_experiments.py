@@ -53,9 +53,11 @@ def test_rows_have_equal_parameters(name):
         (lambda fields: fields.update(baseline="nobody"), "baseline='nobody' is no row"),
         (lambda fields: fields.pop("yardsticks"), "there are no yardsticks; add them"),
         (lambda fields: fields["yardsticks"].update(static_twin="nobody"), "static_twin='nobody' is no row"),
-        (lambda fields: fields.update(by_recipe={"extend-32k": {}}), "by_recipe has 'extend-32k'; further recipes"),
+        (lambda fields: fields.update(by_recipe={"extend-9k": {}}), "by_recipe has 'extend-9k'"),
+        (lambda fields: fields.update(recipes_of={"ttt-e2e": ["extend-9k"]}), "recipes_of, 'ttt-e2e', has 'extend-9k'"),
+        (lambda fields: fields.update(recipes_of={"ttt-e3e": []}), "did you mean 'ttt-e2e'"),
         (lambda fields: fields["rows"]["TTT-E2E"].update(seeds=0), "row 'TTT-E2E': seeds=0 must be at least 1"),
-        (lambda fields: fields.update(by_system={"ttt-e3e": []}), "did you mean 'ttt-e2e'"),
+        (lambda fields: fields.update(by_recipe={"extend-32k": {"ttt-e3e": []}}), "did you mean 'ttt-e2e'"),
         (lambda fields: fields.update(base="nothing"), "no such experiment"),
     ],
 )
