@@ -76,6 +76,7 @@ def _released(name: str, rope: Mapping | None) -> PreTrainedModel:
 
 def _changed(config: TTTE2EConfig, system: Mapping) -> TTTE2EConfig:
     config = copy.deepcopy(config)
+    config.inner_learning_rate = system.get("inner_learning_rate", config.inner_learning_rate)
     for layer in system.get("full_attention_layers", ()):
         config.layer_types[layer] = "full_attention"
     if "rope" in system:
