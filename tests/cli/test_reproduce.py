@@ -221,6 +221,21 @@ def test_what_is_a_rows_own_is_in_the_first_recipe_but_for_the_seed():
     assert further.training == plain.training | {"seed": 2, "learning_rate": 0.5} and further.model == plain.model
 
 
+def test_a_system_may_have_recipes_of_its_own_and_reads_as_many_tokens(tmp_path):
+    experiment = load_experiment("context-length-extended")
+    read = {}
+    for label, row in experiment.rows.items():
+        runs = list(experiment_training.row_runs(experiment, row, 0, tmp_path))
+        read[label] = sum(recipe.training["max_steps"] * recipe.data.sequence_length for recipe, _ in runs)
+        if label == "full attention":
+            names, kinds = zip(*((recipe.name, recipe.model.get("layer_types")) for recipe, _ in runs), strict=True)
+            assert names == ("pretrain-packages", "widen-packages", "extend-packages")
+            assert kinds == (["sliding_attention"] * 4, ["full_attention"] * 4, None)
+    longer = {label for label in read if label.endswith("equal time")}
+    assert {read[label] for label in read.keys() - longer} == {read["TTT-E2E"]}
+    assert min(read[label] for label in longer) > read["TTT-E2E"]
+
+
 def test_the_rates_of_a_further_recipe_are_tried_on_what_those_before_it_train(tmp_path, monkeypatch):
     trained = []
 

@@ -33,6 +33,7 @@ def test_recipes_are_those_of_training():
         "pretrain-packages",
         "pretrain-tiny",
         "warm-start",
+        "widen-packages",
     ]
 
 
