@@ -28,6 +28,7 @@ from .context_schema import (
 )
 from .fast_weights import FastWeights
 from .fingerprints import fingerprint, settings_fingerprint
+from .sinks import Past
 
 FORMAT = 2
 TENSORS, COUNTERS = "context.safetensors", "context.json"
@@ -46,7 +47,7 @@ def save_context(folder: Path, context: LearnedContext, counters: dict, model: t
     tensors = {}
     for index, past in enumerate(context.past_key_values):
         if past is not None:
-            tensors[f"keys.{index}"], tensors[f"values.{index}"] = past
+            tensors[f"keys.{index}"], tensors[f"values.{index}"] = past.joined()
     fast = None if context.fast is None else context.fast.used_copies()
     if fast is not None:
         tensors |= {f"fast.{index}": tensor for index, tensor in enumerate(fast.tensors)}
@@ -123,7 +124,7 @@ def load_context(folder: Path, model: torch.nn.Module) -> tuple[LearnedContext, 
         check_values(tensors, description, config)
     _check_reader(folder, description["fingerprint"], fingerprint(model))
     tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
-    return _context(tensors, description, config.num_hidden_layers), description
+    return _context(tensors, description, config), description
 
 
 @contextmanager
@@ -192,7 +193,7 @@ def _read_headers(path: Path, limit: int) -> dict[str, Header]:
         return {name: Header(tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
 
 
-def _context(tensors: dict[str, torch.Tensor], description: dict, num_layers: int) -> LearnedContext:
+def _context(tensors: dict[str, torch.Tensor], description: dict, config) -> LearnedContext:
     rows, counts = description["fast_rows"], description["pending_counts"]
     fast = pending = None
     if rows is not None:
@@ -204,7 +205,13 @@ def _context(tensors: dict[str, torch.Tensor], description: dict, num_layers: in
     return LearnedContext(
         tokens=tuple(description["tokens"]),
         next_positions=tuple(description["next_positions"]),
-        past_key_values=tuple((tensors[f"keys.{index}"], tensors[f"values.{index}"]) for index in range(num_layers)),
+        past_key_values=tuple(
+            Past.of_joined(
+                (tensors[f"keys.{index}"], tensors[f"values.{index}"]),
+                config.num_sink_tokens if kind == "sliding_attention" else 0,
+            )
+            for index, kind in enumerate(config.layer_types)
+        ),
         fast=fast,
         pending=pending,
     )

@@ -111,9 +111,7 @@ class TTTE2ECache(Cache):
         if not caches:
             raise ValueError("`caches` is empty: give at least one.")
         cache = caches[0].fork()
-        config = cache.config
-        sinks = [config.num_sink_tokens if kind == "sliding_attention" else 0 for kind in config.layer_types]
-        cache.context = LearnedContext.joined([each.context for each in caches], sinks)
+        cache.context = LearnedContext.joined([each.context for each in caches])
         cache.columns = max(each.columns for each in caches)
         return cache
 
@@ -122,7 +120,7 @@ class TTTE2ECache(Cache):
         if self.context is None:
             return []
         types = zip(self.config.layer_types, self.context.past_key_values, strict=True)
-        return [CachedLayer(*past, kind == "sliding_attention") for kind, past in types if past is not None]
+        return [CachedLayer(*past.joined(), kind == "sliding_attention") for kind, past in types if past is not None]
 
     @layers.setter
     def layers(self, value: list) -> None:
@@ -170,7 +168,7 @@ class TTTE2ECache(Cache):
         """Keys that `query_length` new tokens see, and the position of the first of them."""
         kept = 0
         if self.context is not None and self.context.past_key_values[layer_idx] is not None:
-            kept = self.context.past_key_values[layer_idx][0].shape[2]
+            kept = self.layers[layer_idx].keys.shape[2]
         return kept + query_length, self.columns - kept
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -292,7 +290,7 @@ class TTTE2ECache(Cache):
 def _tensors(context: LearnedContext | None) -> Sequence[torch.Tensor]:
     if context is None:
         return []
-    found = [states for past in context.past_key_values if past is not None for states in past]
+    found = [states for past in context.past_key_values for pair in past or () for states in pair or ()]
     if context.fast is not None:
         found += context.fast.tensors
     if context.pending is not None:
@@ -306,7 +304,7 @@ def _map(context: LearnedContext, function) -> LearnedContext:
     return LearnedContext(
         tokens=context.tokens,
         next_positions=context.next_positions,
-        past_key_values=tuple(kv and (function(kv[0]), function(kv[1])) for kv in context.past_key_values),
+        past_key_values=tuple(past and past.map(function) for past in context.past_key_values),
         fast=None if fast is None else FastWeights(tuple(map(function, fast.tensors)), fast.rows),
         pending=None
         if pending is None

@@ -2,7 +2,7 @@
 
     learned context = fast weights + the window of keys and values + the pending tokens
 
-Reading maps a context and new tokens to a new context; nothing is ever written in place, so copies are free.
+Reading maps a context and new tokens to a new context; nothing that is in one is ever overwritten, so copies are free.
 
 Row-wise layout: keys and values end with the row's newest token (aligned right; rows that have read less have unused
 places on the left). Pending tokens start with the mini-batch (aligned left; unused places on the right).
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .fast_weights import FastWeights
 from .layers import NewStates
-from .sinks import KeysValues, behind_sinks, join_pairs, split_sinks, with_new_sinks
+from .sinks import KeysValues, Past, join_pairs, with_new_sinks
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,14 @@ class LearnedContext:
     Attributes:
         tokens: tokens read, per row.
         next_positions: position id of the next token, per row.
-        past_key_values: per block, keys and values [rows, key/value heads, kept tokens, head_dim], or None. Those of
-            the attention sinks, if the block has some, stand before the window, and are in it too while it is there.
+        past_key_values: per block, keys and values [rows, key/value heads, kept tokens, head_dim], or None.
         fast: fast weights, or None before the first inner step.
         pending: the unfinished mini-batch, or None when no token waits.
     """
 
     tokens: tuple[int, ...]
     next_positions: tuple[int, ...]
-    past_key_values: tuple[KeysValues | None, ...]
+    past_key_values: tuple[Past | None, ...]
     fast: FastWeights | None = None
     pending: Pending | None = None
 
@@ -84,23 +83,19 @@ class LearnedContext:
         return LearnedContext(
             tokens=pick_counts(self.tokens),
             next_positions=pick_counts(self.next_positions),
-            past_key_values=tuple(kv and (pick(kv[0]), pick(kv[1])) for kv in self.past_key_values),
+            past_key_values=tuple(past and past.map(pick) for past in self.past_key_values),
             fast=None if self.fast is None else self.fast.select(indices),
             pending=pending,
         )
 
     @classmethod
-    def joined(cls, contexts: Sequence["LearnedContext"], num_sinks: Sequence[int]) -> "LearnedContext":
-        """The rows of several contexts, which have read something, one after the other. Copies everything.
-
-        Args:
-            num_sinks: attention sinks of each block.
-        """
+    def joined(cls, contexts: Sequence["LearnedContext"]) -> "LearnedContext":
+        """The rows of several contexts, which have read something, one after the other. Copies everything."""
         layers = zip(*(context.past_key_values for context in contexts), strict=True)
         return cls(
             tokens=sum((context.tokens for context in contexts), ()),
             next_positions=sum((context.next_positions for context in contexts), ()),
-            past_key_values=tuple(_joined_rows(*layer) for layer in zip(layers, num_sinks, strict=True)),
+            past_key_values=tuple(map(_joined_rows, layers)),
             fast=_joined_fast_weights(contexts),
             pending=_joined_pending(contexts),
         )
@@ -112,25 +107,21 @@ class LearnedContext:
             fast = replace(fast, tensors=tuple(tensor.detach() for tensor in fast.tensors))
         if pending is not None:
             pending = replace(pending, inputs=pending.inputs.detach())
-        past_key_values = tuple(kv and (kv[0].detach(), kv[1].detach()) for kv in self.past_key_values)
+        past_key_values = tuple(past and past.map(torch.Tensor.detach) for past in self.past_key_values)
         return replace(self, fast=fast, pending=pending, past_key_values=past_key_values)
 
 
-def _joined_rows(layer: Sequence[KeysValues | None], num_sinks: int) -> KeysValues | None:
-    """Keys and values of the rows of several contexts in one block: sinks first, then aligned right."""
-    pairs = [pair for pair in layer if pair is not None]
-    if not pairs:
+def _joined_rows(layer: Sequence[Past | None]) -> Past | None:
+    """What one block remembers of the rows of several contexts; windows are aligned right."""
+    present = [past for past in layer if past is not None]
+    if not present:
         return None
-    parts = [split_sinks(pair, num_sinks) for pair in pairs]
-    longest = max(window[0].shape[2] for _, window in parts)
-
-    def rows(states: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([F.pad(own, [0, 0, longest - own.shape[2], 0]) for own in states])
-
-    window = rows([own[0] for _, own in parts]), rows([own[1] for _, own in parts])
-    sinks = [own for own, _ in parts if own is not None]
+    longest = max(past.length for past in present)
+    windows = zip(*(past.window for past in present if past.window is not None), strict=True)
+    keys, values = (torch.cat([F.pad(own, [0, 0, longest - own.shape[2], 0]) for own in states]) for states in windows)
+    sinks = [past.sinks for past in present if past.sinks is not None]
     joined = (torch.cat([own[0] for own in sinks]), torch.cat([own[1] for own in sinks])) if sinks else None
-    return join_pairs((joined, window))
+    return Past((keys, values), joined)
 
 
 def _joined_fast_weights(contexts: Sequence["LearnedContext"]) -> FastWeights | None:
@@ -167,40 +158,33 @@ def _joined_pending(contexts: Sequence["LearnedContext"]) -> Pending | None:
 
 
 def keep_visible(
-    past: KeysValues | None,
+    past: Past | None,
     states: NewStates,
     tokens_read: Sequence[int],
     counts: Sequence[int],
     window: int | None,
     num_sinks: int,
-) -> KeysValues:
+) -> Past:
     """Earlier keys and values with new ones, as far as they will be seen.
 
     Args:
-        past: [rows, key/value heads, positions, channels] each; states: what attention has left behind them.
+        states: what attention has left behind them.
         tokens_read: per row, tokens before the new ones.
         counts: per row, new tokens.
         window: of the last ones how many are kept; None: all.
         num_sinks: of the first ones how many are kept besides.
     """
-    sinks, before = split_sinks(past, num_sinks)
-    num_past = 0 if before is None else before[0].shape[2]
-    whole = states.joined or join_pairs((past, states.new))
-    joined = behind_sinks(whole, past, num_sinks)
-    kept = last_tokens(joined, [num_past + count for count in counts], window)
-    if num_sinks == 0:
-        return kept
-    new_sinks = with_new_sinks(sinks, states.new, tokens_read, num_sinks)
-    if new_sinks is sinks and min(counts) == states.new[0].shape[2] and kept[0].shape == joined[0].shape:
-        return whole  # everything stays, without another copy
-    return join_pairs((new_sinks, kept))
+    past = past or Past(None)
+    joined = states.joined or join_pairs((past.window, states.new))
+    kept = last_tokens(joined, [past.length + count for count in counts], window)
+    sinks = with_new_sinks(past.sinks, states.new, tokens_read, num_sinks) if num_sinks else None
+    return Past(kept, sinks)
 
 
-def last_tokens(pair: KeysValues, ends: Sequence[int], length: int | None, num_sinks: int = 0) -> KeysValues:
-    """`take_last` of keys and values (None: all), behind the sinks that stand before them."""
-    sinks, (keys, values) = split_sinks(pair, num_sinks)
+def last_tokens(pair: KeysValues, ends: Sequence[int], length: int | None) -> KeysValues:
+    """`take_last` of keys and values (None: all)."""
     length = max(ends) if length is None else length
-    return join_pairs((sinks, (take_last(keys, ends, length), take_last(values, ends, length))))
+    return take_last(pair[0], ends, length), take_last(pair[1], ends, length)
 
 
 def take_last(states: torch.Tensor, ends: Sequence[int], length: int) -> torch.Tensor:

@@ -28,11 +28,11 @@ from .attention import (
 from .fast_weights import Delta, FastWeights, linear
 from .sinks import (
     KeysValues,
-    are_few_and_exact,
+    Past,
+    are_few,
     attend_with_sinks,
-    behind_sinks,
+    grown_pair,
     join_pairs,
-    split_sinks,
     with_new_sinks,
     with_sink_channels,
 )
@@ -44,8 +44,7 @@ class NewStates(NamedTuple):
 
     Attributes:
         new: of the new tokens, each [B, key/value heads, T, C].
-        joined: the earlier ones, which begin with those of sinks, and the new ones, where attention has joined them
-            anyway.
+        joined: those of the window and the new ones, where attention has joined them anyway.
     """
 
     new: KeysValues
@@ -183,9 +182,9 @@ class TTTE2EAttention(nn.Module):
         self.k_norm = TTTE2ERMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x: torch.Tensor, attention: AttentionInputs, past: KeysValues | None
+        self, x: torch.Tensor, attention: AttentionInputs, past: Past | None
     ) -> tuple[torch.Tensor, NewStates, torch.Tensor | None]:
-        """x [B, T, D] and earlier keys and values [B, key/value heads, H, C], rotated; those of sinks come first.
+        """x [B, T, D] and earlier keys and values, each [B, key/value heads, tokens, C], rotated.
 
         Returns:
             The output [B, T, D], keys and values, and the weights [B, heads, T, H + T] (eager only).
@@ -200,7 +199,7 @@ class TTTE2EAttention(nn.Module):
         key: torch.Tensor,
         value: torch.Tensor,
         attention: AttentionInputs,
-        past: KeysValues | None,
+        past: Past | None,
     ) -> tuple[torch.Tensor, NewStates, torch.Tensor | None]:
         """As `forward`, from the projections [B, T, heads * C] to the output before its own, of the same shape."""
         shape = query.shape
@@ -210,22 +209,15 @@ class TTTE2EAttention(nn.Module):
         turned = rotate(query, *angles)
         key = rotate(self.k_norm(key.view(heads)).transpose(1, 2), *angles)
         new = (key, value.view(heads).transpose(1, 2))
-        if past is not None:
-            past = (past[0].to(key.dtype), past[1].to(value.dtype))
-        sinks, before = split_sinks(past, self.num_sinks)
+        before, sinks = (None, None) if past is None else past.map(lambda states: states.to(key.dtype))
         parts = [pair for pair in (before, new) if pair is not None]
         mask = attention.masks[self.layer_type]
         if attention.sinks is not None:
             at_sinks = rotate(query, *attention.sinks.position_embeddings)
             sinks = with_new_sinks(sinks, new, attention.sinks.tokens_read, self.num_sinks)
-            if (
-                isinstance(mask, torch.Tensor)
-                and attention.implementation == "sdpa"
-                and are_few_and_exact(turned, value)
-            ):
-                joined = join_pairs((past, new))
-                seen = behind_sinks(joined, past, self.num_sinks)
-                output = attend_with_sinks(turned, at_sinks, sinks, seen, mask, self.scaling)
+            if isinstance(mask, torch.Tensor) and attention.implementation == "sdpa" and are_few(turned, value):
+                joined = grown_pair(before, new)
+                output = attend_with_sinks(turned, at_sinks, sinks, joined, mask, self.scaling)
                 return output.transpose(1, 2).reshape(shape), NewStates(new, joined), None
             turned, sinks, parts = with_sink_channels(turned, at_sinks, sinks, parts)
 
@@ -239,8 +231,8 @@ class TTTE2EAttention(nn.Module):
             output, weights = attend_in_blocks(lambda *seen: attend(*seen)[0], turned, parts[-1], before, mask), None
             joined = None
         elif attention.sinks is None:
-            joined = join_pairs((past, new))
-            output, weights = attend(turned, *behind_sinks(joined, past, self.num_sinks), mask)
+            joined = grown_pair(before, new)
+            output, weights = attend(turned, *joined, mask)
         else:  # with channels for sinks, which are not kept
             output, weights = attend(turned, *join_pairs(parts), mask)
             joined = None
@@ -262,7 +254,7 @@ class NoAttention(nn.Module):
         self.num_key_value_heads = config.num_key_value_heads
 
     def forward(
-        self, x: torch.Tensor, attention: AttentionInputs, past: KeysValues | None
+        self, x: torch.Tensor, attention: AttentionInputs, past: Past | None
     ) -> tuple[torch.Tensor, NewStates, None]:
         """x [B, T, D] -> zeros, empty keys and values [B, key/value heads, T, 0], and no weights."""
         empty = x.new_empty(x.shape[0], self.num_key_value_heads, x.shape[1], 0)
@@ -284,7 +276,7 @@ class Block(nn.Module):
         self.post_feedforward_layernorm = optional_norm()
 
     def attend(
-        self, x: torch.Tensor, attention: AttentionInputs, past: KeysValues | None
+        self, x: torch.Tensor, attention: AttentionInputs, past: Past | None
     ) -> tuple[torch.Tensor, NewStates, torch.Tensor | None]:
         output, states, weights = self.self_attn(self.input_layernorm(x), attention, past)
         return x + self.post_attention_layernorm(output), states, weights
@@ -296,7 +288,7 @@ class Block(nn.Module):
         self,
         x: torch.Tensor,
         attention: AttentionInputs | None,
-        past: KeysValues | None,
+        past: Past | None,
         deltas: tuple[Delta, ...] | None = None,
         part: Literal["whole", "attention", "feed_forward"] = "whole",
     ) -> tuple[torch.Tensor, NewStates | None, torch.Tensor | None]:

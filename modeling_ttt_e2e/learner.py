@@ -24,7 +24,7 @@ from .fast_weights import FastWeights, is_plain, linear
 from .inner_loop import InnerState, MiniBatch, StepOutput, cut_gradient, run_inner_loop
 from .layers import NewStates, zero_fast_weights
 from .reader import Reader, SegmentMemory, SegmentOutput, run_blocks
-from .sinks import KeysValues, join_pairs, split_sinks, with_new_sinks
+from .sinks import KeysValues, Past, join_pairs, with_new_sinks
 from .tokens import Segment, added
 from .triton_attention import VisibleKeys
 
@@ -88,7 +88,7 @@ def learn_pending(
     past_key_values = context.past_key_values
     if reader.rule.horizon == 1:
         cut = tuple(row in rows for row in range(context.rows))
-        past_key_values = tuple(kv and tuple(cut_gradient(states, cut) for states in kv) for kv in past_key_values)
+        past_key_values = tuple(past and past.map(lambda states: cut_gradient(states, cut)) for past in past_key_values)
     pending = replace(pending, counts=left) if any(left) else None
     return replace(context, fast=fast, pending=pending, past_key_values=past_key_values)
 
@@ -141,11 +141,12 @@ def run_mini_batches(
     pending = _pending_after(context, segment, inputs, tuple(count * reader.config.mini_batch_size for count in done))
     past_key_values = list(context.past_key_values)
     for part, chunks in zip(reader.inner_parts[1:], state.past_key_values, strict=True):
-        window, sinks, joined = reader.windows_before[part.index], reader.sink_counts[part.index], join_pairs(chunks)
-        ends = [joined[0].shape[2] - sinks - segment.length + count for count in segment.counts]
+        window, sinks = reader.windows_before[part.index], chunks[0] if reader.sink_counts[part.index] else None
+        joined = join_pairs(chunks if sinks is None else chunks[1:])
+        ends = [joined[0].shape[2] - segment.length + count for count in segment.counts]
         if window is not None and pending is not None:
             window += max(pending.counts)
-        past_key_values[part.index] = last_tokens(joined, ends, window, sinks)
+        past_key_values[part.index] = Past(last_tokens(joined, ends, window), sinks)
     fast = state.fast
     if fast is not None and fast.whole:
         fast = fast.less(_projections(layers))
@@ -280,11 +281,11 @@ class StepMemory:
         self.past_key_values = list(past_key_values)
         self.first = suffix.reader.config.num_prefix_layers + 1
 
-    def before(self, index: int) -> tuple[AttentionInputs, KeysValues | None]:
+    def before(self, index: int) -> tuple[AttentionInputs, Past]:
         reader, window = self.suffix.reader, self.suffix.reader.windows_before[index]
         sinks, chunks = self._chunks(index)
         chunks = last_chunks(chunks, window)
-        past = join_pairs((*sinks, *chunks)) if sinks or chunks else None
+        past = Past(join_pairs(chunks) if chunks else None, sinks[0] if sinks else None)
         seen = self.batch.sinks if sinks else None
         mask = None
         if reader.config.use_attention:
@@ -333,9 +334,8 @@ def _first_chunks(reader: Reader, context: LearnedContext, waiting: int, inputs:
     tokens of a row with a begun mini-batch have left."""
     first = []
     for part in reader.inner_parts[1:]:
-        past, window = context.past_key_values[part.index], reader.windows_before[part.index]
-        count = reader.sink_counts[part.index]
-        sinks, before = split_sinks(past, count)
+        before, sinks = context.past_key_values[part.index] or Past(None)
+        window, count = reader.windows_before[part.index], reader.sink_counts[part.index]
         if count and sinks is None:  # no row has read any
             shape = (context.rows, reader.config.num_key_value_heads, count, reader.config.head_dim)
             sinks = inputs.new_zeros(shape), inputs.new_zeros(shape)
@@ -349,10 +349,10 @@ def _without_pending(reader: Reader, context: LearnedContext) -> LearnedContext:
     """The context before its pending tokens were read, as far as the inner blocks are concerned."""
     past_key_values = list(context.past_key_values)
     for part in reader.inner_parts[1:]:
-        past, sinks = past_key_values[part.index], reader.sink_counts[part.index]
-        ends = [past[0].shape[2] - sinks - count for count in context.pending_counts]
-        visible = last_tokens(past, ends, reader.windows_before[part.index], sinks) if max(ends) else None
-        past_key_values[part.index] = visible
+        past = past_key_values[part.index]
+        ends = [past.length - count for count in context.pending_counts]
+        window = last_tokens(past.window, ends, reader.windows_before[part.index]) if max(ends) else None
+        past_key_values[part.index] = window and past._replace(window=window)
     tokens = tuple(read - count for read, count in zip(context.tokens, context.pending_counts, strict=True))
     return replace(context, tokens=tokens, past_key_values=tuple(past_key_values), pending=None)
 

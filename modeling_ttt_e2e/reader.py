@@ -23,7 +23,7 @@ from .context import LearnedContext, keep_visible, last_tokens
 from .fast_weights import FastWeights
 from .inner_loop import UpdateRule
 from .layers import NewStates
-from .sinks import KeysValues, Sinks, positions_at_sinks, sinks_left_behind
+from .sinks import Past, Sinks, positions_at_sinks, sinks_left_behind
 from .tokens import Segment
 from .triton_attention import VisibleKeys
 
@@ -59,7 +59,7 @@ class BlockPart(NamedTuple):
 class Memory(Protocol):
     """Keys and values around a loop over blocks."""
 
-    def before(self, index: int) -> tuple[AttentionInputs, KeysValues | None]:
+    def before(self, index: int) -> tuple[AttentionInputs, Past | None]:
         """What the attention of block `index` needs: angles and masks, and earlier keys and values."""
 
     def add(self, index: int, states: NewStates) -> None:
@@ -221,9 +221,8 @@ class Reader:
             return context
         past_key_values = []
         for index, past in enumerate(context.past_key_values):
-            sinks = self.sink_counts[index]
-            ends = [past[0].shape[2] - sinks] * context.rows
-            past_key_values.append(last_tokens(past, ends, self.windows_before[index], sinks))
+            window = last_tokens(past.window, [past.length] * context.rows, self.windows_before[index])
+            past_key_values.append(past._replace(window=window))
         return replace(context, pending=None, past_key_values=tuple(past_key_values))
 
     def finish(self, output: SegmentOutput, x: torch.Tensor, labels: torch.Tensor | None) -> None:
@@ -256,10 +255,10 @@ class SegmentMemory:
         """The context with what was added."""
         return replace(self.before_segment, past_key_values=tuple(self.past_key_values))
 
-    def before(self, index: int) -> tuple[AttentionInputs, KeysValues | None]:
+    def before(self, index: int) -> tuple[AttentionInputs, Past | None]:
         past = self.past_key_values[index]
         kind = self.reader.layer_types[index]
-        num_past = 0 if past is None else past[0].shape[2] - self.reader.sink_counts[index]
+        num_past = 0 if past is None else past.length
         if (kind, num_past) not in self.inputs:
             sinks = self.sinks if kind == "sliding_attention" else None
             masks = {kind: self._mask(kind, num_past, 0 if sinks is None else sinks.count)}

@@ -13,14 +13,49 @@ Axis letters: B batch rows, H heads, Q queries, K keys, S sinks, C channels of a
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from .twice_differentiable import masked_softmax
+from .growing import grown
+from .twice_differentiable import at_least_float32, autocast_type, masked_softmax
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
+
+
+class Past(NamedTuple):
+    """What the attention of a block remembers, keys and values [B, H, tokens, C].
+
+    Attributes:
+        window: of the last tokens, aligned right; None where there are none.
+        sinks: of the first S tokens, which are in the window too while it reaches them; None in a block without sinks.
+    """
+
+    window: KeysValues | None
+    sinks: KeysValues | None = None
+
+    @classmethod
+    def of_joined(cls, pair: KeysValues, num_sinks: int) -> "Past":
+        """From what `joined` gives."""
+        sinks = (pair[0][:, :, :num_sinks], pair[1][:, :, :num_sinks]) if num_sinks else None
+        return cls((pair[0][:, :, num_sinks:], pair[1][:, :, num_sinks:]), sinks)
+
+    @property
+    def length(self) -> int:
+        """Tokens in the window."""
+        return 0 if self.window is None else self.window[0].shape[2]
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Past":
+        """With a function applied to every tensor."""
+        return Past(*(pair and (function(pair[0]), function(pair[1])) for pair in self))
+
+    def joined(self) -> KeysValues:
+        """The sinks, and the window behind them."""
+        return join_pairs((self.sinks, self.window))
+
+
 CHANNELS_MULTIPLE = 8  # channels of a head, for fast kernels
 FEW_QUERIES = 8  # so many are attended to without copying the keys
 
@@ -82,16 +117,9 @@ def join_pairs(pairs: Sequence[KeysValues | None]) -> KeysValues:
     return torch.cat([keys for keys, _ in present], dim=2), torch.cat([values for _, values in present], dim=2)
 
 
-def split_sinks(past: KeysValues | None, count: int) -> tuple[KeysValues | None, KeysValues | None]:
-    """Earlier keys and values [B, heads, S + K, C] as those of the sinks and those of the window."""
-    if past is None or count == 0:
-        return None, past
-    return (past[0][:, :, :count], past[1][:, :, :count]), (past[0][:, :, count:], past[1][:, :, count:])
-
-
-def behind_sinks(joined: KeysValues, past: KeysValues | None, count: int) -> KeysValues:
-    """Of earlier and new keys and values those behind the sinks, with which only earlier ones (`past`) begin."""
-    return joined if past is None else (joined[0][:, :, count:], joined[1][:, :, count:])
+def grown_pair(past: KeysValues | None, new: KeysValues) -> KeysValues:
+    """Earlier keys and values with the new ones behind them."""
+    return new if past is None else (grown(past[0], new[0]), grown(past[1], new[1]))
 
 
 def with_new_sinks(stored: KeysValues | None, new: KeysValues, tokens_read: Sequence[int], count: int) -> KeysValues:
@@ -115,15 +143,17 @@ def with_new_sinks(stored: KeysValues | None, new: KeysValues, tokens_read: Sequ
     return keys, values
 
 
-def are_few_and_exact(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether `attend_with_sinks` suits: for few queries, and where products are not rounded to half precision."""
-    return query.shape[2] <= FEW_QUERIES and query.dtype == value.dtype and query.dtype.itemsize >= 4
+def are_few(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether `attend_with_sinks` suits: for few queries, of one dtype with what they see."""
+    return query.shape[2] <= FEW_QUERIES and query.dtype == value.dtype
 
 
 def attend_with_sinks(
     query: torch.Tensor, at_sinks: torch.Tensor, sinks: KeysValues, others: KeysValues, mask: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """Attention of few queries, written down: unlike `with_sink_channels` it copies no keys and no values.
+
+    Scores are computed in at least float32 (in half precision from a copy of the keys), as fused attention does.
 
     Args:
         query, at_sinks, sinks: as `with_sink_channels` has them; others: keys and values of the other tokens.
@@ -136,7 +166,10 @@ def attend_with_sinks(
     # Query heads that share keys stand together as further queries.
     shared = (batch, sinks[0].shape[1], heads // sinks[0].shape[1] * queries)
     parts = ((at_sinks, sinks[0]), (query, others[0]))
-    products = torch.cat([own.reshape(*shared, channels) @ keys.mT for own, keys in parts], dim=-1)
+    exact = at_least_float32(query.dtype)
+    with torch.autocast(autocast_type(query.device), enabled=False):
+        products = [own.reshape(*shared, channels).to(exact) @ keys.to(exact).mT for own, keys in parts]
+    products = torch.cat(products, dim=-1)
     weights = masked_softmax(products.view(batch, heads, queries, -1), mask, scale).to(query.dtype)
     weights = weights.view(*shared, -1)
     output = weights[..., :count] @ sinks[1] + weights[..., count:] @ others[1]

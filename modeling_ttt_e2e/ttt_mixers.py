@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from .attention import AttentionInputs
 from .context import take_last
 from .layers import TTTE2EAttention, TTTE2ERMSNorm, rotate
-from .sinks import KeysValues, join_pairs
+from .sinks import KeysValues, Past, grown_pair
 from .tokens import MiniBatchGrid
 from .ttt_kvb import (
     KVBMemory,
@@ -101,11 +101,11 @@ class TTTLayersAttention(TTTE2EAttention):
         Returns:
             [B, T, heads x C], the keys and values to keep, and the weights [B, heads, T, earlier + T] (eager only).
         """
-        output, (new, joined), weights = self.mix(query, key, value, call.attention, state)
+        output, (new, joined), weights = self.mix(query, key, value, call.attention, state and Past(state))
         num_past = 0 if state is None else state[0].shape[2]
         if joined is None:
             earlier = None if state is None else (state[0].to(new[0].dtype), state[1].to(new[1].dtype))
-            joined = join_pairs((earlier, new))
+            joined = grown_pair(earlier, new)
         ends = [num_past + count for count in call.counts]
         keep = max(ends) if self.sliding_window is None else self.sliding_window - 1
         return output, (take_last(joined[0], ends, keep), take_last(joined[1], ends, keep)), weights

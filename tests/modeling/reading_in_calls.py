@@ -48,7 +48,8 @@ def state_of_row(cache, row):
     state = [torch.tensor([tokens, context.next_positions[row]])]
     for history in context.past_key_values:
         # How much older context stands beside depends on the other rows; the window is what any later token sees.
-        state += [states[row, :, states.shape[2] - min(window, tokens) :] for states in history]
+        state += [states[row, :, states.shape[2] - min(window, tokens) :] for states in history.window]
+        state += [states[row, :, :tokens] for states in history.sinks or ()]
     if context.fast is not None:
         state += [tensor[row] for tensor in context.fast.own_copies().tensors]
     if context.pending is not None and context.pending.counts[row]:

@@ -158,7 +158,7 @@ def test_forward_names_what_it_refuses(arguments, message, monkeypatch):
 def contents(cache: TTTE2ECache) -> list:
     """Everything in a cache: its counters and copies of its tensors."""
     context = cache.context
-    tensors = [tensor for history in context.past_key_values for tensor in history] + [*context.fast.tensors]
+    tensors = [tensor for history in context.past_key_values for tensor in history.joined()] + [*context.fast.tensors]
     pending = context.pending
     tensors += [pending.inputs, pending.ids, pending.positions]
     counters = (context.tokens, context.next_positions, pending.counts, cache.columns, cache.finished)

@@ -143,7 +143,7 @@ def test_no_cached_tensor_keeps_a_long_text_alive(two_blocks, gradients):
     with torch.set_grad_enabled(gradients):
         cache = two_blocks(random_ids(1, 32 * BATCH + 5), use_cache=True).cache
     context = cache.context
-    tensors = [states for history in context.past_key_values for states in history]
+    tensors = [states for history in context.past_key_values for states in history.window]
     tensors += [*context.fast.tensors, context.pending.inputs, context.pending.ids, context.pending.positions]
     for tensor in tensors:
         assert tensor.untyped_storage().nbytes() <= 1.5 * tensor.nbytes + 1024

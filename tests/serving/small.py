@@ -53,7 +53,7 @@ def same(one: TTTE2ECache, other: TTTE2ECache) -> bool:
     pairs = [
         (left, right)
         for states in zip(one.context.past_key_values, other.context.past_key_values, strict=True)
-        for left, right in zip(*states, strict=True)
+        for left, right in zip(*(past.joined() for past in states), strict=True)
     ]
     pairs += list(zip(one.context.fast.tensors, other.context.fast.tensors, strict=True))
     return all(torch.equal(left, right) for left, right in pairs)
