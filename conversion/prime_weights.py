@@ -122,14 +122,11 @@ class PrimeWeights:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the three files into a folder, each whole or not at all."""
-        folder = Path(folder)
+        folder, config = Path(folder), json.loads(self.config.to_json_string(use_diff=False))
+        config.pop("_name_or_path", None)  # of this machine, and `base` says it
         write_json(
             folder / PRIME_CONFIG,
-            {
-                "base_model_name_or_path": self.base,
-                "base_vocabulary": self.vocabulary,
-                "config": json.loads(self.config.to_json_string(use_diff=False)),
-            },
+            {"base_model_name_or_path": self.base, "base_vocabulary": self.vocabulary, "config": config},
         )
         for name, tensors in ((PRIME_WEIGHTS, self.tensors), (BASE_SKETCHES, self.sketches)):
             with written_whole(folder / name) as temporary:

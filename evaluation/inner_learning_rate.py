@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
+from ..conversion.prime_weights import PRIME_CONFIG
 from ..data.tokenizer import tokenizer_digest
 from ..loading import check_saved, weight_files
 from ..storage.claims import claimed
@@ -48,7 +49,7 @@ class SweepRequest(Measurement):
         learning_rates: 0 among them is learning off, which is always measured.
         mini_batch_sizes: to combine with each learning rate (default: the model's own).
         length: tokens of each document (default: 8 of the largest mini-batches).
-        write: write the best into the model's config.json.
+        write: write the best into the model's configuration.
     """
 
     model: str
@@ -325,11 +326,13 @@ def sweep_panels(points: Sequence[Point]) -> list[Panel]:
 
 
 def write_settings(folder: Path, setting: Setting) -> Path:
-    """Write a learning rate and its mini-batch size into a model's config.json, which is replaced whole."""
-    path = folder / "config.json"
+    """Write a learning rate and its mini-batch size into a model's configuration, whose file is replaced whole."""
+    is_prime = (folder / PRIME_CONFIG).is_file()
+    path = folder / (PRIME_CONFIG if is_prime else "config.json")
     with claimed(folder):  # nobody changes the file between reading and writing
         fields = read_json(path, "save the model again")
-        fields |= {"inner_learning_rate": setting.learning_rate, "mini_batch_size": setting.mini_batch_size}
+        config = fields["config"] if is_prime else fields
+        config |= {"inner_learning_rate": setting.learning_rate, "mini_batch_size": setting.mini_batch_size}
         write_json(path, fields, indent=2)
     return path
 

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from ttt_e2e.conversion import PrimeWeights, WarmStartRequest, prepare_warm_start, write_warm_start
 from ttt_e2e.conversion.prime_weights import BASE_SKETCHES, PRIME_CONFIG, PRIME_WEIGHTS, is_new, merge_prime
 from ttt_e2e.conversion.sketches import SIZE, distance, sketch
+from ttt_e2e.evaluation.inner_learning_rate import Setting, SweepRequest, measure_sweep, prepare_sweep, write_settings
 from ttt_e2e.loading import find_model, load_model
 
 from ..modeling.helpers import random_ids
@@ -64,6 +65,26 @@ def test_the_model_is_the_same_on_its_base_converted_or_not(tmp_path, kind, base
     assert {**again.state_dict()}.keys() == {**model.state_dict()}.keys()
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
     assert torch.equal(logits(model), logits(again)) and again.config.num_sink_tokens == model.config.num_sink_tokens
+
+
+def test_an_inner_learning_rate_that_was_measured_is_written_where_it_is_read(tmp_path):
+    saved(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "one.txt").write_text("an old book is read and read again. " * 20)
+    request = SweepRequest(
+        model=str(tmp_path / "new"),
+        data=str(tmp_path / "texts"),
+        output=tmp_path / "out",
+        cache=tmp_path / "cache",
+        learning_rates=[0.5],
+        write=True,
+    )
+    assert measure_sweep(prepare_sweep(request)) == 2
+    write_settings(tmp_path / "new", Setting(0.5, 4))
+    assert not (tmp_path / "new" / "config.json").exists()
+    config = PrimeWeights.from_pretrained(tmp_path / "new").config
+    assert (config.inner_learning_rate, config.mini_batch_size) == (0.5, 4)
+    assert "_name_or_path" not in json.loads((tmp_path / "new" / PRIME_CONFIG).read_text())["config"]
 
 
 def test_the_folder_holds_the_new_weights_only(tmp_path):
