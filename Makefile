@@ -124,6 +124,9 @@ smollm2: $(INSTALLED) $(SMOLLM2_GGUF) ## SmolLM2-135M that learns while it reads
 		--data $(SMOLLM2)/texts/validation.jsonl --length 4096 --documents 2 --learning-rates 1,3,10 \
 		--output $(SMOLLM2)/inner-lr --write
 	$(call TRAIN_PRIME,$(SMOLLM2)/run)
+	test -e $(SMOLLM2)/inner-lr-trained/best.json || $(BIN)/ttt-e2e tune-inner-lr --model $(SMOLLM2)/run \
+		--data $(SMOLLM2)/texts/validation.jsonl --length 8192 --documents 3 --learning-rates 1,1.5,2,3 \
+		--output $(SMOLLM2)/inner-lr-trained --write
 	$(BIN)/python examples/smollm2/measure.py $(MEASURED)
 	$(BIN)/python examples/smollm2/ask.py $(MEASURED)
 	$(BIN)/python examples/smollm2/publish.py --run $(SMOLLM2)/run --measured $(SMOLLM2)/measured \

@@ -4,6 +4,7 @@ python examples/smollm2/publish.py --run FOLDER --measured FOLDER --output FOLDE
 """
 
 import argparse
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from measure import measured, tables
 from ttt_e2e.model_cards.card import ResultsSection
 from ttt_e2e.model_cards.export import ExportRequest
 from ttt_e2e.model_cards.export_prime import prepare_prime_export, write_prime_export
+from ttt_e2e.storage.disk import write_text
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TEXT = """\
@@ -33,9 +35,19 @@ beyond them is learning while reading. The hybrids have full attention in layers
 """
 
 
+def keep_training(card: Path, earlier: Path) -> None:
+    """Let a card say of training what an earlier one does, where weights are published again without their run."""
+    section = re.compile(r"^## Training\n.*?(?=^## )", flags=re.MULTILINE | re.DOTALL)
+    known = section.search(earlier.read_text(encoding="utf-8")) if earlier.is_file() else None
+    if known is not None:
+        text = card.read_text(encoding="utf-8")
+        before, behind = re.split(r"^(?=## Evaluation\n)", section.sub("", text), maxsplit=1, flags=re.MULTILINE)
+        write_text(card, before + known.group() + behind)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write a folder for others: new weights, card, results.")
-    parser.add_argument("--run", required=True, help="of `ttt-e2e train --train prime`, or a checkpoint of it")
+    parser.add_argument("--run", required=True, help="of `ttt-e2e train --train prime`, or a published folder")
     parser.add_argument("--measured", type=Path, required=True, help="that measure.py has written")
     parser.add_argument("--output", type=Path, required=True, help="new or empty")
     parser.add_argument("--name", default="smollm2-135m-ttt", help="title of the card")
@@ -44,6 +56,7 @@ def main() -> None:
     shown = [*tables(measured(asked.measured / "passages.jsonl")), *ask.tables(answers)[: 2 if answers else 0]]
     request = ExportRequest(asked.run, asked.output, "bfloat16", (), asked.name, "apache-2.0", BASE)
     folder = write_prime_export(replace(prepare_prime_export(request), sections=[ResultsSection(TEXT, shown)]))
+    keep_training(folder / "README.md", Path(asked.run) / "README.md")
     for name in ("results.png", "passages.jsonl", *(["answers.jsonl"] if answers else [])):
         shutil.copyfile(asked.measured / name, folder / name)
     print(f"{folder}: {sum(path.stat().st_size for path in folder.iterdir()) / 2**20:.1f} MiB")

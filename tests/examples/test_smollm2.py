@@ -157,6 +157,14 @@ def test_what_is_published_has_the_table_and_names_the_base(measure, place, monk
     publish.main()
     card = (place / "hub" / "README.md").read_text()
     assert f"`{publish.BASE}`" in card and "| meta-trained, learning on |" in card and "results.png" in card
+    earlier = (place / "hub" / "README.md").read_text()
+    start, end = earlier.index("## Training"), earlier.index("## Evaluation")
+    (place / "hub" / "README.md").write_text(f"{earlier[:start]}## Training\n\nFor an hour.\n\n{earlier[end:]}")
+    options |= {"--run": place / "hub", "--output": place / "again"}
+    monkeypatch.setattr(sys, "argv", ["publish.py", *(str(part) for pair in options.items() for part in pair)])
+    publish.main()
+    again = (place / "again" / "README.md").read_text()
+    assert again == (place / "hub" / "README.md").read_text(), "without the run what was said of training stays"
     merged = ["merge", "--adapter", place / "hub", "--base", place / "source", "--output", place / "merged"]
     done = CliRunner().invoke(app, list(map(str, merged)))
     assert done.exit_code == 0, done.output
