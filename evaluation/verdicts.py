@@ -92,7 +92,8 @@ def forbids(yardsticks: Yardsticks, claim: Claim, points: Sequence[Point]) -> st
     for number in (claim.smaller, claim.larger):
         if not is_trained(yardsticks, number.row, number.length, points):
             return f"{number.row} is not better than the {n_gram_label(yardsticks.n_grams[0])} of the same text"
-    if claim.about_context and shows_context(yardsticks, claim.larger.length, points) is False:
+    longest = max(claim.smaller.length, claim.larger.length)
+    if claim.about_context and shows_context(yardsticks, longest, points) is False:
         return (
             f"{yardsticks.full_context} gains nothing over {yardsticks.limited_context}, so that this data shows "
             "nothing about context"

@@ -1,5 +1,7 @@
 """What may be claimed: two standard errors, trained systems, and data that rewards context."""
 
+import dataclasses
+
 import pytest
 
 from ttt_e2e.configuration.experiments import Claim, Experiment, Measured, Number, Trained, Yardsticks
@@ -110,6 +112,15 @@ def test_without_a_gain_of_full_attention_nothing_is_said_about_context():
     found = points(full=2.5)
     assert answers(found, claim("ours", "window", True), claim("ours", "window")) == [NOT_JUDGED, AGREES]
     assert answers(points(), claim("ours", "window", True)) == [AGREES]
+
+
+def test_a_claim_about_two_lengths_is_judged_where_attention_gains_at_the_longer_one():
+    """At a length of few windows it has nothing to gain."""
+    short = [dataclasses.replace(own, length=32) for own in points(full=2.6)]
+    gets_better = Claim("it is", Number("ours", 64, "loss"), Number("ours", 32, "loss"), about_context=True)
+    found = short + points(ours=1.5)
+    assert answers(found, gets_better) == [AGREES]
+    assert answers(short + points(ours=1.5, full=2.6), gets_better) == [NOT_JUDGED]
 
 
 def report(found):
