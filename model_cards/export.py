@@ -211,9 +211,10 @@ def code_files(classes: dict[str, type]) -> tuple[Path, Path]:
 def write_code(folder: Path, classes: dict[str, type]) -> None:
     """Write the code that the classes need; the file of the models lists them with transformers."""
     configuration, modeling = code_files(classes)
+    joined = joined_code(configuration, modeling)
     for path in needed_files([configuration, modeling]):  # earlier exports copied each
         (folder / path.name).unlink(missing_ok=True)
-    for name, text in joined_code(configuration, modeling).items():
+    for name, text in joined.items():
         write_text(folder / name, text)
     model_type = classes["AutoConfig"].model_type
     with (folder / modeling.name).open("a", encoding="utf-8") as file:

@@ -8,7 +8,7 @@ The Hub sends every file by itself, and who is to trust the code of a folder wan
 """
 
 import ast
-import re
+import builtins
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ def needed_files(entries: Iterable[Path]) -> list[Path]:
 
 def _take_apart(path: Path) -> Module:
     text = path.read_text(encoding="utf-8")
-    lines, tree = text.splitlines(), ast.parse(text)
+    tree = ast.parse(text)
     docstring = ast.get_docstring(tree) or ""
     needs: dict[str, list[str]] = {}
     names, listed, taken_out = {}, [], [tree.body[0]] if docstring else []
@@ -92,20 +92,23 @@ def _take_apart(path: Path) -> Module:
             taken_out.append(node)
         else:
             names |= dict.fromkeys(_defined_by(node), path.stem)
-    for node in taken_out:
-        for line in range(node.lineno - 1, node.end_lineno or node.lineno):
-            lines[line] = ""
+    gone = {line for node in taken_out for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+    body = "\n".join(line for number, line in enumerate(text.split("\n"), 1) if number not in gone)
     inner = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level)
     optional = {str(node.module) for node in inner if node not in tree.body}
-    body = re.sub(r"\n{4,}", "\n\n\n", "\n".join(lines).replace("# isort: split\n", "")).strip()
+    body = body.replace("# isort: split\n", "").strip()
     return Module(path.stem, text, docstring, body, needs, optional, names, listed)
 
 
-def _defined_by(node: ast.stmt) -> set[str]:
-    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+def _defined_by(node: ast.AST) -> set[str]:
+    """Names of the module that a statement binds, wherever in it."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return {node.name}
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return {each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)}
+    if isinstance(node, ast.Name):
+        return {node.id} if isinstance(node.ctx, ast.Store) else set()
+    if isinstance(node, ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+        return set()  # these bind names for themselves
+    return set().union(*map(_defined_by, ast.iter_child_nodes(node)))
 
 
 def _all_needed(name: str, modules: dict[str, Module]) -> set[str]:
@@ -116,8 +119,9 @@ def _join(named: Module, group: Sequence[Module], files: dict[str, str]) -> str:
     """The text of the file that has the name of one of its modules; `files` says where each module is."""
     names: dict[str, str] = {}
     for module in group:
-        for name, origin in module.names.items():
-            if names.setdefault(name, origin) != origin:
+        imported = {name: other for other, needed in module.needs.items() for name in needed}
+        for name, origin in [*module.names.items(), *imported.items()]:
+            if names.setdefault(name, origin) != origin or name in vars(builtins):
                 raise ValueError(f"{name!r} in {module.name}.py means another thing in {named.name}.py; rename it")
     written = "Written by `ttt-e2e export` from " + ", ".join(f"{module.name}.py" for module in group) + "."
     title = '"""' + named.docstring.splitlines()[0] + "\n\n" + textwrap.fill(written, WIDTH) + '\n"""'

@@ -15,8 +15,7 @@ from transformers import Cache, DynamicCache
 
 from .cache_files import load_context, save_context
 from .checks import check_repeats, selected_rows
-from .context import LearnedContext, Pending, keep_visible
-from .fast_weights import FastWeights
+from .context import LearnedContext, keep_visible
 from .fingerprints import WeightMarks
 from .layers import NewStates
 from .twice_differentiable import is_asynchronous
@@ -133,7 +132,9 @@ class TTTE2ECache(Cache):
         return self.fork()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_reader": None, "_marks": None}
+        """Without the reader, and without the memory behind a tensor, in which forks may have gone on."""
+        context = None if self.context is None else self.context.map(torch.Tensor.clone)
+        return {**self.__dict__, "_reader": None, "_marks": None, "context": context}
 
     @property
     def is_linear(self) -> list[bool]:
@@ -158,7 +159,7 @@ class TTTE2ECache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors; fast weights that rows share count once."""
-        return sum(tensor.nbytes for tensor in _tensors(self.context))
+        return sum(tensor.nbytes for tensor in (self.context.tensors() if self.context else ()))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns read so far, padding included."""
@@ -168,7 +169,8 @@ class TTTE2ECache(Cache):
         """Keys that `query_length` new tokens see, and the position of the first of them."""
         kept = 0
         if self.context is not None and self.context.past_key_values[layer_idx] is not None:
-            kept = self.layers[layer_idx].keys.shape[2]
+            past = self.context.past_key_values[layer_idx]
+            kept = past.length + (0 if past.sinks is None else past.sinks[0].shape[2])
         return kept + query_length, self.columns - kept
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -183,7 +185,7 @@ class TTTE2ECache(Cache):
         if self.finished is not None:
             rows = zip(self.finished, self.context.tokens, context.tokens, strict=True)
             self.finished = tuple(finished and old == new for finished, old, new in rows)
-        self.context = _compact(context.detach())
+        self.context = context.map(_own)
         self.columns += length
 
     def mask_after_end(self, ids: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -214,7 +216,7 @@ class TTTE2ECache(Cache):
     def to(self, device: torch.device | str) -> "TTTE2ECache":
         """Move all tensors, in place; returns itself."""
         if self.context is not None:
-            self.context = _map(self.context, lambda tensor: tensor.to(device))
+            self.context = self.context.map(lambda tensor: tensor.to(device))
         return self
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -287,38 +289,11 @@ class TTTE2ECache(Cache):
         return {"columns": self.columns, "finished": finished, "padding_id": self.padding_id}
 
 
-def _tensors(context: LearnedContext | None) -> Sequence[torch.Tensor]:
-    if context is None:
-        return []
-    found = [states for past in context.past_key_values for pair in past or () for states in pair or ()]
-    if context.fast is not None:
-        found += context.fast.tensors
-    if context.pending is not None:
-        found += [context.pending.inputs, context.pending.ids, context.pending.positions]
-    return found
-
-
-def _map(context: LearnedContext, function) -> LearnedContext:
-    """The context with `function` applied to every tensor."""
-    fast, pending = context.fast, context.pending
-    return LearnedContext(
-        tokens=context.tokens,
-        next_positions=context.next_positions,
-        past_key_values=tuple(past and past.map(function) for past in context.past_key_values),
-        fast=None if fast is None else FastWeights(tuple(map(function, fast.tensors)), fast.rows),
-        pending=None
-        if pending is None
-        else Pending(pending.counts, *map(function, (pending.inputs, pending.ids, pending.positions))),
-    )
-
-
-def _compact(context: LearnedContext) -> LearnedContext:
-    """Copies of views that hold much more memory than they show, so that a long text's segment can be freed."""
-
-    def own(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.clone() if tensor.untyped_storage().nbytes() > 1.25 * tensor.nbytes + 1024 else tensor
-
-    return _map(context, own)
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without its graph; a copy where the memory behind it holds much more than it shows, as that of a long
+    text's segment, which can be freed then."""
+    wasteful = tensor.untyped_storage().nbytes() > 1.25 * tensor.nbytes + 1024
+    return tensor.detach().clone() if wasteful else tensor.detach()
 
 
 __all__ = ["TTTE2ECache"]

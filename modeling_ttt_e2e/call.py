@@ -126,6 +126,8 @@ def make_call(
     check_cache(cache, TTTE2ECache, shape[0], config)
     context = cache.context if cache is not None and cache.context is not None else None
     context = context or LearnedContext.start(shape[0], config.num_hidden_layers)
+    if any(tensor.is_inference() for tensor in context.tensors()):
+        context = context.map(_out_of_inference_mode)
     never = learning_span is not None and learning_span[1] <= learning_span[0]
     learning = not never and _check_learning(model, test_time_training, context, ids)
     if learning and has_prefix:

@@ -8,7 +8,7 @@ Row-wise layout: keys and values end with the row's newest token (aligned right;
 places on the left). Pending tokens start with the mini-batch (aligned left; unused places on the right).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -100,14 +100,21 @@ class LearnedContext:
             pending=_joined_pending(contexts),
         )
 
-    def detach(self) -> "LearnedContext":
-        """The same values, cut off from any graph."""
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them."""
+        found = [states for past in self.past_key_values for pair in past or () for states in pair or ()]
+        found += () if self.fast is None else self.fast.tensors
+        pending = self.pending
+        return found if pending is None else [*found, pending.inputs, pending.ids, pending.positions]
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "LearnedContext":
+        """With a function applied to every tensor."""
         fast, pending = self.fast, self.pending
         if fast is not None:
-            fast = replace(fast, tensors=tuple(tensor.detach() for tensor in fast.tensors))
+            fast = replace(fast, tensors=tuple(map(function, fast.tensors)))
         if pending is not None:
-            pending = replace(pending, inputs=pending.inputs.detach())
-        past_key_values = tuple(past and past.map(torch.Tensor.detach) for past in self.past_key_values)
+            pending = Pending(pending.counts, *map(function, (pending.inputs, pending.ids, pending.positions)))
+        past_key_values = tuple(past and past.map(function) for past in self.past_key_values)
         return replace(self, fast=fast, pending=pending, past_key_values=past_key_values)
 
 

@@ -25,11 +25,11 @@ def grown(past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     Where a gradient is wanted, and for more than a few tokens, this is `torch.cat`.
     """
     length, count = past.shape[2], new.shape[2]
-    room = (length + count) // SHARE
-    if count > room or not _may_share(past, new):
+    free = length // SHARE  # a cache copies what has many more places than it shows
+    if count > free or not _may_share(past, new):
         return torch.cat([past, new], dim=2)
     if not _take_places(past, count):
-        past = _with_free_places(past, count + room)
+        past = _with_free_places(past, free)
         _take_places(past, count)
     strides, start = past.stride(), past.storage_offset()
     # `data` counts versions for itself: what others have saved for a backward pass lies before these places.
@@ -43,7 +43,8 @@ def _may_share(past: torch.Tensor, new: torch.Tensor) -> bool:
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and type(past) is type(new) is torch.Tensor
-        and past.dtype == new.dtype
+        and (past.dtype, past.device) == (new.dtype, new.device)
+        and (*past.shape[:2], past.shape[3]) == (*new.shape[:2], new.shape[3])
         and past.numel() > 0
         and past.is_inference() == torch.is_inference_mode_enabled()
     )
@@ -56,7 +57,9 @@ def _take_places(past: torch.Tensor, count: int) -> bool:
         places, free = _PLACES.get(memory, (0, 0))
         end = past.storage_offset() // channels + length
         whole = memory.nbytes() == batch * heads * places * channels * past.element_size()
-        if not whole or end != free or end + count > places or past.stride()[1:] != (places * channels, channels, 1):
+        strides = (heads * places * channels, places * channels, channels, 1)
+        fits = past.stride() == strides or (batch == 1 and past.stride()[1:] == strides[1:])
+        if not whole or not fits or end != free or end + count > places:
             return False
         _PLACES[memory] = (places, end + count)
         return True

@@ -144,7 +144,8 @@ def ask(asked: argparse.Namespace, sources: Mapping[str, str]) -> None:
 
 def tables(lines: list[dict]) -> list[Table]:
     """Right answers, losses of the right answers, and what was written about the documents."""
-    names = [name for name in ASKED if any(line["system"] == name for line in lines)]
+    present = dict.fromkeys(line["system"] for line in lines)
+    names = sorted(present, key=lambda name: ASKED.index(name) if name in ASKED else len(ASKED))
     groups = list(dict.fromkeys(line["group"] for line in lines))
     own = {
         (name, group): [line for line in lines if (line["system"], line["group"]) == (name, group)]

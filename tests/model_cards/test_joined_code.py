@@ -106,6 +106,9 @@ def test_a_module_keeps_its_order_its_comments_and_its_docstring(tmp_path):
     [
         ("NAME = 2\n", "'NAME' in modeling_x.py means another thing"),
         ("from os import path as NAME\n", "'NAME' in modeling_x.py means another thing"),
+        ("if True:\n    NAME = 2\n", "'NAME' in modeling_x.py means another thing"),
+        ("from .configuration_x import SIZE\nSIZE = 3\n", "'SIZE' in"),
+        ("def sum():\n    pass\n", "'sum' in modeling_x.py means another thing"),
         ("from .first import NAME as one\n", "modeling_x.py, line 4: .* leave out `as`"),
         ("try:\n    from .extra import MORE\nexcept ImportError:\n    pass\n", "extra.py is imported within `try`"),
     ],
@@ -116,7 +119,7 @@ def test_what_would_go_wrong_is_refused(tmp_path, other, message):
         {
             "first.py": "NAME = 1\n",
             "extra.py": "from .first import NAME\nMORE = NAME\n",
-            "configuration_x.py": '"""Settings."""\n',
+            "configuration_x.py": '"""Settings."""\nSIZE = 1\n',
             "modeling_x.py": f'"""A model."""\n\nfrom .first import NAME\n{other}',
         },
     )

@@ -137,6 +137,17 @@ def test_size_does_not_depend_on_how_much_was_read(extra):
     assert len(sizes) == 1
 
 
+def test_a_pickled_cache_holds_no_more_than_it_shows(two_blocks):
+    """Neither what a fork has read since, nor what happened to be in memory."""
+    with torch.no_grad():
+        cache = two_blocks(random_ids(1, 4 * WINDOW), use_cache=True).cache
+        two_blocks(random_ids(1, 1, seed=1), cache=cache, use_cache=True)  # makes free places
+        two_blocks(random_ids(1, 1, seed=2), cache=cache.fork(), use_cache=True)
+    again = pickle.loads(pickle.dumps(cache))
+    for own, other in zip(again.context.tensors(), cache.context.tensors(), strict=True):
+        assert torch.equal(own, other) and own.untyped_storage().nbytes() == own.nbytes
+
+
 @pytest.mark.parametrize("gradients", [False, True], ids=["no-grad", "grad"])
 def test_no_cached_tensor_keeps_a_long_text_alive(two_blocks, gradients):
     """The memory behind a tensor is about what it shows, also where it is the end of a long one."""

@@ -103,6 +103,15 @@ def test_other_dtypes_inference_tensors_and_no_channels():
     assert grown(empty, torch.zeros(2, 3, 1, 0)).shape == (2, 3, LONG + 1, 0)
 
 
+def test_what_does_not_fit_is_refused_as_by_cat():
+    first = grown(states(LONG), states(1, 1))
+    for new in (states(1, 2, rows=1), states(1, 2)[:, :1], states(1, 2)[..., :2]):
+        with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+            grown(first, new)
+    same = first[:1].expand(2, -1, -1, -1)
+    assert torch.equal(grown(same, states(1, 2)), torch.cat([same, states(1, 2)], dim=2))
+
+
 def test_a_copy_of_a_tensor_has_no_places_of_the_first_one():
     first = grown(states(LONG), states(1, 1))
     second = copy.deepcopy(first)

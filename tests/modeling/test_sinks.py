@@ -93,6 +93,31 @@ def test_a_text_read_in_any_calls_and_padding_in_a_cache_of_one_size(sinks, lear
                 torch.testing.assert_close(together[row, real], alone, **CLOSE)
 
 
+@pytest.mark.parametrize("then", ["inference", "no_grad", "grad"])
+@pytest.mark.parametrize("way", ["read", "select", "join"])
+def test_what_was_read_in_inference_mode_is_read_on_from_and_learned_from(way, then):
+    model = small_model(torch.float64, num_sink_tokens=SINKS)
+    ids = random_ids(2, 2 * LONG)
+
+    def go_on(mode):
+        with mode():
+            cache = model(ids[:, :LONG], use_cache=True).cache
+            if way == "select":
+                cache.batch_select_indices(torch.tensor([1, 0]))
+            if way == "join":
+                cache = TTTE2ECache.joined([cache, cache])
+        rest = {"read": ids, "select": ids.flip(0), "join": torch.cat([ids, ids])}[way]
+        with {"inference": torch.inference_mode, "no_grad": torch.no_grad, "grad": torch.enable_grad}[then]():
+            for start, end in ((LONG, LONG + 1), (LONG + 1, LONG + 2), (LONG + 2, LONG + 3 * BATCH)):
+                output = model(rest[:, start:end], labels=rest[:, start:end], use_cache=True, cache=cache)
+        if then == "grad":
+            output.loss.backward()
+            model.zero_grad()
+        return output.loss
+
+    torch.testing.assert_close(go_on(torch.inference_mode), go_on(torch.no_grad), rtol=0, atol=0)
+
+
 def test_half_precision_sees_sinks_as_exactly_as_other_tokens():
     """A score is kept in two numbers of half precision: the error is no larger than that of the rest."""
     ids = random_ids(2, 3 * WINDOW)
