@@ -4,7 +4,6 @@ Its size does not depend on how much was read: a window of keys and values, at m
 of the fast weights per sequence that has learned something of its own.
 """
 
-import copy
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -128,6 +127,9 @@ class TTTE2ECache(Cache):
     def __repr__(self) -> str:
         return f"TTTE2ECache(columns={self.columns}, batch_size={self.batch_size}, learned={self.has_learned})"
 
+    def __copy__(self) -> "TTTE2ECache":
+        return self.fork()
+
     def __deepcopy__(self, memo) -> "TTTE2ECache":
         return self.fork()
 
@@ -209,8 +211,8 @@ class TTTE2ECache(Cache):
 
     def fork(self) -> "TTTE2ECache":
         """An independent cache with the same content; costs no memory until either reads on."""
-        other = copy.copy(self)
-        other._reader, other._marks = self._reader, self._marks  # which a pickle leaves out
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
         return other
 
     def to(self, device: torch.device | str) -> "TTTE2ECache":
