@@ -206,12 +206,13 @@ def cell(lines: list[dict], system: str, bucket: int, kind: str = "all") -> str:
 
 
 def cost(lines: list[dict], system: str) -> list[str]:
-    """Seconds per 1K tokens and MiB kept, after 8K and after 32K."""
+    """Seconds per 1K tokens (None in a line: the machine was busy) and MiB kept, after 8K and after 32K."""
     cells = []
     for length in (SHORT, LONG):
         own = [line for line in lines if line["system"] == system and line["length"] == length]
-        seconds = [line["seconds"] / length * 1024 for line in own]
-        cells += [f"{statistics.median(seconds):.2f}", f"{own[0]['bytes'] / 2**20:.1f}"] if own else ["", ""]
+        seconds = [line["seconds"] / length * 1024 for line in own if line["seconds"] is not None]
+        cells.append(f"{statistics.median(seconds):.2f}" if seconds else "")
+        cells.append(f"{own[0]['bytes'] / 2**20:.1f}" if own else "")
     return cells
 
 
