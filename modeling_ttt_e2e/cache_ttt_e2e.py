@@ -16,6 +16,7 @@ from .cache_files import load_context, save_context
 from .checks import check_repeats, selected_rows
 from .context import LearnedContext, keep_visible
 from .fingerprints import WeightMarks
+from .growing import owned
 from .layers import NewStates
 from .twice_differentiable import is_asynchronous
 
@@ -187,7 +188,9 @@ class TTTE2ECache(Cache):
         if self.finished is not None:
             rows = zip(self.finished, self.context.tokens, context.tokens, strict=True)
             self.finished = tuple(finished and old == new for finished, old, new in rows)
-        self.context = context.map(_own)
+        # Tensors made in inference mode could not be saved for a later backward pass.
+        with torch.inference_mode(False), torch.no_grad():
+            self.context = context.map(owned)
         self.columns += length
 
     def mask_after_end(self, ids: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -289,13 +292,6 @@ class TTTE2ECache(Cache):
     def _counters(self) -> dict:
         finished = None if self.finished is None else list(self.finished)
         return {"columns": self.columns, "finished": finished, "padding_id": self.padding_id}
-
-
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor without its graph; a copy where the memory behind it holds much more than it shows, as that of a long
-    text's segment, which can be freed then."""
-    wasteful = tensor.untyped_storage().nbytes() > 1.25 * tensor.nbytes + 1024
-    return tensor.detach().clone() if wasteful else tensor.detach()
 
 
 __all__ = ["TTTE2ECache"]

@@ -12,6 +12,7 @@ import torch
 from transformers import Cache
 
 from .checks import check_repeats, selected_rows
+from .growing import owned
 
 
 class TTTLayersCache(Cache):
@@ -52,7 +53,7 @@ class TTTLayersCache(Cache):
         """Take over what a model has read, with `length` more positions."""
         # Tensors made in inference mode could not be saved for a later backward pass.
         with torch.inference_mode(False), torch.no_grad():
-            self.states = map_tensors(_own, states)
+            self.states = map_tensors(owned, states)
         self.tokens, self.next_positions = tokens, next_positions
         self.columns += length
 
@@ -147,12 +148,6 @@ def all_tensors(states: Any) -> Iterator[torch.Tensor]:
     elif states is not None:
         for part in states:
             yield from all_tensors(part)
-
-
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """The values without their graph, as an ordinary tensor that is not a small part of a long text's memory."""
-    wasteful = tensor.untyped_storage().nbytes() > 1.25 * tensor.nbytes + 1024
-    return tensor.clone() if wasteful or tensor.is_inference() else tensor.detach()
 
 
 __all__ = ["TTTLayersCache"]

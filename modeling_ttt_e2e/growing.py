@@ -71,3 +71,10 @@ def _with_free_places(past: torch.Tensor, count: int) -> torch.Tensor:
     memory = past.new_empty(batch, heads, length + count, channels)
     _PLACES[memory.untyped_storage()] = (length + count, length)
     return memory[:, :, :length].copy_(past)
+
+
+def owned(tensor: torch.Tensor) -> torch.Tensor:
+    """What a cache keeps: the values without their graph, as an ordinary tensor that is not a small part of a long
+    text's memory."""
+    wasteful = tensor.untyped_storage().nbytes() > 1.25 * tensor.nbytes + 1024
+    return tensor.clone() if wasteful or tensor.is_inference() else tensor.detach()

@@ -23,6 +23,8 @@ from .growing import grown
 from .twice_differentiable import at_least_float32, autocast_type, masked_softmax
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
+CHANNELS_MULTIPLE = 8  # channels of a head, for fast kernels
+FEW_QUERIES = 8  # so many are attended to without copying the keys
 
 
 class Past(NamedTuple):
@@ -54,10 +56,6 @@ class Past(NamedTuple):
     def joined(self) -> KeysValues:
         """The sinks, and the window behind them."""
         return join_pairs((self.sinks, self.window))
-
-
-CHANNELS_MULTIPLE = 8  # channels of a head, for fast kernels
-FEW_QUERIES = 8  # so many are attended to without copying the keys
 
 
 @dataclass(frozen=True)
