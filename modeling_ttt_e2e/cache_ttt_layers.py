@@ -4,7 +4,6 @@ Its size does not depend on how much was read, except in `full_attention` blocks
 last inputs of the convolutions, windows of keys and values, and counters.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -63,12 +62,21 @@ class TTTLayersCache(Cache):
     def __repr__(self) -> str:
         return f"TTTLayersCache(columns={self.columns}, batch_size={self.batch_size})"
 
+    def __copy__(self) -> "TTTLayersCache":
+        return self.fork()
+
     def __deepcopy__(self, memo) -> "TTTLayersCache":
         return self.fork()
 
+    def __getstate__(self) -> dict:
+        """Without the memory behind a tensor, in which forks may have gone on."""
+        return {**self.__dict__, "states": map_tensors(torch.Tensor.clone, self.states)}
+
     def fork(self) -> "TTTLayersCache":
         """An independent cache with the same content; costs no memory until either reads on."""
-        return copy.copy(self)
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
 
     @property
     def is_linear(self) -> list[bool]:

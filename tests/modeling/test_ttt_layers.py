@@ -1,6 +1,7 @@
 """TTT-Linear and TTT-MLP models compute the same whichever way a text is read, and train."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -233,6 +234,19 @@ def test_a_cache_from_inference_mode_can_be_trained_on(model, logits):
     output = model(IDS[:, 6:], labels=IDS[:, 6:], cache=cache)
     output.loss.backward()
     torch.testing.assert_close(output.logits, logits[:, 6:], **CLOSE)
+
+
+def test_a_pickled_cache_holds_no_more_than_it_shows(model):
+    """Neither what a fork has read since, nor what happened to be in memory."""
+    ids = torch.cat([IDS, IDS], dim=1)
+    cache = read(model, ids, ids.shape[1])[1]
+    for _ in range(2):
+        with torch.no_grad():  # makes free places, and takes some of them
+            model(IDS[:, :1], cache=cache.fork(), use_cache=True)
+            model(IDS[:, :1], cache=cache, use_cache=True)
+    again = pickle.loads(pickle.dumps(cache))
+    for own, other in zip(tensors_of(again.states), tensors_of(cache.states), strict=True):
+        assert torch.equal(own, other) and own.untyped_storage().nbytes() == own.nbytes
 
 
 @pytest.mark.parametrize("how", ["reorder", "repeat", "select", "mask"])
