@@ -45,7 +45,8 @@ class AttentionInputs:
     """What every attention layer of one call shares.
 
     Attributes:
-        position_embeddings: by layer type, cosines and sines of the RoPE angles of the new tokens, each [1 or B, Q, C].
+        position_embeddings: by layer type, cosines and sines of the RoPE angles of the new tokens, each
+            [1 or B, 1, Q, C].
         masks: by layer type, what `attention_mask` the implementation takes, or [`BlockMasks`] of a long text.
         implementation: name in transformers' attention interface, or `TWICE_DIFFERENTIABLE` or `TRITON`.
         sinks: how sliding layers see their attention sinks; None where all of these are in every window.

@@ -30,7 +30,7 @@ from .context import LearnedContext
 from .inner_loop import UpdateRule, inner_table
 from .learner import learn
 from .outputs import PositionWriter, attention_writers
-from .reader import Reader, SegmentOutput
+from .reader import Reader, SegmentMemory, SegmentOutput
 from .sharding import check_quantisation, check_tensor_parallelism, check_units
 from .tokens import Segment, Tokens, added
 from .twice_differentiable import autocast_type, is_asynchronous
@@ -71,6 +71,11 @@ class Call:
     first_kept: int
     label_length: int
     labelled_tokens: torch.Tensor | None
+
+    def completes_mini_batch(self, size: int) -> bool:
+        """Whether some row may take a step in this call: a mini-batch is full, and another token is there or read."""
+        pending = zip(self.context.pending_counts, self.tokens.counts, strict=True)
+        return any(before + new >= size for before, new in pending)
 
 
 @dataclass(frozen=True)
@@ -257,10 +262,12 @@ def read_segment(reader: Reader, context: LearnedContext, segment: Segment) -> t
     output = SegmentOutput()
     if not segment.learning:
         context = reader.drop_pending(context)
-    context, x = reader.read_prefix(context, segment, output)
+    memory = SegmentMemory(reader, context, segment)
+    x = reader.read_prefix(memory, output)
     if segment.learning:
-        context = learn(reader, context, segment, x, output)
+        context = learn(memory, x, output)
     else:
+        context = memory.context
         reader.finish(output, x, segment.labels)
     return replace(context, tokens=added(context.tokens, segment.counts)), output
 
@@ -282,7 +289,7 @@ def make_reader(model: torch.nn.Module, call: Call) -> Reader:
         )
     inner_implementation = implementation
     differentiated = torch.is_grad_enabled() and rule.second_order and call.learning
-    if call.learning:
+    if call.learning and call.completes_mini_batch(config.mini_batch_size):
         check_units(model)
         check_quantisation(model)
     if differentiated:

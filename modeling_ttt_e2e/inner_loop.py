@@ -83,7 +83,8 @@ class MiniBatch:
         inputs: [B, T, D], the hidden states that enter the inner loop.
         targets: [B, T] ids of the next tokens, `NO_TARGET` where there is none or it is masked.
         labels: [B, T] what the outer loss predicts, or None.
-        position_embeddings: by layer type, cosines and sines of the RoPE angles, each [1 or B, T, channels of a head].
+        position_embeddings: by layer type, cosines and sines of the RoPE angles, each
+            [1 or B, 1, T, channels of a head].
         sinks: how sliding layers see their attention sinks; None where all of these are in every window.
         complete: which rows' mini-batch is full and has all its targets; the others report no inner loss.
         update: which rows take a step; a subset of `complete`.

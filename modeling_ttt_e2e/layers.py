@@ -36,7 +36,7 @@ from .sinks import (
     with_new_sinks,
     with_sink_channels,
 )
-from .twice_differentiable import at_least_float32, rms_normalize
+from .twice_differentiable import are_many, at_least_float32, inverse_rms, rms_normalize
 
 
 class NewStates(NamedTuple):
@@ -60,11 +60,12 @@ class TTTE2ERMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            return (rms_normalize(x.to(at_least_float32(x.dtype)), self.eps) * self.weight).to(x.dtype)
-        # One operation; casts that change nothing would cost a third of it for a single token.
         weight, dtype = self.weight, at_least_float32(x.dtype)
-        if x.dtype == weight.dtype == dtype:
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            return (rms_normalize(x.to(dtype), self.eps) * weight).to(x.dtype)
+        if are_many(x):
+            return (x * inverse_rms(x, self.eps)).mul_(weight).to(x.dtype)
+        if x.dtype == weight.dtype == dtype:  # casts that change nothing would cost a third of it for a single token
             return torch.rms_norm(x, weight.shape, weight, self.eps)
         return torch.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), self.eps).to(x.dtype)
 
@@ -89,13 +90,16 @@ class TTTE2ERotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> KeysValues:
-        """position_ids [1 or B, T] -> cosines and sines, each [1 or B, T, C], in `dtype` but at least float32."""
+        """position_ids [1 or B, T] -> cosines and sines, each [1 or B, 1, T, C], in `dtype` but at least float32.
+
+        The sines of the first half have the sign that `rotate` gives them.
+        """
         device = position_ids.device
         exact = float64_device(device)
-        angles = position_ids[..., None].to(exact).double() * self.inv_freq.to(exact).double()
+        angles = position_ids[:, None, :, None].to(exact).double() * self.inv_freq.to(exact).double()
         dtype = at_least_float32(dtype)
         cosines, sines = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        cosines, sines = torch.cat([cosines, cosines], dim=-1), torch.cat([sines, sines], dim=-1)
+        cosines, sines = torch.cat([cosines, cosines], dim=-1), torch.cat([-sines, sines], dim=-1)
         return cosines.to(dtype).to(device), sines.to(dtype).to(device)
 
 
@@ -119,10 +123,11 @@ class RotaryEmbeddings(nn.ModuleDict):
 
 
 def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Apply RoPE to x [B, heads, T, C]; computed in the angles' dtype, returned in x's."""
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x * cosines.unsqueeze(1) + turned * sines.unsqueeze(1)).to(x.dtype)
+    """Apply RoPE to x [B, heads, T, C]; computed in the angles' dtype, returned in x's.
+
+    (a, b) -> (a cos - b sin, b cos + a sin)
+    """
+    return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, -1), sines).to(x.dtype)
 
 
 class TTTE2EMLP(nn.Module):

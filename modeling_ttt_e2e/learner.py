@@ -32,18 +32,18 @@ PastChunks = tuple[tuple[KeysValues, ...], ...]
 
 
 @torch.compiler.disable
-def learn(
-    reader: Reader, context: LearnedContext, segment: Segment, inputs: torch.Tensor, output: SegmentOutput
-) -> LearnedContext:
+def learn(memory: SegmentMemory, inputs: torch.Tensor, output: SegmentOutput) -> LearnedContext:
     """Run the suffix over a segment with learning on.
 
     Args:
+        memory: of the segment, after the outer parts.
         inputs: [B, T, D], the hidden states that enter the inner loop.
         output: filled in.
 
     Returns:
         The context with new fast weights, pending tokens, and keys and values of the inner layers.
     """
+    reader, context, segment = memory.reader, memory.context, memory.segment
     size = reader.config.mini_batch_size
     counts = zip(context.pending_counts, segment.counts, strict=True)
     rows = [row for row, (pending, new) in enumerate(counts) if pending == size and new > 0]
@@ -53,7 +53,7 @@ def learn(
     if any(pending + new + known > size for pending, new, known in counts):
         steps = tuple(int(row in rows) for row in range(context.rows))
         return run_mini_batches(reader, context, segment, inputs, output, steps)
-    return read_on(reader, context, segment, inputs, output)
+    return read_on(memory.going_on(context), inputs, output)
 
 
 def learn_pending(
@@ -93,11 +93,9 @@ def learn_pending(
     return replace(context, fast=fast, pending=pending, past_key_values=past_key_values)
 
 
-def read_on(
-    reader: Reader, context: LearnedContext, segment: Segment, inputs: torch.Tensor, output: SegmentOutput
-) -> LearnedContext:
+def read_on(memory: SegmentMemory, inputs: torch.Tensor, output: SegmentOutput) -> LearnedContext:
     """New tokens that complete no mini-batch: the suffix runs over them alone, and they join the pending ones."""
-    memory = SegmentMemory(reader, context, segment, pending=max(added(context.pending_counts, segment.counts)))
+    reader, context, segment = memory.reader, memory.context, memory.segment
     x, states = reader.run(reader.inner_parts, inputs, context.fast, memory, output)
     reader.note_layers(output, states)
     reader.finish(output, x, segment.labels)
@@ -179,7 +177,7 @@ def mini_batches(
                 inputs=own_inputs,
                 targets=targets[:, part],
                 labels=None if segment.labels is None else segment.labels[:, part],
-                position_embeddings={kind: (cos[:, part], sin[:, part]) for kind, (cos, sin) in angles.items()},
+                position_embeddings={kind: (cos[:, :, part], sin[:, :, part]) for kind, (cos, sin) in angles.items()},
                 sinks=reader.sinks(segment.position_ids[:, part], [count + index * size for count in tokens_before]),
                 complete=complete,
                 # A step is taken only where something will be read with its result.

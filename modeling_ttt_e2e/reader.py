@@ -10,6 +10,7 @@ Axis letters: B batch rows, T tokens of the segment (aligned left; what stands b
 D hidden size, V vocabulary.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -24,7 +25,7 @@ from .fast_weights import FastWeights
 from .inner_loop import UpdateRule
 from .layers import NewStates
 from .sinks import Past, Sinks, positions_at_sinks, sinks_left_behind
-from .tokens import Segment
+from .tokens import Segment, added
 from .triton_attention import VisibleKeys
 
 
@@ -142,20 +143,14 @@ class Reader:
         ]
         return [*whole[:first], BlockPart(first, whole[first].layer, "attention", 0)] if learning else whole
 
-    def read_prefix(
-        self, context: LearnedContext, segment: Segment, output: SegmentOutput
-    ) -> tuple[LearnedContext, torch.Tensor]:
-        """The parts that run over the whole segment at once.
-
-        Returns:
-            The context with the new keys and values of these blocks, and the hidden states [B, T, D] after them.
-        """
+    def read_prefix(self, memory: "SegmentMemory", output: SegmentOutput) -> torch.Tensor:
+        """The parts that run over the whole segment at once: the hidden states [B, T, D] after them."""
+        segment = memory.segment
         x = segment.embeddings if segment.embeddings is not None else self.model.embed_tokens(segment.ids)
-        memory = SegmentMemory(self, context, segment)
         before = [x]
-        x, states = self.run(self.outer_parts(segment.learning), x, context.fast, memory, output)
+        x, states = self.run(self.outer_parts(segment.learning), x, memory.before_segment.fast, memory, output)
         self.note_layers(output, before + (states[:-1] if segment.learning else states))
-        return memory.context, x
+        return x
 
     def run(
         self,
@@ -237,14 +232,11 @@ class Reader:
 
 
 class SegmentMemory:
-    """The keys and values of a context, to which blocks that read a whole segment add theirs.
+    """The keys and values of a context, to which blocks that read a whole segment add theirs."""
 
-    Args:
-        pending: tokens, per row, whose keys the inner blocks keep besides the window, to learn from them later.
-    """
-
-    def __init__(self, reader: Reader, context: LearnedContext, segment: Segment, pending: int = 0):
-        self.reader, self.segment, self.pending = reader, segment, pending
+    def __init__(self, reader: Reader, context: LearnedContext, segment: Segment):
+        self.reader, self.segment = reader, segment
+        self.pending = 0  # tokens, per row, whose keys are kept besides the window
         self.before_segment, self.past_key_values = context, list(context.past_key_values)
         self.angles = reader.model.rotary_emb(segment.position_ids, reader.model.dtype)
         self.sinks = reader.sinks(segment.position_ids, context.tokens)
@@ -254,6 +246,13 @@ class SegmentMemory:
     def context(self) -> LearnedContext:
         """The context with what was added."""
         return replace(self.before_segment, past_key_values=tuple(self.past_key_values))
+
+    def going_on(self, context: LearnedContext) -> "SegmentMemory":
+        """For inner blocks that read the same segment after `context`, and keep the keys that they will learn from."""
+        inner = copy.copy(self)
+        inner.before_segment, inner.past_key_values = context, list(context.past_key_values)
+        inner.pending = max(added(context.pending_counts, self.segment.counts))
+        return inner
 
     def before(self, index: int) -> tuple[AttentionInputs, Past | None]:
         past = self.past_key_values[index]

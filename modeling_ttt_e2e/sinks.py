@@ -66,7 +66,7 @@ class Sinks:
         count: S.
         tokens_read: per row, tokens before the new ones.
         position_embeddings: cosines and sines of the RoPE angles with which the new tokens' queries meet the sinks,
-            each [1 or B, Q, C].
+            each [1 or B, 1, Q, C].
     """
 
     count: int

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch.autograd.function import once_differentiable
 
+MANY_NUMBERS = 2**14  # see `are_many`
+
 
 def is_asynchronous(tensor: torch.Tensor) -> bool:
     """Whether a look at a value would wait until the device has done all that it was asked for."""
@@ -151,6 +153,19 @@ def rms_normalize_plain(x: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
+def are_many(x: torch.Tensor) -> bool:
+    """Whether `inverse_rms` is faster than what `torch.rms_norm` does, on a CPU seven passes."""
+    return x.device.type == "cpu" and x.numel() >= MANY_NUMBERS
+
+
+def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """r [..., 1] for x [..., D], in at least float32, as `torch.rms_norm` has it for few numbers; no autograd."""
+    if not are_many(x):
+        return torch.rsqrt(_mean_product(x, x).add_(eps))
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=at_least_float32(x.dtype))
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
 def rms_normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
     """As `rms_normalize_plain`, up to its second derivative."""
     return _Normalize.apply(x, eps)
@@ -159,7 +174,7 @@ def rms_normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, eps):
-        r = torch.rsqrt(_mean_product(x, x).add_(eps))
+        r = inverse_rms(x, eps)
         n = x * r
         ctx.save_for_backward(x, n, r)
         return n
@@ -175,7 +190,7 @@ class _NormalizeGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, h, n, r):
         mean_hn = _mean_product(h, n)
-        x_bar = torch.sub(h, n * mean_hn).mul_(r)
+        x_bar = torch.addcmul(h, n, mean_hn, value=-1).mul_(r)
         ctx.save_for_backward(h, n, r, mean_hn, x_bar)
         return x_bar
 
@@ -184,9 +199,9 @@ class _NormalizeGradient(torch.autograd.Function):
     def backward(ctx, a):
         h, n, r, mean_hn, x_bar = ctx.saved_tensors
         mean_an = _mean_product(a, n)
-        a_bar = torch.sub(a, n * mean_an).mul_(r)
+        a_bar = torch.addcmul(a, n, mean_an, value=-1).mul_(r)
         along_n = _mean_product(a, h).sub_(mean_an * mean_hn).mul_(r)
-        of_x = (n * along_n).add_(a_bar * mean_hn).add_(x_bar * mean_an).mul_(-r)
+        of_x = (n * along_n).addcmul_(a_bar, mean_hn).addcmul_(x_bar, mean_an).mul_(-r)
         return of_x, a_bar, None, None
 
 

@@ -15,9 +15,10 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding, apply_rotary_pos_emb
 
 from ttt_e2e import TTTE2ECache, TTTE2EConfig, TTTLayersConfig
+from ttt_e2e.layers import rotate
 
 from .helpers import (
     BATCH,
@@ -108,10 +109,11 @@ def test_each_layer_type_turns_by_its_own_rope(layers, tmp_path):
         max_position_embeddings=16,
     )
     places = torch.arange(40)[None]
-    ours = again.model.rotary_emb(places, torch.float32)
+    ours, states = again.model.rotary_emb(places, torch.float32), torch.rand(1, 4, 40, 8)
     for kind in by_type:
-        expected = Gemma3RotaryEmbedding(theirs)(torch.zeros(1), places, kind)
-        torch.testing.assert_close(ours[kind], expected, rtol=0, atol=2e-6)  # their angles are float32
+        expected, _ = apply_rotary_pos_emb(states, states, *Gemma3RotaryEmbedding(theirs)(torch.zeros(1), places, kind))
+        turned = rotate(states, *ours[kind])
+        torch.testing.assert_close(turned, expected, rtol=0, atol=2e-6)  # their angles are float32
 
 
 def test_without_attention_a_token_sees_others_only_through_what_was_learned(tmp_path):

@@ -1,12 +1,14 @@
 """Attention and normalisation equal their plain statements, up to the second derivative."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ttt_e2e import TTTE2ECache
+from ttt_e2e import TTTE2ECache, twice_differentiable
 from ttt_e2e.attention import TWICE_DIFFERENTIABLE, attention_function, attention_mask
+from ttt_e2e.layers import TTTE2ERMSNorm
 from ttt_e2e.twice_differentiable import rms_normalize, rms_normalize_plain
 
 from .helpers import WINDOW, distance, gradients, loss_and_gradients, ragged, random_ids, small_model
@@ -100,8 +102,10 @@ def test_attention_block_by_block_equals_attention_at_once(implementation, read_
         torch.testing.assert_close(results[0][name], at_once, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_normalisation_equals_its_plain_statement_up_to_the_second_derivative():
+@pytest.mark.parametrize("many", [False, True])
+def test_normalisation_equals_its_plain_statement_up_to_the_second_derivative(many, monkeypatch):
     """Value, gradient and second derivative in float64, near zero too, where the epsilon matters."""
+    monkeypatch.setattr(twice_differentiable, "MANY_NUMBERS", 1 if many else math.inf)
     x = torch.randn(3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x[0] *= 1e-3
     results = []
@@ -115,3 +119,19 @@ def test_normalisation_equals_its_plain_statement_up_to_the_second_derivative():
         torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-9)
     leaf = x[1:].clone().requires_grad_()
     assert torch.autograd.gradgradcheck(lambda y: rms_normalize(y, 1e-6), leaf)
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_norm_is_the_same_with_and_without_a_gradient(dtype, many, monkeypatch):
+    """Bit by bit: what is computed again for a backward pass may have run without a gradient first."""
+    monkeypatch.setattr(twice_differentiable, "MANY_NUMBERS", 1 if many else math.inf)
+    generator = torch.Generator().manual_seed(0)
+    norm = TTTE2ERMSNorm(8, 1e-6).to(dtype)
+    norm.weight.data.copy_(torch.randn(8, generator=generator))
+    x = torch.randn(3, 5, 8, dtype=torch.float64, generator=generator).to(dtype)
+    with torch.no_grad():
+        silent = norm(x)
+    assert silent.dtype == dtype and torch.equal(silent, norm(x.requires_grad_()))
+    expected = rms_normalize_plain(x.double(), 1e-6) * norm.weight.double()
+    torch.testing.assert_close(silent.double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=0)

@@ -24,7 +24,7 @@ def attention_as_written(module, query, key, value, attention, past):
     cosines, sines = attention.position_embeddings[module.layer_type]
 
     def at(states, token, position):
-        return rotate(states[:, :, token : token + 1], cosines[:, position, None], sines[:, position, None])[:, :, 0]
+        return rotate(states[:, :, token : token + 1], cosines[:, :, [position]], sines[:, :, [position]])[:, :, 0]
 
     outputs = []
     for n in range(length):
