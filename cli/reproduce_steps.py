@@ -71,7 +71,8 @@ def run_experiment(
         measure_missing(evaluation)
         if experiment.yardsticks is not None and evaluation.task.of_losses is not None:
             add_yardsticks(experiment, evaluation, rows[experiment.yardsticks.learning_off].tokens, cache)
-        for table in write_comparison(evaluation, tables_only=COMPRESSORS)[0]:
+        trainings = {seed_label(row, seed): row for row, of in rows.items() for seed in range(len(of.models))}
+        for table in write_comparison(evaluation, COMPRESSORS, trainings)[0]:
             console.print(table.rich())
         points += evaluation.results.points
     verdicts = judge_claims(experiment, points)

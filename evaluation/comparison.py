@@ -1,7 +1,7 @@
 """Several models beside each other: tables and curves of measured points, and their differences to a baseline."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,16 +104,48 @@ def standard_errors(points: Sequence[Point], quantity: Quantity, baseline: str) 
     return errors
 
 
+def over_trainings(series: Series, trainings: Mapping[str, str]) -> tuple[Series, Series]:
+    """One entry for all trainings of a row: their mean, and its standard error.
+
+    Args:
+        trainings: by label, the row of which it is a training; other labels stand for themselves.
+
+    Returns:
+        The means, and the errors of rows with several trainings at a length.
+    """
+    grouped: dict[str, dict[int, list]] = {}
+    for label, values in series.items():
+        for length, value in values.items():
+            grouped.setdefault(trainings.get(label, label), {}).setdefault(length, []).append(value)
+    means: Series = {row: {} for row in grouped}
+    errors: Series = {}
+    for row, by_length in grouped.items():
+        for length, found in by_length.items():
+            means[row][length] = found[0]
+            if len(found) > 1:
+                numbers = [_numbers(each) for each in found] if isinstance(found[0], list) else _numbers(found)
+                stacked = torch.tensor(numbers, dtype=torch.float64)
+                means[row][length] = stacked.mean(dim=0).tolist()
+                errors.setdefault(row, {})[length] = (stacked.std(dim=0) / len(found) ** 0.5).tolist()
+    return means, errors
+
+
 def comparison_panels(
-    points: Sequence[Point], quantities: Sequence[Quantity], baseline: str | None
+    points: Sequence[Point],
+    quantities: Sequence[Quantity],
+    baseline: str | None,
+    trainings: Mapping[str, str] | None = None,
 ) -> list[list[Panel]]:
     """What `plot_panels` draws: a row per quantity (and length, of a quantity by position), differences beside it.
 
     Without differences two of them share a row.
+
+    Args:
+        trainings: as `over_trainings` takes them; a quantity by length then has a band of one standard error.
     """
     rows = []
     for quantity in quantities:
-        series = measured(points, quantity)
+        series, errors = over_trainings(measured(points, quantity), trainings or {})
         variants = [(series, quantity.title)]
         if baseline is not None:
             variants.append((difference_to(series, baseline), f"{quantity.title}, minus {baseline}"))
@@ -121,7 +153,9 @@ def comparison_panels(
             for length in _lengths(series):
                 rows.append([_position_panel(part, quantity, title, length) for part, title in variants])
         elif series:
-            rows.append([_length_panel(part, quantity, title) for part, title in variants])
+            panels = [_length_panel(part, quantity, title) for part, title in variants]
+            bands = {row: [of_row.get(n, 0.0) for n in sorted(series[row])] for row, of_row in errors.items()}
+            rows.append([dataclasses.replace(panels[0], bands=bands), *panels[1:]])
     if baseline is None:
         panels = [panel for row in rows for panel in row]
         rows = [panels[first : first + 2] for first in range(0, len(panels), 2)]

@@ -27,6 +27,7 @@ class Panel:
     Attributes:
         title: above it; x_label, y_label: of its axes.
         curves: by name, as long as each other: where, and how much. Values that are nan leave a gap.
+        bands: by name of a curve, how far above and below each of its points a band reaches.
         ticks: of the horizontal axis, which is then logarithmic; without them it is linear and counts something.
     """
 
@@ -35,6 +36,7 @@ class Panel:
     y_label: str
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
     ticks: Sequence[float] = field(default=())
+    bands: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 def plot_loss_by_position(
@@ -125,6 +127,9 @@ def _draw_panel(axes: plt.Axes, panel: Panel, styles: Mapping[str, dict]) -> Non
         # One point alone makes no line.
         marker = "o" if len(panel.ticks) or len(positions) == 1 else None
         axes.plot(positions, values, linewidth=2, marker=marker, markersize=4, label=name, **styles[name])
+        if name in panel.bands:
+            low, high = zip(*((v - b, v + b) for v, b in zip(values, panel.bands[name], strict=True)), strict=True)
+            axes.fill_between(positions, low, high, color=styles[name]["color"], alpha=0.2, linewidth=0)
     axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
     if panel.ticks:
         axes.set_xscale("log", base=2)

@@ -7,7 +7,7 @@ interruption, and one with further models or lengths measures only those.
 
 import dataclasses
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,11 +207,14 @@ def measure_point(
     )
 
 
-def write_comparison(evaluation: Evaluation, tables_only: Collection[str] = ()) -> tuple[list[Table], list[Path]]:
+def write_comparison(
+    evaluation: Evaluation, tables_only: Collection[str] = (), trainings: Mapping[str, str] | None = None
+) -> tuple[list[Table], list[Path]]:
     """Write the tables and the picture of all points in the results' file, each file whole or not at all.
 
     Args:
         tables_only: labels that are not drawn: so far from the others that their curves would flatten.
+        trainings: by label, the row of which it is a training; a row is drawn as one curve.
 
     Returns:
         The tables, and the files that were written.
@@ -221,7 +224,7 @@ def write_comparison(evaluation: Evaluation, tables_only: Collection[str] = ()) 
     text = "\n".join(f"{table.title}\n\n{table.markdown()}" for table in tables)
     write_text(request.output / f"{RESULTS}.md", text)
     drawn = [point for point in points if point.label not in tables_only]
-    panels = comparison_panels(drawn, quantities, request.baseline)
+    panels = comparison_panels(drawn, quantities, request.baseline, trainings)
     return tables, [request.output / f"{RESULTS}.md", *plot_panels(panels, request.output / RESULTS, request.task)]
 
 

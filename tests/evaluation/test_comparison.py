@@ -95,6 +95,19 @@ def test_panels_by_position_are_one_per_length_and_count_from_the_first_position
     assert comparison_panels(points[:1], [written], None)[0][0].curves["ours"][0] == [0, 1, 2]
 
 
+def test_trainings_of_a_row_are_one_curve_with_a_band():
+    points = [point("ours", 8, loss=2.0), point("ours, seed 1", 8, loss=4.0), point("ours", 16, loss=1.0)]
+    points += [point("theirs", 8, loss=5.0), point("theirs", 16, loss=5.0)]
+    trainings = {"ours": "ours", "ours, seed 1": "ours", "theirs": "theirs"}
+    ((losses, differences),) = comparison_panels(points, [LOSS], "theirs", trainings)
+    assert losses.curves == {"ours": ([8, 16], [3.0, 1.0]), "theirs": ([8, 16], [5.0, 5.0])}
+    assert losses.bands == {"ours": [1.0, 0.0]}, "sqrt(2) / sqrt(2); one training has no error"
+    assert differences.curves["ours"] == ([8, 16], [-2.0, -4.0])
+    curves = [point("ours", 3, curve=[3.0, 2.0]), point("ours, seed 1", 3, curve=[1.0, None])]
+    ((panel,),) = comparison_panels(curves, [CURVE], None, trainings)
+    assert panel.curves["ours"][1][0] == 2.0 and math.isnan(panel.curves["ours"][1][1])
+
+
 def test_long_curves_are_averaged_to_what_a_picture_can_show():
     ((panel,),) = comparison_panels([point("ours", 1001, curve=[1.0] * 1000)], [CURVE], None)
     assert len(panel.curves["ours"][0]) <= 64
@@ -102,7 +115,14 @@ def test_long_curves_are_averaged_to_what_a_picture_can_show():
 
 def test_picture_is_written_as_png_and_svg(tmp_path):
     names = [f"system {n}" for n in range(len(COLOURS) + 1)]
-    panel = Panel("the title", "x", "y", {name: ([1, 2], [n, n]) for n, name in enumerate(names)}, ticks=[1, 2])
+    panel = Panel(
+        "the title",
+        "x",
+        "y",
+        {name: ([1, 2], [n, n]) for n, name in enumerate(names)},
+        ticks=[1, 2],
+        bands={"system 0": [0, 1]},
+    )
     files = plot_panels([[panel, panel], [panel]], tmp_path / "new" / "results.v1", "above")
     assert [file.name for file in files] == ["results.v1.png", "results.v1.svg"]
     assert sorted(file.name for file in files[0].parent.iterdir()) == ["results.v1.png", "results.v1.svg"]
