@@ -9,8 +9,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
-from .causal_lm_loss import check_loss_arguments, hidden_losses, mean_loss, position_labels
-from .checks import accept_earlier_cache_names, check_flags, check_logits_to_keep, one_input, read_attention_mask
+from .causal_lm_loss import hidden_losses, mean_loss, position_labels
+from .checks import (
+    accept_earlier_cache_names,
+    check_flags,
+    check_label_arguments,
+    check_logits_to_keep,
+    check_number_of_items,
+    one_input,
+    read_attention_mask,
+)
 
 
 class BaseGenerationMixin(GenerationMixin):
@@ -127,7 +135,8 @@ class BaselineCausalLM:
         check_flags(skip_logits=skip_logits, **{name: kwargs.get(name) for name in captured})
         shape = one_input(input_ids, inputs_embeds)
         check_logits_to_keep(logits_to_keep, shape[1])
-        check_loss_arguments(labels, shift_labels, num_items_in_batch, shape, self.config.vocab_size)
+        check_number_of_items(num_items_in_batch)
+        check_label_arguments(labels, shift_labels, shape, self.config.vocab_size)
         positions_read = 0 if cache is None else cache.get_seq_length()
         outputs = self.model(
             input_ids=input_ids,

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 
+from .base_cache import LearnedCache
 from .cache_files import load_context, save_context
-from .checks import check_repeats, selected_rows
 from .context import LearnedContext, keep_visible
 from .fingerprints import WeightMarks
 from .growing import owned
@@ -31,7 +31,7 @@ class CachedLayer:
     is_sliding: bool
 
 
-class TTTE2ECache(Cache):
+class TTTE2ECache(LearnedCache):
     """What a batch of sequences has read and learned; pass it as `cache` and read on.
 
     Everything in it is detached. Contexts are immutable values, so `fork()` and reordering rows copy no fast weights:
@@ -45,16 +45,13 @@ class TTTE2ECache(Cache):
         columns: positions read so far, padding included; transformers' `get_seq_length()`.
     """
 
-    is_compileable = False
-    is_croppable = False
-
     def __init__(self, config):
         self.config = config
         self.context: LearnedContext | None = None
         self.columns = 0
         self.finished: tuple[bool, ...] | None = None
         self.padding_id: int | None = None
-        self._reader: weakref.ref | None = None
+        self._model: weakref.ref | None = None
         self._marks: WeightMarks | None = None
         super().__init__(layers=[])
 
@@ -128,31 +125,14 @@ class TTTE2ECache(Cache):
     def __repr__(self) -> str:
         return f"TTTE2ECache(columns={self.columns}, batch_size={self.batch_size}, learned={self.has_learned})"
 
-    def __copy__(self) -> "TTTE2ECache":
-        return self.fork()
-
-    def __deepcopy__(self, memo) -> "TTTE2ECache":
-        return self.fork()
-
     def __getstate__(self) -> dict:
-        """Without the reader, and without the memory behind a tensor, in which forks may have gone on."""
+        """Without the model, and without the memory behind a tensor, in which forks may have gone on."""
         context = None if self.context is None else self.context.map(torch.Tensor.clone)
-        return {**self.__dict__, "_reader": None, "_marks": None, "context": context}
-
-    @property
-    def is_linear(self) -> list[bool]:
-        """Per block: transformers need not know where the new tokens of a longer sequence begin. False for all, because
-        what is read twice is learned twice."""
-        return [False] * self.config.num_hidden_layers
+        return {**self.__dict__, "_model": None, "_marks": None, "context": context}
 
     @property
     def batch_size(self) -> int:
-        """Rows, or -1 before anything is read."""
         return -1 if self.context is None else self.context.rows
-
-    @property
-    def is_initialized(self) -> bool:
-        return self.context is not None
 
     @property
     def has_learned(self) -> bool:
@@ -164,10 +144,6 @@ class TTTE2ECache(Cache):
         """Bytes of all tensors; fast weights that rows share count once."""
         return sum(tensor.nbytes for tensor in (self.context.tensors() if self.context else ()))
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns read so far, padding included."""
-        return self.columns
-
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Keys that `query_length` new tokens see, and the position of the first of them."""
         kept = 0
@@ -176,15 +152,11 @@ class TTTE2ECache(Cache):
             kept = past.length + (0 if past.sinks is None else past.sinks[0].shape[2])
         return kept + query_length, self.columns - kept
 
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: there is no longest text."""
-        return -1
-
-    def store(self, context: LearnedContext, length: int, reader: torch.nn.Module) -> None:
-        """Take over a context after `length` more positions were read by the model `reader`."""
-        if self._reader is None or self._reader() is not reader:
-            self._reader = weakref.ref(reader)
-            self._marks = WeightMarks.of(reader)
+    def store(self, context: LearnedContext, length: int, model: torch.nn.Module) -> None:
+        """Take over a context after `length` more positions were read by the model `model`."""
+        if self._model is None or self._model() is not model:
+            self._model = weakref.ref(model)
+            self._marks = WeightMarks.of(model)
         if self.finished is not None:
             rows = zip(self.finished, self.context.tokens, context.tokens, strict=True)
             self.finished = tuple(finished and old == new for finished, old, new in rows)
@@ -210,13 +182,7 @@ class TTTE2ECache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         self.context, self.columns, self.finished, self.padding_id = None, 0, None, None
-        self._reader, self._marks = None, None
-
-    def fork(self) -> "TTTE2ECache":
-        """An independent cache with the same content; costs no memory until either reads on."""
-        other = type(self).__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        return other
+        self._model, self._marks = None, None
 
     def to(self, device: torch.device | str) -> "TTTE2ECache":
         """Move all tensors, in place; returns itself."""
@@ -224,31 +190,9 @@ class TTTE2ECache(Cache):
             self.context = self.context.map(lambda tensor: tensor.to(device))
         return self
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices` (ids, or a bool per row), in that order."""
-        if self.context is None:
-            return
-        rows = selected_rows(indices, self.context.rows)
-        if rows != list(range(self.context.rows)):
-            self.context = self.context.select(rows)
-            self.finished = None if self.finished is None else tuple(self.finished[row] for row in rows)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row i becomes what row `beam_idx[i]` was; fast weights are shared, not copied."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row, for beams or several answers to one prompt; fast weights are shared."""
-        check_repeats(repeats)
-        if self.context is not None:
-            self.batch_select_indices(torch.arange(self.context.rows).repeat_interleave(repeats))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Only 0 (nothing) is possible: what is learned cannot be unlearned. Fork the cache before reading instead."""
-        if tokens_to_remove:
-            raise NotImplementedError(
-                f"crop({tokens_to_remove}): a learned context cannot be rolled back. Keep a `fork()` from before."
-            )
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        self.context = self.context.select(rows)
+        self.finished = None if self.finished is None else tuple(self.finished[row] for row in rows)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the learned context to a folder, with a fingerprint of the model's weights, adapters and configuration.
@@ -256,13 +200,13 @@ class TTTE2ECache(Cache):
         Raises:
             ValueError: nothing was read yet, the model is gone, or its weights or adapters changed since it read.
         """
-        reader = None if self._reader is None else self._reader()
+        model = None if self._model is None else self._model()
         if self.context is None:
             raise ValueError("This cache is empty: read something with it before `save_pretrained`.")
-        if reader is None:
+        if model is None:
             raise ValueError("The model that read this context is gone: save the context while the model is loaded.")
-        self._marks.check(reader)
-        save_context(Path(folder), self.context, self._counters(), reader)
+        self._marks.check(model)
+        save_context(Path(folder), self.context, self._counters(), model)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: torch.nn.Module) -> "TTTE2ECache":
@@ -286,7 +230,7 @@ class TTTE2ECache(Cache):
         cache.columns = counters["columns"]
         cache.finished = None if counters["finished"] is None else tuple(counters["finished"])
         cache.padding_id = counters["padding_id"]
-        cache._reader, cache._marks = weakref.ref(reader), WeightMarks.of(reader)
+        cache._model, cache._marks = weakref.ref(reader), WeightMarks.of(reader)
         return cache
 
     def _counters(self) -> dict:

@@ -4,17 +4,16 @@ Its size does not depend on how much was read, except in `full_attention` blocks
 last inputs of the convolutions, windows of keys and values, and counters.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import Cache
 
-from .checks import check_repeats, selected_rows
+from .base_cache import LearnedCache
 from .growing import owned
 
 
-class TTTLayersCache(Cache):
+class TTTLayersCache(LearnedCache):
     """What a batch of rows has read; pass it as `cache` and read on.
 
     Everything in it is detached, and tensors are replaced, never written in place: copies are free, and gradients of
@@ -30,9 +29,6 @@ class TTTLayersCache(Cache):
         next_positions: position id of each row's next token.
         columns: positions read, padding included; transformers' `get_seq_length()`.
     """
-
-    is_compileable = False
-    is_croppable = False
 
     def __init__(self, config):
         self.config = config
@@ -62,81 +58,29 @@ class TTTLayersCache(Cache):
     def __repr__(self) -> str:
         return f"TTTLayersCache(columns={self.columns}, batch_size={self.batch_size})"
 
-    def __copy__(self) -> "TTTLayersCache":
-        return self.fork()
-
-    def __deepcopy__(self, memo) -> "TTTLayersCache":
-        return self.fork()
-
     def __getstate__(self) -> dict:
         """Without the memory behind a tensor, in which forks may have gone on."""
         return {**self.__dict__, "states": map_tensors(torch.Tensor.clone, self.states)}
 
-    def fork(self) -> "TTTLayersCache":
-        """An independent cache with the same content; costs no memory until either reads on."""
-        other = type(self).__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        return other
-
-    @property
-    def is_linear(self) -> list[bool]:
-        """Per block: transformers need not know where the new tokens of a longer sequence begin. False for all, because
-        what is read twice is learned twice."""
-        return [False] * self.config.num_hidden_layers
-
     @property
     def batch_size(self) -> int:
-        """Rows, or -1 before anything is read."""
-        return len(self.tokens) if self.is_initialized else -1
-
-    @property
-    def is_initialized(self) -> bool:
-        return self.states is not None
+        return -1 if self.states is None else len(self.tokens)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in all_tensors(self.states))
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns read so far, padding included."""
-        return self.columns
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: there is no longest text."""
-        return -1
-
     def to(self, device: torch.device | str) -> "TTTLayersCache":
         """Move all tensors, in place; returns itself."""
         self.states = map_tensors(lambda tensor: tensor.to(device), self.states)
         return self
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices` (ids, or a bool per row), in that order."""
-        if not self.is_initialized:
-            return
-        rows = selected_rows(indices, self.batch_size)
+    def keep_rows(self, rows: Sequence[int]) -> None:
         kept = torch.tensor(rows)
         self.states = map_tensors(lambda tensor: tensor.index_select(0, kept.to(tensor.device)), self.states)
         self.tokens = tuple(self.tokens[row] for row in rows)
         self.next_positions = tuple(self.next_positions[row] for row in rows)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row i becomes what row `beam_idx[i]` was."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row, for beams or several answers to one prompt."""
-        check_repeats(repeats)
-        if self.is_initialized:
-            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Only 0 (nothing) is possible: what is learned cannot be unlearned. Fork the cache before reading instead."""
-        if tokens_to_remove:
-            raise NotImplementedError(
-                f"crop({tokens_to_remove}): what was learned cannot be rolled back. Keep a `fork()` from before."
-            )
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], states: Any) -> Any:

@@ -13,6 +13,7 @@ from .attention import inner_attention
 from .cache_ttt_e2e import TTTE2ECache
 from .causal_lm_loss import NO_TARGET, position_labels
 from .checks import (
+    asked_or,
     check_cache,
     check_embeddings,
     check_extra_arguments,
@@ -156,8 +157,8 @@ def make_call(
         use_cache = cache is not None or (config.use_cache and not model.training and targets is None)
     check_something_to_read(token_mask, goes_on=use_cache or positions_read > 0)
     check_logits_to_keep(logits_to_keep, shape[1])
-    want_layers = _default(output_hidden_states, config.output_hidden_states)
-    want_attentions = _default(output_attentions, config.output_attentions)
+    want_layers = asked_or(output_hidden_states, config.output_hidden_states)
+    want_attentions = asked_or(output_attentions, config.output_attentions)
     if not config.use_attention and want_attentions:
         raise ValueError(
             "`output_attentions=True`, but this model has no attention (`use_attention=False` in its "
@@ -403,7 +404,3 @@ def _out_of_inference_mode(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return tensor
     with torch.inference_mode(False):
         return tensor.clone()
-
-
-def _default(asked: bool | None, configured: bool) -> bool:
-    return bool(configured if asked is None else asked)

@@ -7,31 +7,11 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .checks import check_label_arguments, check_number_of_items
 from .twice_differentiable import at_least_float32
 
 LOSS_SEGMENT = 1024  # positions whose logits are held at once
 CACHED_LOGITS = 2**18  # that are worked on at once on a CPU
 NO_TARGET = -100  # transformers' label for "do not predict"
-
-
-def check_loss_arguments(
-    labels: torch.Tensor | None,
-    shift_labels: torch.Tensor | None,
-    num_items: int | torch.Tensor | None,
-    shape: tuple[int, int],
-    vocab_size: int,
-) -> None:
-    """Check what the loss of a language model is made from.
-
-    Args:
-        shape: of the inputs, (batch, length).
-
-    Raises:
-        ValueError, TypeError: naming the argument, its value and the remedy.
-    """
-    check_number_of_items(num_items)
-    check_label_arguments(labels, shift_labels, shape, vocab_size)
 
 
 def position_labels(

@@ -256,7 +256,7 @@ def check_number_of_items(items: int | float | torch.Tensor | None) -> None:
 
 
 def check_learning_span(span: tuple[int, int] | None) -> None:
-    """Columns (first, end), two integers with 0 <= first <= end."""
+    """Positions (first, end), two integers with 0 <= first <= end."""
     if span is None:
         return
     if not isinstance(span, tuple | list) or len(span) != 2 or not all(_is_integer(bound) for bound in span):
@@ -303,6 +303,20 @@ def selected_rows(indices: torch.Tensor, rows: int) -> list[int]:
         what = f"holds {wrong[0]}" if wrong else "asks for no row"
         raise ValueError(f"`indices` {what}; the cache holds the rows 0 to {rows - 1}: name at least one of them.")
     return wanted
+
+
+def asked_or(asked: bool | None, configured: bool | None) -> bool:
+    """A switch as asked for, or as configured where it is None."""
+    return bool(configured if asked is None else asked)
+
+
+def check_last_is_token(mask: torch.Tensor | None) -> None:
+    """Nothing is generated behind padding."""
+    if mask is not None and mask.dim() == 2 and bool((mask[:, -1] == 0).any()):
+        raise ValueError(
+            "The prompt is padded on the right, so the model would continue from padding: tokenise with "
+            "`padding_side='left'`."
+        )
 
 
 def check_repeats(repeats: int) -> None:

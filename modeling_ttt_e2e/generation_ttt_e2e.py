@@ -11,7 +11,7 @@ import torch
 
 from .base_causal_lm import BaseGenerationMixin, prompt_learning
 from .cache_ttt_e2e import TTTE2ECache
-from .checks import accept_earlier_cache_names, check_tensor
+from .checks import accept_earlier_cache_names, check_cache, check_last_is_token, check_tensor
 
 LEARN_FROM = ("context", "prompt", "none")
 ASSISTED_BY = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
@@ -97,6 +97,7 @@ class TTTE2EGenerationMixin(BaseGenerationMixin):
         embeddings = kwargs.get("inputs_embeds")
         mask = kwargs.get("attention_mask")
         check_prompt(ids, embeddings, mask)
+        check_cache(cache, TTTE2ECache, None, self.config)
         check_supported(config, cache, kwargs.get("assistant_model"))
         check_prompt_embeddings(ids, embeddings, config.prefill_chunk_size)
         check_left_padding(ids, mask, config.pad_token_id, _end_ids(config))
@@ -192,11 +193,6 @@ def check_supported(config, cache, assistant_model) -> None:
                 f"`{name}={value}` asks for assisted decoding, which takes back tokens that were read; what is learned "
                 "from them cannot be taken back. Leave the argument out."
             )
-    if cache is not None and not isinstance(cache, TTTE2ECache):
-        raise TypeError(
-            f"`cache` is a {type(cache).__name__}; this model needs a TTTE2ECache, because it also has to "
-            "keep what was learned. Make one with TTTE2ECache(model.config), or leave it out."
-        )
     if config.cache_implementation not in (None, "dynamic"):
         raise ValueError(
             f"`cache_implementation={config.cache_implementation!r}` is not possible: the cache is a learned context "
@@ -222,16 +218,10 @@ def check_prompt_embeddings(ids, embeddings, prefill_chunk_size: int | None) -> 
 
 def check_left_padding(ids, mask, pad_token_id: int | None, end_ids: tuple[int, ...]) -> None:
     """Padding must stand left of the prompt, because the next token follows the last position."""
-    if mask is not None:
-        right = mask.dim() == 2 and bool((mask[:, -1] == 0).any())
-    else:
-        known = ids is not None and ids.dim() == 2 and ids.shape[1] and pad_token_id is not None
-        right = bool(known and pad_token_id not in end_ids and (ids[:, -1] == pad_token_id).any())
-    if right:
-        raise ValueError(
-            "The prompt is padded on the right, so the model would continue from padding: tokenise with "
-            "`padding_side='left'`."
-        )
+    known = ids is not None and ids.dim() == 2 and ids.shape[1] and pad_token_id is not None
+    if mask is None and known and pad_token_id not in end_ids:
+        mask = ids != pad_token_id
+    check_last_is_token(mask)
 
 
 def check_continuation(cache: TTTE2ECache, ids, embeddings, mask) -> None:

@@ -46,16 +46,16 @@ class InnerState:
 
     Attributes:
         fast: fast weights with one copy per row, or None as long as nothing is learned.
-        past_key_values: per inner attention layer, a tuple of chunks (keys, values) in order of time. Consecutive
+        chunks: per inner attention layer, a tuple of chunks (keys, values) in order of time. Consecutive
             states share the chunks that did not change.
     """
 
     fast: FastWeights | None
-    past_key_values: tuple[tuple[tuple[torch.Tensor, torch.Tensor], ...], ...]
+    chunks: tuple[tuple[tuple[torch.Tensor, torch.Tensor], ...], ...]
 
     def tensors(self) -> list[torch.Tensor]:
         fast = [] if self.fast is None else list(self.fast.tensors)
-        return fast + [tensor for past in self.past_key_values for chunk in past for tensor in chunk]
+        return fast + [tensor for layer in self.chunks for chunk in layer for tensor in chunk]
 
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> "InnerState":
         """The same structure holding `tensors`, in the order of `tensors()`."""
@@ -63,8 +63,8 @@ class InnerState:
         fast = self.fast
         if fast is not None:
             fast = replace(fast, tensors=tuple(next(given) for _ in fast.tensors))
-        past_key_values = tuple(tuple((next(given), next(given)) for _ in past) for past in self.past_key_values)
-        return InnerState(fast, past_key_values)
+        chunks = tuple(tuple((next(given), next(given)) for _ in layer) for layer in self.chunks)
+        return InnerState(fast, chunks)
 
     def detach(self) -> "InnerState":
         return self.with_tensors([tensor.detach() for tensor in self.tensors()])
@@ -180,8 +180,8 @@ def inner_step(
     """Read one mini-batch under the fast weights `state.fast`, then move those by one gradient step.
 
     Args:
-        suffix: the model from the inner inputs to the logits, `suffix(batch, fast, past_key_values, with_logits) ->
-            (StepOutput without losses, new past_key_values, logits)`.
+        suffix: the model from the inner inputs to the logits, `suffix(batch, fast, chunks, with_logits) ->
+            (StepOutput without losses, new chunks, logits)`.
 
     Returns:
         The state for the next mini-batch, and the outputs under the weights before the step.
@@ -195,7 +195,7 @@ def inner_step(
             # With an outer gradient to come, the fast weights stay in its graph; without one they are its leaves.
             leaves = (t if differentiable and t.requires_grad else t.detach().requires_grad_() for t in fast.tensors)
             fast = replace(fast, tensors=tuple(leaves))
-        output, past_key_values, logits = suffix(batch, fast, state.past_key_values, needs_logits)
+        output, chunks, logits = suffix(batch, fast, state.chunks, needs_logits)
         label_nll, losses = None, None
         if needs_logits:
             labels = [] if batch.labels is None else [batch.labels]
@@ -227,7 +227,7 @@ def inner_step(
         layers=output.layers,
         attentions=output.attentions,
     )
-    state = InnerState(fast, past_key_values)
+    state = InnerState(fast, chunks)
     if differentiable:
         return state, output
     return state.detach(), output.with_differentiable([tensor.detach() for tensor in output.differentiable()])

@@ -138,7 +138,7 @@ def run_mini_batches(
     done = tuple(sum(complete) for complete in zip(*(batch.complete for batch in batches), strict=True))
     pending = _pending_after(context, segment, inputs, tuple(count * reader.config.mini_batch_size for count in done))
     past_key_values = list(context.past_key_values)
-    for part, chunks in zip(reader.inner_parts[1:], state.past_key_values, strict=True):
+    for part, chunks in zip(reader.inner_parts[1:], state.chunks, strict=True):
         window, sinks = reader.windows_before[part.index], chunks[0] if reader.sink_counts[part.index] else None
         joined = join_pairs(chunks if sinks is None else chunks[1:])
         ends = [joined[0].shape[2] - segment.length + count for count in segment.counts]
@@ -227,14 +227,14 @@ class Suffix:
         return list(found.values())
 
     def __call__(
-        self, batch: MiniBatch, fast: FastWeights | None, past_key_values: PastChunks, with_logits: bool
+        self, batch: MiniBatch, fast: FastWeights | None, chunks: PastChunks, with_logits: bool
     ) -> tuple[StepOutput, PastChunks, torch.Tensor | None]:
         """Evaluate one mini-batch under `fast`.
 
         Returns:
             The outputs without losses, the keys and values with this mini-batch's, and the logits [B, T, V].
         """
-        reader, memory = self.reader, StepMemory(self, batch, past_key_values)
+        reader, memory = self.reader, StepMemory(self, batch, chunks)
         x, states, weights = run_blocks(reader.inner_parts, batch.inputs, fast, memory, operator.call)
         wanted = reader.want_hidden or reader.want_layers or with_logits
         hidden = reader.model.norm(x) if wanted else None
@@ -247,7 +247,7 @@ class Suffix:
             attentions=tuple(weights.values()) if reader.want_attentions else (),
         )
         logits = linear(reader.model.lm_head, hidden) if with_logits else None
-        return output, tuple(memory.past_key_values), logits
+        return output, tuple(memory.chunks), logits
 
     def tokens_read(self, batch: MiniBatch) -> tuple[int, ...]:
         """Tokens before the mini-batch, per row."""
@@ -274,9 +274,9 @@ class StepMemory:
     The first chunk of a block with attention sinks is theirs.
     """
 
-    def __init__(self, suffix: Suffix, batch: MiniBatch, past_key_values: PastChunks):
+    def __init__(self, suffix: Suffix, batch: MiniBatch, chunks: PastChunks):
         self.suffix, self.batch = suffix, batch
-        self.past_key_values = list(past_key_values)
+        self.chunks = list(chunks)
         self.first = suffix.reader.config.num_prefix_layers + 1
 
     def before(self, index: int) -> tuple[AttentionInputs, Past]:
@@ -303,11 +303,11 @@ class StepMemory:
             while chunks and num_past - chunks[0][0].shape[2] >= window:
                 num_past -= chunks[0][0].shape[2]
                 chunks = chunks[1:]
-        self.past_key_values[index - self.first] = (*sinks, *chunks)
+        self.chunks[index - self.first] = (*sinks, *chunks)
 
     def _chunks(self, index: int) -> tuple[tuple[KeysValues, ...], tuple[KeysValues, ...]]:
         """The chunk of the sinks, if the block has some, and the others."""
-        chunks, split = self.past_key_values[index - self.first], self.suffix.reader.sink_counts[index] > 0
+        chunks, split = self.chunks[index - self.first], self.suffix.reader.sink_counts[index] > 0
         return chunks[:split], chunks[split:]
 
 

@@ -27,11 +27,13 @@ from .base_causal_lm import BaseGenerationMixin, BaselineCausalLM
 from .cache_ttt_layers import TTTLayersCache
 from .checks import (
     accept_earlier_cache_names,
+    asked_or,
     check_cache,
     check_embeddings,
     check_extra_arguments,
     check_flags,
     check_ids,
+    check_last_is_token,
     check_positions,
     check_something_to_read,
     one_input,
@@ -209,8 +211,8 @@ class TTTLayersModel(TTTLayersPreTrainedModel):
             position_ids = check_positions(position_ids, token_mask, shape, starts)
         check_something_to_read(token_mask, goes_on=use_cache or cache is not None)
         tokens = Tokens.of(None, inputs_embeds, None, position_ids, token_mask, starts)
-        keep_layers = _chosen(output_hidden_states, self.config.output_hidden_states)
-        keep_weights = _chosen(output_attentions, self.config.output_attentions)
+        keep_layers = asked_or(output_hidden_states, self.config.output_hidden_states)
+        keep_weights = asked_or(output_attentions, self.config.output_attentions)
         hidden, layers, writers = PositionWriter(tokens), [], None
         if keep_layers:
             layers = [PositionWriter(tokens) for _ in self.layers]
@@ -293,26 +295,18 @@ class TTTLayersForCausalLM(BaselineCausalLM, TTTLayersPreTrainedModel, BaseGener
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Refusals of what the cache cannot serve, before any work."""
-        kind, mask = generation_config.cache_implementation, model_kwargs.get("attention_mask")
+        kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
             raise ValueError(
                 f"`cache_implementation={kind!r}` is not possible: the cache holds what was learned. Leave it out."
             )
-        if mask is not None and mask.dim() == 2 and bool((mask[:, -1] == 0).any()):
-            raise ValueError(
-                "The prompt is padded on the right, so the model would continue from padding: tokenise with "
-                "`padding_side='left'`."
-            )
+        check_last_is_token(model_kwargs.get("attention_mask"))
         check_cache(model_kwargs.get("cache"), TTTLayersCache, None, self.config, NO_PREFIX)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         """None: the model counts each row's own tokens, also across calls and padding."""
         return None
-
-
-def _chosen(given: bool | None, default: bool | None) -> bool:
-    return bool(default if given is None else given)
 
 
 __all__ = ["TTTLayersForCausalLM", "TTTLayersModel", "TTTLayersPreTrainedModel"]
