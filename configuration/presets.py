@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 
 from .. import TTTE2EConfig
 from ..registration import CONFIGURATIONS
-from .strict_yaml import build_strictly, check_field_names, first_comment, merged, read_mapping
+from .strict_yaml import build_strictly, check_field_names, check_name, first_comment, is_path, merged, read_mapping
 from .systems import System, load_systems
 
 SIZES = Path(__file__).with_name("sizes.yaml")
@@ -92,8 +92,8 @@ def load_preset(name: str) -> dict:
             configuration itself would keep an unknown field without a word, so that a misspelt one would have no
             effect.)
     """
-    _check_name(name)
-    fields = _read_file(Path(name)) if _is_path(name) else _combine(*_built_in()[name])
+    check_name(name, preset_names(), "model preset")
+    fields = _read_file(Path(name)) if is_path(name) else _combine(*_built_in()[name])
     blocks = fields.get("num_hidden_layers", _config_class(fields, source=name).num_hidden_layers)
     for field in TYPES_BY_BLOCK:
         if field in fields:
@@ -107,8 +107,8 @@ def preset_description(name: str) -> str:
     Raises:
         ValueError: there is no such preset.
     """
-    _check_name(name)
-    if _is_path(name):
+    check_name(name, preset_names(), "model preset")
+    if is_path(name):
         return first_comment(Path(name))
     size, system = _built_in()[name]
     return load_sizes()[size].description if system is None else system.description.format(size=size)
@@ -130,20 +130,6 @@ def system_preset(system: str, size: str) -> str:
     if size not in load_sizes():
         raise ValueError(f"size={size!r}: no such size of {system!r}; {_nearest(size, load_sizes())}")
     return size + systems[system].preset_suffix
-
-
-def _check_name(name: str) -> None:
-    if _is_path(name) and not Path(name).is_file():
-        raise ValueError(f"name={name!r}: no such file; give the path of a model preset, or one of the built-in names")
-    if not _is_path(name) and name not in _built_in():
-        raise ValueError(
-            f"name={name!r}: no such model preset; choose one of {', '.join(preset_names())}, "
-            "or give the path of a .yaml file"
-        )
-
-
-def _is_path(name: str) -> bool:
-    return name.endswith((".yaml", ".yml"))
 
 
 def _combine(size: str, system: System | None) -> dict:

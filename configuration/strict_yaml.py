@@ -74,15 +74,27 @@ def named_file(name: str, folder: Path, kind: str) -> Path:
     Raises:
         ValueError: there is neither.
     """
-    is_path = name.endswith((".yaml", ".yml"))
-    if is_path and not Path(name).is_file():
+    check_name(name, file_names(folder), kind)
+    return Path(name) if is_path(name) else folder / f"{name}.yaml"
+
+
+def check_name(name: str, built_in: Collection[str], kind: str) -> None:
+    """Check that a name is built in, or the path of a file that is there.
+
+    Raises:
+        ValueError: it is neither; `kind` is what was looked for.
+    """
+    if is_path(name) and not Path(name).is_file():
         raise ValueError(f"name={name!r}: no such file; give the path of a {kind}, or one of the built-in names")
-    if not is_path and name not in file_names(folder):
+    if not is_path(name) and name not in built_in:
         raise ValueError(
-            f"name={name!r}: no such {kind}; choose one of {', '.join(file_names(folder))}, "
-            "or give the path of a .yaml file"
+            f"name={name!r}: no such {kind}; choose one of {', '.join(built_in)}, or give the path of a .yaml file"
         )
-    return Path(name) if is_path else folder / f"{name}.yaml"
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is the path of a file of the user's, and no built-in name."""
+    return name.endswith((".yaml", ".yml"))
 
 
 def first_comment(path: Path) -> str:

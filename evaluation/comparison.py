@@ -80,12 +80,17 @@ def comparison_tables(points: Sequence[Point], quantities: Sequence[Quantity], b
         title, series = f"{quantity.title} ({quantity.unit})", measured(points, quantity)
         build = _tables_by_position if quantity.by_position else _table_by_length
         tables += build(series, quantity, title)
-        if baseline is not None:
-            errors = {} if quantity.by_document is None else standard_errors(points, quantity, baseline)
-            differences = difference_to(series, baseline)
-            differences.pop(baseline, None)  # all zero
-            title = f"{title}, minus {baseline}" + (" ± standard error over documents" if errors else "")
-            tables += build(differences, quantity, title, sign="+", errors=errors)
+        if baseline is None:
+            continue
+        differences = difference_to(series, baseline)
+        differences.pop(baseline, None)  # all zero
+        title = f"{title}, minus {baseline}"
+        if quantity.by_position or quantity.by_document is None:
+            tables += build(differences, quantity, title, sign="+")
+        else:
+            errors = standard_errors(points, quantity, baseline)
+            title += " ± standard error over documents" if errors else ""
+            tables += _table_by_length(differences, quantity, title, sign="+", errors=errors)
     return tables
 
 
@@ -198,9 +203,7 @@ def _table_by_length(
     return [Table(f"{title}, by context length", ["", *(f"{length:,}" for length in lengths)], rows)] if lengths else []
 
 
-def _tables_by_position(
-    series: Series, quantity: Quantity, title: str, sign: str = "", errors: Series | None = None
-) -> list[Table]:
+def _tables_by_position(series: Series, quantity: Quantity, title: str, sign: str = "") -> list[Table]:
     tables = []
     for length in _lengths(series):
         curves = {label: values[length] for label, values in series.items() if length in values}

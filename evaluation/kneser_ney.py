@@ -52,11 +52,11 @@ class KneserNey:
         self.vocabulary_size, self.order = vocabulary_size, order
         tokens = np.asarray(tokens, dtype=np.int64)
         runs, counts = np.unique(self._codes(tokens, order), return_counts=True)
-        orders = [self._order(runs, counts, order)]
+        orders = [self._order(runs, counts)]
         for size in range(order - 1, 0, -1):
             # Each different run of one token more says once what its last tokens are.
             runs, counts = np.unique(runs % vocabulary_size**size, return_counts=True)
-            orders.append(self._order(runs, counts, size))
+            orders.append(self._order(runs, counts))
         self.orders = orders[::-1]
 
     def token_losses(self, ids: torch.Tensor) -> torch.Tensor:
@@ -93,7 +93,7 @@ class KneserNey:
             codes = codes * self.vocabulary_size + tokens[offset : offset + len(codes)]
         return codes
 
-    def _order(self, runs: np.ndarray, counts: np.ndarray, size: int) -> _Order:
+    def _order(self, runs: np.ndarray, counts: np.ndarray) -> _Order:
         contexts, first = np.unique(runs // self.vocabulary_size, return_index=True)
         once, twice = (counts == 1).sum(), (counts == 2).sum()
         # A text of a few tokens may have no run that is counted once; any discount between 0 and 1 is a model then.

@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..configuration import load_config, load_preset, preset_names
+from ..configuration.strict_yaml import is_path
 from ..conversion.prime_weights import PRIME_CONFIG, PrimeWeights
 from ..data.sources import path_or_id
 from ..storage.record import MODEL, saved_folder
@@ -53,7 +54,7 @@ def find_model(model: str | Path) -> ModelSource:
     if path is not None and path.is_dir():
         return _saved_model(path)
     file = str(path or model)
-    if path is not None or "/" not in model or file.endswith((".yaml", ".yml")):
+    if path is not None or "/" not in model or is_path(file):
         fields = load_preset(file)  # raises, with the names of the presets, where it is no such file
         return ModelSource(Path(file).stem, None, type(load_config(file)), fields)
     try:

@@ -80,6 +80,7 @@ class MiniBatch:
 
     Attributes:
         index: number of the mini-batch within the segment.
+        tokens_read: per row, tokens before the mini-batch.
         inputs: [B, T, D], the hidden states that enter the inner loop.
         targets: [B, T] ids of the next tokens, `NO_TARGET` where there is none or it is masked.
         labels: [B, T] what the outer loss predicts, or None.
@@ -92,6 +93,7 @@ class MiniBatch:
     """
 
     index: int
+    tokens_read: tuple[int, ...]
     inputs: torch.Tensor
     targets: torch.Tensor
     labels: torch.Tensor | None

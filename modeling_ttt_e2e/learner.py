@@ -125,7 +125,7 @@ def run_mini_batches(
     if fast is not None:
         fast = _own_fast_weights(fast, layers, differences=reader.rule.horizon is not None)
     waiting = max(context.pending_counts)
-    suffix = Suffix(reader, context.tokens, forget=not segment.needs_context)
+    suffix = Suffix(reader, forget=not segment.needs_context)
     state = InnerState(fast, _first_chunks(reader, context, waiting, inputs))
     if reader.checkpointing and torch.is_grad_enabled():
         every, offload = reader.config.inner_checkpoint_every, reader.config.inner_checkpoint_offload
@@ -171,14 +171,16 @@ def mini_batches(
         following = zip(segment.counts, segment.next_known, strict=True)
         complete = tuple(count >= end and count + known > end for count, known in following)
         follows = zip(complete, segment.counts, strict=True)
+        tokens_read = tuple(count + index * size for count in tokens_before)
         batches.append(
             MiniBatch(
                 index=index,
+                tokens_read=tokens_read,
                 inputs=own_inputs,
                 targets=targets[:, part],
                 labels=None if segment.labels is None else segment.labels[:, part],
                 position_embeddings={kind: (cos[:, :, part], sin[:, :, part]) for kind, (cos, sin) in angles.items()},
-                sinks=reader.sinks(segment.position_ids[:, part], [count + index * size for count in tokens_before]),
+                sinks=reader.sinks(segment.position_ids[:, part], tokens_read),
                 complete=complete,
                 # A step is taken only where something will be read with its result.
                 update=tuple(full and (segment.needs_context or count > end) for full, count in follows),
@@ -210,13 +212,11 @@ class Suffix:
 
     Attributes:
         reader: whose inner blocks, head and wishes these are.
-        tokens_before: tokens that precede the first mini-batch, per row.
         forget: drop chunks of keys that the next mini-batch cannot see.
         masks: those already made, by window, earlier keys and tokens.
     """
 
     reader: Reader
-    tokens_before: tuple[int, ...]
     forget: bool
     masks: dict[tuple, torch.Tensor | VisibleKeys | None] = field(default_factory=dict)
 
@@ -249,10 +249,6 @@ class Suffix:
         logits = linear(reader.model.lm_head, hidden) if with_logits else None
         return output, tuple(memory.chunks), logits
 
-    def tokens_read(self, batch: MiniBatch) -> tuple[int, ...]:
-        """Tokens before the mini-batch, per row."""
-        return tuple(count + batch.index * self.reader.config.mini_batch_size for count in self.tokens_before)
-
     def mask(
         self, batch: MiniBatch, window: int | None, num_past: int, num_sinks: int
     ) -> torch.Tensor | VisibleKeys | None:
@@ -260,7 +256,7 @@ class Suffix:
         tokens, implementation = batch.inputs.shape[1], self.reader.inner_implementation
         # Rows that have read more have all earlier keys, and see all sinks.
         most = num_past if window is None or not num_sinks else num_past + window + num_sinks
-        read = tuple(min(count, most) for count in self.tokens_read(batch))
+        read = tuple(min(count, most) for count in batch.tokens_read)
         key = (window, num_past, tokens, num_sinks, read)
         if key not in self.masks:
             device = batch.inputs.device
@@ -296,7 +292,7 @@ class StepMemory:
         (sinks, chunks), new = self._chunks(index), states.new
         window = self.suffix.reader.windows_before[index]
         if sinks:
-            sinks = (with_new_sinks(sinks[0], new, self.suffix.tokens_read(self.batch), sinks[0][0].shape[2]),)
+            sinks = (with_new_sinks(sinks[0], new, self.batch.tokens_read, sinks[0][0].shape[2]),)
         chunks = (*chunks, new)
         if self.suffix.forget and window is not None:
             num_past = sum(keys.shape[2] for keys, _ in chunks)
