@@ -20,13 +20,13 @@ FOLD_FROM_TOKENS = 32
 
 
 @dataclass(frozen=True)
-class Delta:
-    """Difference of one weight matrix, per row.
+class FastMatrix:
+    """The fast weights of one matrix, per row.
 
     Attributes:
-        weights: [S, out, in], at least float32.
+        weights: [S, out, in], at least float32: differences dW to the slow weights.
         rows: for each batch row, which of the S copies is its own; None when row i owns copy i.
-        whole: `weights` hold W + dW; then `rows` is None.
+        whole: `weights` hold sums W + dW instead; then `rows` is None.
     """
 
     weights: torch.Tensor
@@ -34,7 +34,7 @@ class Delta:
     whole: bool = False
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, T, in] -> x dW^T [B, T, out]; no copy is made of any weight."""
+        """x [B, T, in] -> x times the weights transposed, [B, T, out]; no copy is made of any weight."""
         weights = self.weights.to(x.dtype)
         if self.rows is None:
             return torch.bmm(x, weights.mT)
@@ -53,17 +53,17 @@ class FastWeights:
 
     Attributes:
         tensors: one per matrix that learns, block by block (gate, up, down, or down alone), each [S, out, in].
-        rows, whole: as in [`Delta`], shared by all tensors.
+        rows, whole: as in [`FastMatrix`], shared by all tensors.
     """
 
     tensors: tuple[torch.Tensor, ...]
     rows: tuple[int, ...] | None = None
     whole: bool = False
 
-    def of_layer(self, index: int, count: int) -> tuple[Delta, ...]:
+    def of_layer(self, index: int, count: int) -> tuple[FastMatrix, ...]:
         """The `count` differences of suffix block `index`, where each block has so many."""
         own = self.tensors[count * index : count * (index + 1)]
-        return tuple(Delta(tensor, self.rows, self.whole) for tensor in own)
+        return tuple(FastMatrix(tensor, self.rows, self.whole) for tensor in own)
 
     def added_to(self, layers: Sequence[nn.Module]) -> "FastWeights":
         """W + dW in one tensor per row, for plain `layers`; `less` is its inverse."""
@@ -105,7 +105,7 @@ class FastWeights:
         )
 
 
-def linear(layer: nn.Module, x: torch.Tensor, delta: Delta | None = None) -> torch.Tensor:
+def linear(layer: nn.Module, x: torch.Tensor, fast: FastMatrix | None = None) -> torch.Tensor:
     """`layer(x)` plus the row's own difference.
 
     Args:
@@ -115,12 +115,12 @@ def linear(layer: nn.Module, x: torch.Tensor, delta: Delta | None = None) -> tor
     Raises:
         ValueError: a gradient is wanted that the layer does not pass on.
     """
-    if delta is not None and delta.whole:
-        return row_products(x, delta.weights)
-    plain = delta is not None and delta.rows is None and x.shape[1] >= FOLD_FROM_TOKENS
-    if plain and is_plain(layer, delta.weights.dtype):
+    if fast is not None and fast.whole:
+        return row_products(x, fast.weights)
+    plain = fast is not None and fast.rows is None and x.shape[1] >= FOLD_FROM_TOKENS
+    if plain and is_plain(layer, fast.weights.dtype):
         # One product with W + dW instead of two; under autocast it is cast as W alone would be.
-        return row_products(x, layer.weight + delta.weights)
+        return row_products(x, layer.weight + fast.weights)
     output = layer(x)
     if x.requires_grad and torch.is_grad_enabled() and not output.requires_grad:
         raise ValueError(
@@ -128,7 +128,7 @@ def linear(layer: nn.Module, x: torch.Tensor, delta: Delta | None = None) -> tor
             "through it: leave the suffix blocks and `lm_head` (for training all blocks) as they were, or "
             "read with `test_time_training=False`."
         )
-    return output if delta is None else output + delta.linear(x.to(output.dtype))
+    return output if fast is None else output + fast.linear(x.to(output.dtype))
 
 
 def row_products(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

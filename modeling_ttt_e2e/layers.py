@@ -25,7 +25,7 @@ from .attention import (
     attention_function,
     float64_device,
 )
-from .fast_weights import Delta, FastWeights, linear
+from .fast_weights import FastMatrix, FastWeights, linear
 from .sinks import (
     KeysValues,
     Past,
@@ -155,10 +155,10 @@ class TTTE2EMLP(nn.Module):
         """The layers that learn, in the order of their fast weights."""
         return (self.gate_proj, self.up_proj, self.down_proj)[self.learning]
 
-    def forward(self, x: torch.Tensor, deltas: tuple[Delta, ...] | None = None) -> torch.Tensor:
-        own: list[Delta | None] = [None, None, None]
-        if deltas is not None:
-            own[self.learning] = deltas
+    def forward(self, x: torch.Tensor, matrices: tuple[FastMatrix, ...] | None = None) -> torch.Tensor:
+        own: list[FastMatrix | None] = [None, None, None]
+        if matrices is not None:
+            own[self.learning] = matrices
         gate, up, down = own
         activated = self.act_fn(linear(self.gate_proj, x, gate)) * linear(self.up_proj, x, up)
         return linear(self.down_proj, activated, down)
@@ -286,21 +286,21 @@ class Block(nn.Module):
         output, states, weights = self.self_attn(self.input_layernorm(x), attention, past)
         return x + self.post_attention_layernorm(output), states, weights
 
-    def feed_forward(self, x: torch.Tensor, deltas: tuple[Delta, ...] | None = None) -> torch.Tensor:
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), deltas))
+    def feed_forward(self, x: torch.Tensor, matrices: tuple[FastMatrix, ...] | None = None) -> torch.Tensor:
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), matrices))
 
     def forward(
         self,
         x: torch.Tensor,
         attention: AttentionInputs | None,
         past: Past | None,
-        deltas: tuple[Delta, ...] | None = None,
+        matrices: tuple[FastMatrix, ...] | None = None,
         part: Literal["whole", "attention", "feed_forward"] = "whole",
     ) -> tuple[torch.Tensor, NewStates | None, torch.Tensor | None]:
         """x [B, T, D] -> the block's output [B, T, D], keys and values, the attention weights or None.
 
         Args:
-            deltas: the fast weights of the block's inner MLP, in a suffix block.
+            matrices: the fast weights of the block's inner MLP, in a suffix block.
             part: the half to compute. The attention of the first suffix block does not depend on any fast weight, so
                 it runs once over a long text while the rest runs mini-batch by mini-batch.
         """
@@ -308,7 +308,7 @@ class Block(nn.Module):
         if part != "feed_forward":
             x, states, weights = self.attend(x, attention, past)
         if part != "attention":
-            x = self.feed_forward(x, deltas)
+            x = self.feed_forward(x, matrices)
         return x, states, weights
 
 
@@ -335,10 +335,10 @@ class TTTE2ESuffixLayer(Block):
         """The MLP whose weights the inner loop updates."""
         return self.prime_mlp if self.use_prime_mlp else self.mlp
 
-    def feed_forward(self, x: torch.Tensor, deltas: tuple[Delta, ...] | None = None) -> torch.Tensor:
+    def feed_forward(self, x: torch.Tensor, matrices: tuple[FastMatrix, ...] | None = None) -> torch.Tensor:
         if not self.use_prime_mlp:
-            return super().feed_forward(x, deltas)
-        x = x + self.post_prime_layernorm(self.prime_mlp(self.pre_prime_layernorm(x), deltas))
+            return super().feed_forward(x, matrices)
+        x = x + self.post_prime_layernorm(self.prime_mlp(self.pre_prime_layernorm(x), matrices))
         return super().feed_forward(x)
 
 

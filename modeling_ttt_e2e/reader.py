@@ -85,11 +85,11 @@ def run_blocks(
     states, weights = [], {}
     for index, layer, part, fast_index in parts:
         learns = fast is not None and fast_index is not None
-        deltas = fast.of_layer(fast_index, len(layer.inner_mlp.projections)) if learns else None
+        matrices = fast.of_layer(fast_index, len(layer.inner_mlp.projections)) if learns else None
         if part == "feed_forward":
-            x, _, _ = call(layer, x, None, None, deltas, part=part)
+            x, _, _ = call(layer, x, None, None, matrices, part=part)
         else:
-            x, left, weights[index] = call(layer, x, *memory.before(index), deltas, part=part)
+            x, left, weights[index] = call(layer, x, *memory.before(index), matrices, part=part)
             memory.add(index, left)
         states.append(x)
     return x, states, weights

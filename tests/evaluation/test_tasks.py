@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ttt_e2e.cli.measure import TASK_LINES
+from ttt_e2e.configuration.experiments import LOSS_TASKS
 from ttt_e2e.data.tokenizer import train_tokenizer
 from ttt_e2e.evaluation.results import finite
 from ttt_e2e.evaluation.subject import Subject, token_losses
@@ -14,6 +15,10 @@ from .subjects import mistral, random_documents, subject
 
 def test_every_task_is_described_on_the_command_line():
     assert list(TASK_LINES) == list(TASKS)
+
+
+def test_experiments_know_which_tasks_are_of_losses_alone():
+    assert set(LOSS_TASKS) == {name for name, task in TASKS.items() if task.of_losses is not None}
 
 
 def test_an_unknown_task_names_the_nearest():
