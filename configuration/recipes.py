@@ -24,7 +24,7 @@ from .strict_yaml import (
     merged,
     named_file,
     parse_yaml,
-    read_mapping,
+    read_with_base,
 )
 
 RECIPE_FOLDER = Path(__file__).with_name("recipes")
@@ -165,7 +165,7 @@ def load_recipe(
     """
     path = named_file(name_or_path, RECIPE_FOLDER, "recipe")
     training_fields = TRAINING_FIELDS if training_fields is None else training_fields
-    fields = read_mapping(path)
+    fields = read_with_base(path, RECIPE_FOLDER, "recipe")
     by_model = fields.pop("by_model", None) or {}
     _check_sections(fields, training_fields, source=str(path))
     if not isinstance(by_model, Mapping):

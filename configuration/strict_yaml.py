@@ -78,6 +78,17 @@ def named_file(name: str, folder: Path, kind: str) -> Path:
     return Path(name) if is_path(name) else folder / f"{name}.yaml"
 
 
+def read_with_base(path: Path, folder: Path, kind: str) -> dict:
+    """The fields of a file over those of the file that it names as its `base`, if any, which may name one in turn.
+
+    Args:
+        folder, kind: of the base, as `named_file` takes them.
+    """
+    fields = read_mapping(path)
+    base = fields.pop("base", None)
+    return fields if base is None else merged(read_with_base(named_file(base, folder, kind), folder, kind), fields)
+
+
 def check_name(name: str, built_in: Collection[str], kind: str) -> None:
     """Check that a name is built in, or the path of a file that is there.
 

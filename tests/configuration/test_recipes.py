@@ -117,6 +117,17 @@ def test_later_patterns_and_then_overrides_win(tmp_path):
     assert rate("small-wide", "training.learning_rate=5e-1", "batch_size=16") == (0.5, 16)
 
 
+def test_a_file_may_change_a_built_in_recipe(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("# Mine.\nbase: extend-packages\ntraining: {max_steps: 7}\n")
+    ours, theirs = (load_recipe(name, "tiny") for name in (str(path), "extend-packages"))
+    assert ours.training == theirs.training | {"max_steps": 7}
+    assert (ours.name, ours.description, ours.data) == ("mine", "Mine.", theirs.data)
+    path.write_text("base: extend-9k\n")
+    with pytest.raises(ValueError, match="name='extend-9k': no such recipe; choose one of .*extend-32k"):
+        load_recipe(str(path), "tiny")
+
+
 def test_overrides_are_yaml_and_reach_into_mappings(tmp_path):
     overrides = ["model.rope_parameters.rope_theta=2e6", "data.streaming=true", "data.validation_every=null"]
     recipe = load_recipe(recipe_file(tmp_path), "other", [*overrides, "training.lr_scheduler_kwargs={min_lr: -1E-5}"])
