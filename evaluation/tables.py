@@ -1,5 +1,6 @@
 """Tables of evaluation results, for the terminal and for Markdown files."""
 
+import re
 from dataclasses import dataclass
 
 import rich.table
@@ -32,3 +33,16 @@ class Table:
         for cells in self.rows:
             table.add_row(*cells)
         return table
+
+
+def between_marks(text: str, name: str, block: str) -> str:
+    """A page with `block` between its marks `<!-- name: begin ... -->` and `<!-- name: end -->`.
+
+    Raises:
+        ValueError: there is not exactly one pair of them.
+    """
+    marks = re.compile(rf"(<!-- {re.escape(name)}: begin[^>]*-->\n).*?(<!-- {re.escape(name)}: end -->)", re.DOTALL)
+    new, count = marks.subn(lambda found: f"{found[1]}{block.rstrip()}\n{found[2]}", text)
+    if count != 1:
+        raise ValueError(f"There must be one pair of the marks `<!-- {name}: begin -->` and `<!-- {name}: end -->`.")
+    return new

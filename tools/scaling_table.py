@@ -9,7 +9,6 @@ without its inner loop. It takes a few minutes.
 
 import argparse
 import math
-import re
 import sys
 from pathlib import Path
 
@@ -18,13 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ttt_e2e.configuration import Recipe, load_recipe
-from ttt_e2e.evaluation.tables import Table
+from ttt_e2e.evaluation.tables import Table, between_marks
 from ttt_e2e.loading import find_model
 from ttt_e2e.training.estimates import FLOAT32, RunEstimate, estimate_run
 from ttt_e2e.training.run_model import changed_config
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
-BLOCK = re.compile(r"(<!-- scaling: begin[^>]*-->\n).*?(<!-- scaling: end -->)", re.DOTALL)
 # Of rows of 128K tokens, whose inner steps are sixteen times as many, no operations are counted.
 RECIPES, SIZES = {"pretrain-8k": True, "extend-128k": False}, ("125m", "350m", "760m", "1b", "3b")
 GPU, MOST_GPUS = 80 * 2**30, 4096
@@ -116,11 +114,9 @@ def main() -> int:
         for size in SIZES:
             rows.append(table_row(size, recipe, counted))
             print(rows[-1], file=sys.stderr)
-    block = Table("", list(HEADER), rows).markdown().rstrip()
+    block = Table("", list(HEADER), rows).markdown()
     text = PAGE.read_text(encoding="utf-8")
-    new, count = BLOCK.subn(lambda found: f"{found[1]}{block}\n{found[2]}", text)
-    if count != 1:
-        raise ValueError("docs/scaling.md must have one pair of the marks `<!-- scaling: begin -->` and `end`.")
+    new = between_marks(text, "scaling", block)
     if new != text and check:
         print("docs/scaling.md does not say what the estimator says: run `python tools/scaling_table.py`.")
         return 1

@@ -7,17 +7,15 @@ The numbers are those of benchmarks/results/cpu.json, which `ttt-e2e bench --out
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
 from ttt_e2e.benchmarks.report import RATIOS, markdown, plot, ratio
-from ttt_e2e.evaluation.tables import Table
+from ttt_e2e.evaluation.tables import Table, between_marks
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 PICTURE = ROOT / "docs" / "speed"
-BLOCK = re.compile(r"(<!-- bench: begin[^>]*-->\n).*?(<!-- bench: end -->)", re.DOTALL)
 # What the README shows of all works.
 TOLD = (
     "training step, 1K",
@@ -40,14 +38,6 @@ def summary(measured: dict) -> str:
     return Table("", ["", *RATIOS], rows).markdown()
 
 
-def filled(text: str, block: str) -> str:
-    """The text with the block between its marks."""
-    new, count = BLOCK.subn(lambda found: f"{found[1]}{block.rstrip()}\n{found[2]}", text)
-    if count != 1:
-        raise ValueError("There must be one pair of the marks `<!-- bench: begin -->` and `<!-- bench: end -->`.")
-    return new
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where the pages say something else")
@@ -57,7 +47,7 @@ def main() -> int:
     stale = []
     for path, block in blocks.items():
         text = path.read_text(encoding="utf-8")
-        new = filled(text, block)
+        new = between_marks(text, "bench", block)
         if new != text:
             stale.append(path.name)
             if not check:

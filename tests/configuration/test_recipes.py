@@ -124,7 +124,7 @@ def test_a_file_may_change_a_built_in_recipe(tmp_path):
     assert ours.training == theirs.training | {"max_steps": 7}
     assert (ours.name, ours.description, ours.data) == ("mine", "Mine.", theirs.data)
     path.write_text("base: extend-9k\n")
-    with pytest.raises(ValueError, match="name='extend-9k': no such recipe; choose one of .*extend-32k"):
+    with pytest.raises(ValueError, match=r"name='extend-9k': no such recipe; choose one of .*extend-32k"):
         load_recipe(str(path), "tiny")
 
 
