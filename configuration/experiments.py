@@ -12,7 +12,7 @@ from huggingface_hub.dataclasses import strict
 
 from .presets import system_preset
 from .recipes import recipe_names
-from .strict_yaml import build_strictly, file_names, first_comment, named_file, read_with_base
+from .strict_yaml import build_strictly, file_names, first_comment, merged, named_file, read_with_bases
 
 EXPERIMENT_FOLDER = Path(__file__).with_name("experiments")
 LOSS_TASKS = ("loss-by-position", "context-length")  # of `ttt-e2e evaluate`: those that are made of losses alone
@@ -210,7 +210,9 @@ def load_experiment(name_or_path: str) -> Experiment:
         ValueError: no such experiment; a field is unknown, missing or of the wrong type; a name in it is unknown.
     """
     path = named_file(name_or_path, EXPERIMENT_FOLDER, "experiment")
-    source, fields = str(path), read_with_base(path, EXPERIMENT_FOLDER, "experiment")
+    source, fields = str(path), {}
+    for _, own in read_with_bases(path, EXPERIMENT_FOLDER, "experiment"):
+        fields = merged(fields, own)
     fields = {"name": path.stem, "description": first_comment(path), "baseline": ""} | fields
     if fields.get("yardsticks") is not None:
         fields["yardsticks"] = build_strictly(Yardsticks, fields["yardsticks"], source=f"{source}, yardsticks")

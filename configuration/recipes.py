@@ -24,7 +24,7 @@ from .strict_yaml import (
     merged,
     named_file,
     parse_yaml,
-    read_with_base,
+    read_with_bases,
 )
 
 RECIPE_FOLDER = Path(__file__).with_name("recipes")
@@ -165,16 +165,18 @@ def load_recipe(
     """
     path = named_file(name_or_path, RECIPE_FOLDER, "recipe")
     training_fields = TRAINING_FIELDS if training_fields is None else training_fields
-    fields = read_with_base(path, RECIPE_FOLDER, "recipe")
-    by_model = fields.pop("by_model", None) or {}
-    _check_sections(fields, training_fields, source=str(path))
-    if not isinstance(by_model, Mapping):
-        raise ValueError(f"{path}: by_model must hold a mapping of patterns to fields, but holds {by_model!r}")
-    for pattern, changes in by_model.items():
-        # Also those of other models, so that a mistake shows at once.
-        _check_sections(changes, training_fields, source=f"{path}, by_model {pattern!r}")
-        if fnmatchcase(model_name, str(pattern)):
-            fields = merged(fields, changes)
+    fields: dict = {}
+    for file, own in read_with_bases(path, RECIPE_FOLDER, "recipe"):
+        by_model = own.pop("by_model", None) or {}
+        _check_sections(own, training_fields, source=str(file))
+        fields = merged(fields, own)
+        if not isinstance(by_model, Mapping):
+            raise ValueError(f"{file}: by_model must hold a mapping of patterns to fields, but holds {by_model!r}")
+        for pattern, changes in by_model.items():
+            # Also those of other models, so that a mistake shows at once.
+            _check_sections(changes, training_fields, source=f"{file}, by_model {pattern!r}")
+            if fnmatchcase(model_name, str(pattern)):
+                fields = merged(fields, changes)
     for override in overrides:
         fields = merged(fields, _parse_override(override, training_fields))
     heading = {"name": path.stem, "description": first_comment(path), "model": {}, "training": {}}

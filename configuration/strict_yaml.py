@@ -78,15 +78,28 @@ def named_file(name: str, folder: Path, kind: str) -> Path:
     return Path(name) if is_path(name) else folder / f"{name}.yaml"
 
 
-def read_with_base(path: Path, folder: Path, kind: str) -> dict:
-    """The fields of a file over those of the file that it names as its `base`, if any, which may name one in turn.
+def read_with_bases(path: Path, folder: Path, kind: str) -> list[tuple[Path, dict]]:
+    """A file's fields behind those of the file that it names as its `base`, if any, which may name one in turn.
 
     Args:
-        folder, kind: of the base, as `named_file` takes them.
+        folder, kind: of the bases, as `named_file` takes them.
+
+    Raises:
+        ValueError: a base is no name of a file, or one of the files that go on from it.
     """
-    fields = read_mapping(path)
-    base = fields.pop("base", None)
-    return fields if base is None else merged(read_with_base(named_file(base, folder, kind), folder, kind), fields)
+    found: list[tuple[Path, dict]] = []
+    while True:
+        fields = read_mapping(path)
+        base = fields.pop("base", None)
+        found.insert(0, (path, fields))
+        if base is None:
+            return found
+        if not isinstance(base, str):
+            raise ValueError(f"{path}: base={base!r} must be the name of a {kind} or the path of a .yaml file")
+        further = named_file(base, folder, kind)
+        if any(further.resolve() == known.resolve() for known, _ in found):
+            raise ValueError(f"{path}: base={base!r} goes on from this file; name another one")
+        path = further
 
 
 def check_name(name: str, built_in: Collection[str], kind: str) -> None:

@@ -71,11 +71,11 @@ class LearnedCache(Cache):
                 self.keep_rows(rows)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row i becomes what row `beam_idx[i]` was; fast weights are shared, not copied."""
+        """Row i becomes what row `beam_idx[i]` was."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row, for beams or several answers to one prompt; fast weights are shared."""
+        """Repeat every row, for beams or several answers to one prompt."""
         check_repeats(repeats)
         if self.is_initialized:
             self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))

@@ -191,6 +191,7 @@ class TTTE2ECache(LearnedCache):
         return self
 
     def keep_rows(self, rows: Sequence[int]) -> None:
+        """Fast weights are shared, not copied."""
         self.context = self.context.select(rows)
         self.finished = None if self.finished is None else tuple(self.finished[row] for row in rows)
 

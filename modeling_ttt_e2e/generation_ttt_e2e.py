@@ -11,7 +11,8 @@ import torch
 
 from .base_causal_lm import BaseGenerationMixin, prompt_learning
 from .cache_ttt_e2e import TTTE2ECache
-from .checks import accept_earlier_cache_names, check_cache, check_last_is_token, check_tensor
+from .checks import accept_earlier_cache_names, asked_or, check_cache, check_last_is_token, check_tensor
+from .sharding import check_quantisation, check_units
 
 LEARN_FROM = ("context", "prompt", "none")
 ASSISTED_BY = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
@@ -90,7 +91,7 @@ class TTTE2EGenerationMixin(BaseGenerationMixin):
                 f"`learning_span={kwargs['learning_span']}` and `learn_from={learn_from!r}` both say what is learned: "
                 "give one of them."
             )
-        check_prompt_learning(self, learn_from != "none", kwargs.get("test_time_training"))
+        check_learning(self, learn_from != "none", kwargs.get("test_time_training"))
         config, _ = self._prepare_generation_config(generation_config, **kwargs)
         cache = kwargs.get("cache")
         ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -152,20 +153,24 @@ class TTTE2EGenerationMixin(BaseGenerationMixin):
         return None
 
 
-def check_prompt_learning(model, learn_from_any: bool, test_time_training: bool | None) -> None:
-    """Refuse to learn from a text behind a prompt of PEFT, which has no ids.
+def check_learning(model, learn_from_any: bool, test_time_training: bool | None) -> None:
+    """Refuse to learn where that cannot be: behind a prompt of PEFT, which has no ids, and through layers that pass no
+    gradient on, which would else show in the middle of the writing.
 
     Args:
         learn_from_any: `generate` was not told to learn from nothing.
         test_time_training: the argument of `generate`.
     """
     method = prompt_learning(model)
-    learning = model.config.test_time_training if test_time_training is None else test_time_training
-    if method is not None and learning and learn_from_any:
+    if not learn_from_any or not asked_or(test_time_training, model.config.test_time_training):
+        return
+    if method is not None:
         raise ValueError(
             f"{method.capitalize()} of PEFT puts a prompt that is no tokens before the text, so that it cannot be "
             "learned from: generate with `test_time_training=False`, or adapt the model with LoRA instead."
         )
+    check_units(model.model)
+    check_quantisation(model.model)
 
 
 def check_prompt(ids, embeddings, mask) -> None:

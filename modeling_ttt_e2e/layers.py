@@ -64,7 +64,7 @@ class TTTE2ERMSNorm(nn.Module):
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return (rms_normalize(x.to(dtype), self.eps) * weight).to(x.dtype)
         if are_many(x):
-            return (x * inverse_rms(x, self.eps)).mul_(weight).to(x.dtype)
+            return (x * inverse_rms(x, self.eps) * weight).to(x.dtype)
         if x.dtype == weight.dtype == dtype:  # casts that change nothing would cost a third of it for a single token
             return torch.rms_norm(x, weight.shape, weight, self.eps)
         return torch.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), self.eps).to(x.dtype)

@@ -186,6 +186,8 @@ class AttentionWriter:
         for weights, segment, start in self.parts:
             at_sinks, weights = weights[..., : self.num_sinks], weights[..., self.num_sinks :]
             for row, (begin, end) in enumerate(zip(segment.begin, segment.end, strict=True)):
+                if begin == end:
+                    continue
                 first = begin + start
                 places, earlier = self.positions_of_rows[row], self.past_tokens[row]
                 queries = torch.arange(weights.shape[2], device=weights.device) + first

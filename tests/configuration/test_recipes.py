@@ -123,8 +123,28 @@ def test_a_file_may_change_a_built_in_recipe(tmp_path):
     ours, theirs = (load_recipe(name, "tiny") for name in (str(path), "extend-packages"))
     assert ours.training == theirs.training | {"max_steps": 7}
     assert (ours.name, ours.description, ours.data) == ("mine", "Mine.", theirs.data)
+    path.write_text("base: pretrain-8k\ntraining: {learning_rate: 0.5}\nby_model: {3b: {batch_size: 7}}\n")
+    for model, size in (("125m", 64), ("350m", 64), ("3b", 7)):
+        recipe = load_recipe(str(path), model)
+        # Also where the base tells models apart.
+        assert (recipe.training["learning_rate"], recipe.batch_size) == (0.5, size)
+        assert recipe.training["max_steps"] == load_recipe("pretrain-8k", model).training["max_steps"]
+
+
+def test_mistaken_bases_are_named(tmp_path):
+    path, other = tmp_path / "mine.yaml", tmp_path / "other.yaml"
     path.write_text("base: extend-9k\n")
     with pytest.raises(ValueError, match=r"name='extend-9k': no such recipe; choose one of .*extend-32k"):
+        load_recipe(str(path), "tiny")
+    path.write_text("base: 3\n")
+    with pytest.raises(ValueError, match=r"mine.yaml: base=3 must be the name of a recipe"):
+        load_recipe(str(path), "tiny")
+    path.write_text(f"base: {other}\n")
+    other.write_text(f"base: {path}\n")
+    with pytest.raises(ValueError, match=r"other.yaml: base=.* goes on from this file"):
+        load_recipe(str(path), "tiny")
+    other.write_text("base: pretrain-8k\ntraining: {lerning_rate: 1}\n")
+    with pytest.raises(ValueError, match=r"other.yaml, section training: unknown field 'lerning_rate'"):
         load_recipe(str(path), "tiny")
 
 

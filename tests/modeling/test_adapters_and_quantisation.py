@@ -194,6 +194,20 @@ def test_quantised_layers_that_would_cut_the_inner_gradient_are_named():
             call(ids)
 
 
+def test_generation_is_refused_before_anything_is_written():
+    """Also behind a prompt that is shorter than a mini-batch, from which nothing is learned at first."""
+    less, written = quantised(small_model()), []
+
+    class Streamer:
+        put, end = written.append, lambda self: None
+
+    with pytest.raises(ValueError, match="quantised"):
+        less.generate(random_ids(1, 2), max_new_tokens=2 * LENGTH, streamer=Streamer())
+    assert not written
+    with torch.no_grad():
+        less.generate(random_ids(1, 2), max_new_tokens=2, learn_from="none")
+
+
 @pytest.mark.parametrize(
     ("place", "learns", "refused"),
     [("layers.3.self_attn.k_proj", True, True), ("lm_head", True, True), ("layers.2.prime_mlp.down_proj", True, True),

@@ -157,6 +157,10 @@ def test_attentions_of_padded_rows_and_of_later_calls():
         for together, own in zip(batch, alone, strict=True):
             torch.testing.assert_close(together[row, :, -length:, -length:], own[0])
             assert not together[row, :, :-length].any() and not together[row, :, :, :-length].any()
+    mask = torch.ones_like(ids)
+    mask[1] = 0  # a row without any token
+    for weights, own in zip(model(ids, attention_mask=mask, output_attentions=True).attentions, batch, strict=True):
+        assert not weights[1].any() and weights[0].any() and weights.shape == own.shape
     whole, cache, split = model(ids, output_attentions=True).attentions, TTTE2ECache(model.config), BATCH + 3
     model(ids[:, :split], cache=cache)
     rest = model(ids[:, split:], cache=cache, output_attentions=True).attentions
